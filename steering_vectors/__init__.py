@@ -1,0 +1,76 @@
+"""Train, apply and record steering vectors for Hugging Face language models."""
+
+from steering_vectors._steering import active_patches
+from steering_vectors.aggregators import (
+    Accumulator,
+    Aggregator,
+    StreamingAggregator,
+    logistic_aggregator,
+    mean_aggregator,
+    pca_aggregator,
+)
+from steering_vectors.layer_matching import (
+    LayerMatcher,
+    LayerType,
+    ModelLayerConfig,
+    get_num_matching_layers,
+    guess_and_enhance_layer_config,
+)
+from steering_vectors.record_activations import record_activations
+from steering_vectors.steering_operators import (
+    PatchDeltaOperator,
+    ablation_operator,
+    ablation_then_addition_operator,
+    addition_operator,
+)
+from steering_vectors.steering_vector import SteeringPatchHandle, SteeringVector
+from steering_vectors.token_selection import (
+    Selector,
+    TokenPositions,
+    at,
+    completion,
+    from_index,
+    generated,
+    prompted,
+)
+from steering_vectors.train_steering_vector import (
+    SteeringVectorTrainingSample,
+    aggregate_activations,
+    extract_activations,
+    train_steering_vector,
+)
+
+__version__ = "1.0.0.dev0"
+
+__all__ = [
+    "Accumulator",
+    "Aggregator",
+    "LayerMatcher",
+    "LayerType",
+    "ModelLayerConfig",
+    "PatchDeltaOperator",
+    "Selector",
+    "SteeringPatchHandle",
+    "SteeringVector",
+    "SteeringVectorTrainingSample",
+    "StreamingAggregator",
+    "TokenPositions",
+    "ablation_operator",
+    "ablation_then_addition_operator",
+    "active_patches",
+    "addition_operator",
+    "aggregate_activations",
+    "at",
+    "completion",
+    "extract_activations",
+    "from_index",
+    "generated",
+    "get_num_matching_layers",
+    "guess_and_enhance_layer_config",
+    "logistic_aggregator",
+    "mean_aggregator",
+    "pca_aggregator",
+    "prompted",
+    "record_activations",
+    "train_steering_vector",
+]

@@ -1,0 +1,196 @@
+"""Follow a model's forward passes: which one a thread is in, and where its tokens stand."""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._hooks import Removable
+from steering_vectors._positions import (
+    CACHE_NAMES,
+    PassArguments,
+    merge_arguments,
+    pass_arguments,
+    token_index,
+)
+from steering_vectors.token_selection import TokenPositions
+
+
+class ForwardPass:
+    """One forward pass that is under way; :attr:`positions` are worked out when first asked for."""
+
+    def __init__(self, begun_by: nn.Module, memory: "_CacheMemory | None") -> None:
+        self.begun_by = begun_by
+        self.depth = -1
+        self.weights: dict[torch.device, Tensor] = {}  # the selection of this pass, once it was asked for
+        self._calls: list[PassArguments] = []
+        self._memory = memory
+        self._positions: TokenPositions | None = None
+
+    def enter(self, depth: int, arguments: PassArguments | None) -> None:
+        """A module that is ``depth`` steps inside the outermost one has been called."""
+        self.depth = depth
+        if arguments is not None:
+            self._calls.append(arguments)
+
+    @property
+    def positions(self) -> TokenPositions:
+        """Raises ValueError where no module was told the shape of the pass."""
+        if self._positions is None:
+            call = merge_arguments(self._calls)
+            if call is None or self._memory is None:
+                raise ValueError(
+                    f"can't tell where the tokens stand: {type(self.begun_by).__name__} was called without input_ids "
+                    f"and without inputs_embeds. Call it with one of them, or steer all tokens."
+                )
+            self._positions = self._memory.positions(call)
+        return self._positions
+
+    def remember(self, output: Any) -> None:
+        """Note what this pass fed into its cache, where the cache itself doesn't tell or is another object now."""
+        call = merge_arguments(self._calls)
+        if call is None or self._memory is None:
+            return
+        given, made = call.cache, _cache_of(output)
+        cache = given if made is None else made
+        if cache is not None and (_key(cache) is not _key(given) or call.cached is None):
+            self._memory.remember(cache, self._memory.fed(given), self.positions)
+
+
+class PassTracker:
+    """Notes each forward pass through ``modules``, the modules that take a whole pass, outermost first.
+
+    A pass belongs to the thread that runs it. With ``need_positions`` each pass's arguments are kept until it ends.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, need_positions: bool) -> None:
+        self.completed = 0
+        self._modules = modules
+        self._memory = _CacheMemory() if need_positions else None
+        self._thread = threading.local()
+
+    @property
+    def current(self) -> ForwardPass | None:
+        """The pass that this thread is in."""
+        current: ForwardPass | None = getattr(self._thread, "current", None)
+        return current
+
+    def registrations(self) -> list[Callable[[], Removable]]:
+        """Calls that attach the tracker's hooks, one each."""
+        return [attach for depth, module in enumerate(self._modules) for attach in self._around(depth, module)]
+
+    def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
+        names = _positional_names(module)
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            current = self.current
+            # A module that was entered already belongs to a new pass: the old one was abandoned.
+            if current is None or depth <= current.depth:
+                current = self._thread.current = ForwardPass(module, self._memory)
+            known = None if self._memory is None else pass_arguments({**dict(zip(names, args)), **kwargs})
+            current.enter(depth, known)
+
+        return [
+            lambda: module.register_forward_pre_hook(begin, with_kwargs=True),
+            lambda: module.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current = self.current
+        if current is None or current.begun_by is not module:
+            return
+        self._thread.current = None
+        if output is not None:  # else the pass raised
+            self.completed += 1
+            current.remember(output)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """What earlier passes fed into a cache: columns, own tokens ``(batch,)``, and how many of those were the prompt."""
+
+    columns: int
+    tokens: Tensor | None
+    prompt_length: Tensor | None
+
+
+class _CacheMemory:
+    """What is known of each cache, for as long as the cache lives."""
+
+    def __init__(self) -> None:
+        self._fed: dict[int, tuple[weakref.ref[Any], _Fed]] = {}
+
+    def positions(self, call: PassArguments) -> TokenPositions:
+        fed = self.fed(call.cache)
+        index, column = token_index(call, fed.tokens, fed.columns)
+        fits = call.input_ids is not None and call.input_ids.shape == index.shape
+        return TokenPositions(
+            index=index,
+            column=column,
+            input_ids=call.input_ids if fits else None,
+            prompt_length=self._prompt_length(call, index, fed),
+            begins_sequence=fed.columns == 0 if call.cached is None else _known_empty(call.cached),
+        )
+
+    def fed(self, cache: Any) -> _Fed:
+        """What earlier passes fed into ``cache``."""
+        reference, fed = self._fed.get(id(_key(cache)), (None, None))
+        known = reference is not None and fed is not None and reference() is _key(cache)
+        return fed if known and fed is not None else _Fed(0, None, None)
+
+    def remember(self, cache: Any, before: _Fed, positions: TokenPositions) -> None:
+        """Note that a pass fed tokens into ``cache``, after those that were fed ``before``."""
+        columns = before.columns + positions.index.shape[1]
+        tokens = positions.index.amax(dim=1) + 1
+        self._keep(cache, _Fed(columns, tokens, positions.prompt_length))
+
+    def _prompt_length(self, call: PassArguments, index: Tensor, fed: _Fed) -> Tensor | None:
+        """The own tokens of the first pass over a cache; None where there was no such pass, or more of the prompt came."""
+        if call.cache is None:
+            return index.amax(dim=1) + 1 if call.makes_cache else None
+        length = fed.columns if call.cached is None else call.cached
+        if isinstance(length, Tensor):
+            if index.shape[1] > 1:
+                length = int(length)  # a prompt, so one device read
+            elif fed.prompt_length is not None:
+                return torch.where(length.to(index.device) == 0, index[:, 0] + 1, fed.prompt_length)
+        prompt_length = fed.prompt_length
+        if isinstance(length, int) and length == 0:
+            prompt_length = index.amax(dim=1) + 1
+        elif index.shape[1] > 1:
+            prompt_length = None
+        self._keep(call.cache, _Fed(fed.columns, fed.tokens, prompt_length))
+        return prompt_length
+
+    def _keep(self, cache: Any, fed: _Fed) -> None:
+        key = _key(cache)
+        if key is not None:
+            number = id(key)
+            self._fed[number] = (weakref.ref(key, lambda _ref: self._fed.pop(number, None)), fed)
+
+
+def _key(cache: Any) -> Any:
+    """What stands for a cache: the first tensor of lists and tuples, which can't be referred to weakly."""
+    while isinstance(cache, (tuple, list)):
+        cache = cache[0] if cache else None
+    return cache
+
+
+def _cache_of(output: Any) -> Any:
+    if not isinstance(output, Mapping):
+        return None
+    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+
+
+def _known_empty(cached: int | Tensor) -> bool:
+    return isinstance(cached, int) and cached == 0
+
+
+def _positional_names(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -1,0 +1,234 @@
+"""What one forward pass's arguments say about its tokens: padding, cached tokens, the pass's shape."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# The names under which models take the state of earlier passes.
+CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state")
+
+
+@dataclass(frozen=True, eq=False)
+class PassArguments:
+    """What a pass was given, noted before it changes its cache.
+
+    ``mask``: ``(batch, past + seq)``, nonzero on tokens. ``query_mask``: ``(batch, heads, seq, keys)``, bool or additive.
+    ``cached``: the columns in the cache, a number where the host knows it, a scalar tensor for a static cache, None for
+    a cache that doesn't tell (recurrent models). ``columns``: the places ``(seq,)`` that the caller itself gave.
+    ``makes_cache``: whether there is no cache yet, and the pass was asked to make one.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    mask: Tensor | None
+    query_mask: Tensor | None
+    position_ids: Tensor | None
+    columns: Tensor | None
+    cache: Any
+    cached: int | Tensor | None
+    makes_cache: bool
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """``(batch, seq)`` of the pass, or None where these arguments don't say."""
+        given = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return None if given is None or given.ndim < 2 else (given.shape[0], given.shape[1])
+
+
+def pass_arguments(arguments: Mapping[str, Any]) -> PassArguments:
+    """What the named arguments of a forward method say."""
+    # Encoder-decoder models give the plain names to the encoder.
+    prefix = "decoder_" if "decoder_input_ids" in arguments else ""
+    cache = _first(arguments.get(name) for name in CACHE_NAMES)
+    masks = arguments.get(f"{prefix}attention_mask")
+    return PassArguments(
+        input_ids=_tensor_or_none(arguments.get(f"{prefix}input_ids")),
+        inputs_embeds=_tensor_or_none(arguments.get(f"{prefix}inputs_embeds")),
+        mask=_mask_of(masks, ndim=2),
+        query_mask=_mask_of(masks, ndim=4),
+        position_ids=_tensor_or_none(arguments.get("position_ids")),
+        columns=_tensor_or_none(arguments.get("cache_position")),
+        cache=cache,
+        cached=cached_columns(cache),
+        makes_cache=cache is None and arguments.get("use_cache") is True,
+    )
+
+
+def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
+    """The best of what the modules around one pass were given, outermost first; None if none was told its shape.
+
+    A vision-language model gives its text decoder embeddings in place of ids, and masks and position ids of more
+    dimensions than it got; prompt tuning gives the decoder a longer prompt than it got. So the innermost module says
+    what the shape is, and of what fits that shape, two-dimensional arguments come first.
+    """
+    shape = _first(call.shape for call in reversed(calls))
+    if shape is None:
+        return None
+    fitting = [call for call in reversed(calls) if call.shape in (None, shape)]
+    cached = [call for call in fitting if call.cache is not None]
+    return PassArguments(
+        input_ids=_first(call.input_ids for call in fitting),
+        inputs_embeds=_first(call.inputs_embeds for call in fitting),
+        mask=_first(call.mask for call in fitting),
+        query_mask=_first(call.query_mask for call in fitting),
+        position_ids=_first(ids for call in fitting if (ids := call.position_ids) is not None and ids.ndim == 2),
+        columns=_first(
+            call.columns for call in fitting if call.columns is not None and call.columns.shape == shape[1:]
+        ),
+        cache=cached[0].cache if cached else None,
+        cached=cached[0].cached if cached else 0,
+        makes_cache=not cached and any(call.makes_cache for call in fitting),
+    )
+
+
+def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int) -> tuple[Tensor, Tensor]:
+    """``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
+
+    ``fed_tokens (batch,)`` and ``fed_columns`` are what earlier passes fed into this pass's cache, for caches that don't
+    tell their length.
+    """
+    assert call.shape is not None
+    batch, seq = call.shape
+    given = call.input_ids if call.inputs_embeds is None else call.inputs_embeds
+    assert given is not None
+    past = fed_columns if call.cached is None else call.cached
+    # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
+    column = torch.arange(seq, device=given.device) + past if call.columns is None else call.columns.to(given.device)
+    if call.mask is not None and (seen := _index_from_mask(call.mask, past, batch, seq)) is not None:
+        return seen.to(given.device), column
+    tokens = _is_token(call, column, batch)
+    if call.position_ids is not None:
+        index = call.position_ids.to(given.device).long().expand(batch, seq)
+    elif call.query_mask is not None and call.cached is not None:
+        index = _index_from_query_mask(call.query_mask, column).expand(batch, seq)
+    else:
+        before = past if fed_tokens is None else fed_tokens[:, None].to(given.device)
+        index = before + tokens.cumsum(dim=1) - 1
+    return torch.where(tokens, index, -1), column
+
+
+def along_tokens(weights: Tensor, activation: Tensor) -> Tensor:
+    """``weights (batch, seq)`` as a view that broadcasts to ``activation``.
+
+    Activations are ``(batch, seq, hidden)`` in most models; ``(batch * seq, hidden)`` in some feed-forward parts,
+    ``(seq, batch, hidden)`` or with one more axis for parallel streams in a few. Raises ValueError where it can't be told
+    which axes are batch and seq.
+    """
+    batch, seq = weights.shape
+    axes = tuple(activation.shape[:-1])
+    if axes == (batch, seq):
+        return weights[..., None]
+    if axes == (batch * seq,):
+        return weights.reshape(-1, 1)
+    if axes == (seq, batch):
+        return weights.mT[..., None]
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(axes)), 2) if (axes[i], axes[j]) == (batch, seq)]
+    if len(pairs) != 1:
+        raise ValueError(
+            f"can't tell the tokens of a pass of {batch} rows and {seq} columns in an activation of shape "
+            f"{tuple(activation.shape)}; steer all tokens of this layer"
+        )
+    sizes = [1] * activation.ndim
+    for axis in pairs[0]:
+        sizes[axis] = axes[axis]
+    return weights.reshape(sizes)
+
+
+def by_tokens(activation: Tensor, batch: int, seq: int) -> Tensor:
+    """``activation`` as a view ``(batch, seq, hidden)``. Raises ValueError where it has no such view."""
+    axes = tuple(activation.shape[:-1])
+    if axes == (batch, seq):
+        return activation
+    if axes == (batch * seq,):
+        return activation.reshape(batch, seq, -1)
+    if axes == (seq, batch):
+        return activation.transpose(0, 1)
+    raise ValueError(
+        f"can't tell the tokens of a pass of {batch} rows and {seq} columns in an activation of shape "
+        f"{tuple(activation.shape)}"
+    )
+
+
+def _index_from_mask(mask: Tensor, past: int | Tensor, batch: int, seq: int) -> Tensor | None:
+    """The own index of the pass's columns from a mask that reaches back to the first one; None if it doesn't."""
+    columns = mask.shape[1]
+    start = past if isinstance(past, int) else columns - seq
+    if columns < start + seq:
+        return None
+    tokens = mask != 0
+    index = torch.where(tokens, tokens.cumsum(dim=1) - 1, -1)
+    return index[:, start : start + seq].expand(batch, seq)
+
+
+def _is_token(call: PassArguments, column: Tensor, batch: int) -> Tensor:
+    """Which columns of the pass are no padding, from a mask of the pass alone or from what the queries see."""
+    seq = column.shape[0]
+    if call.mask is not None and call.mask.shape[1] == seq:
+        return (call.mask != 0).to(column.device).expand(batch, seq)
+    if call.query_mask is None:
+        return torch.ones(batch, seq, dtype=torch.bool, device=column.device)
+    visible = _visible(call.query_mask).to(column.device)  # (batch or 1, seq, keys)
+    keys = visible.shape[-1]
+    sees_itself = visible.gather(-1, column.clamp(max=keys - 1).expand(len(visible), 1, seq).mT).squeeze(-1)
+    # A query on padding sees nothing, or everything: kernels that can't have nothing are given everything.
+    sees_all = visible.all(dim=-1) & (torch.arange(seq, device=column.device) < seq - 1)
+    # A key beyond the mask stands in a sliding window's cache, where the pass is past its prompt.
+    return ((sees_itself & ~sees_all) | (column >= keys)).expand(batch, seq)
+
+
+def _index_from_query_mask(query_mask: Tensor, column: Tensor) -> Tensor:
+    """How many tokens each query sees up to itself, less one: ``(batch or 1, seq)``."""
+    visible = _visible(query_mask).to(column.device)
+    keys = torch.arange(visible.shape[-1], device=column.device)
+    return (visible & (keys <= column[:, None])).sum(dim=-1) - 1
+
+
+def _visible(query_mask: Tensor) -> Tensor:
+    """Which keys each query sees, by the first head: ``(batch or 1, seq, keys)``."""
+    mask = query_mask[:, 0]
+    return mask if mask.dtype is torch.bool else mask > -1e4  # additive masks hold the dtype's minimum
+
+
+def cached_columns(cache: Any) -> int | Tensor | None:
+    """How many columns a cache holds, as in :class:`PassArguments`; 0 for no cache."""
+    if cache is None:
+        return 0
+    if isinstance(cache, (tuple, list)):
+        return _columns_of_tuples(cache)
+    try:
+        length = cache.get_seq_length()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return None
+    # A static cache counts in a tensor that the pass changes.
+    return length.clone() if isinstance(length, Tensor) else int(length)
+
+
+def _columns_of_tuples(cache: Sequence[Any]) -> int | None:
+    """The length of transformers 4's tuples of keys and values ``(…, seq, head)``; None for a list of states."""
+    layer = cache[0] if cache else None
+    if isinstance(layer, (tuple, list)) and len(layer) >= 2 and isinstance(layer[1], Tensor):
+        return int(layer[1].shape[-2])
+    return None
+
+
+def _mask_of(masks: Any, ndim: int) -> Tensor | None:
+    """The mask of so many dimensions, out of one mask or of transformers 5's masks by kind of layer."""
+    if isinstance(masks, Mapping):
+        # Windows hide what stands before them: full attention says most.
+        ordered = sorted(masks.items(), key=lambda item: item[0] != "full_attention")
+        return _first(_mask_of(mask, ndim) for _kind, mask in ordered)
+    return masks if isinstance(masks, Tensor) and masks.ndim == ndim else None
+
+
+def _tensor_or_none(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _first(values: Iterable[T | None]) -> T | None:
+    return next((value for value in values if value is not None), None)

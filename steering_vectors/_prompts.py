@@ -1,0 +1,171 @@
+"""Texts and chat messages → token ids, and where the completion begins."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[Message]
+
+# What no text holds and no template takes apart; the space shows whether the template strips the text.
+_MARK = "\ue000steering-vectors\ue001"
+_TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation")
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt's token ids, the text that they stand for, and the first token of the completion, where that is known."""
+
+    input_ids: list[int]
+    text: str
+    completion_start: int | None
+
+
+class PromptTokenizer:
+    """Tokenizes prompts with a Hugging Face tokenizer, or with that of a processor; never changes it.
+
+    Raises TypeError if ``tokenizer`` is none, and ValueError for template arguments that the library itself gives.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+        if isinstance(tokenizer, (str, nn.Module)) or not callable(tokenizer):
+            raise TypeError(f"tokenizer must be a Hugging Face tokenizer or processor, got {type(tokenizer).__name__}")
+        self._template_owner = tokenizer
+        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        taken = [name for name in _TEMPLATE_ARGUMENTS if name in self._template_kwargs]
+        if taken:
+            raise ValueError(f"chat_template_kwargs can't hold {taken}: they follow from the samples")
+        if not getattr(tokenizer, "chat_template", None):
+            self._template_owner = self._tokenizer
+
+    def __call__(self, prompt: Prompt, *, find_completion: bool = False) -> TokenizedPrompt:
+        """A prompt's tokens; with ``find_completion``, where a chat's last assistant turn begins too.
+
+        Raises TypeError unless ``prompt`` is a text or chat messages, and ValueError for what can't be read."""
+        if isinstance(prompt, str):
+            encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
+        elif is_chat(prompt):
+            encoded = self._chat(prompt, find_completion)
+        else:
+            raise TypeError(f"expected a text or a list of chat messages, got {type(prompt).__name__}")
+        if not encoded.input_ids:
+            raise ValueError("the prompt is empty: it has no tokens")
+        return encoded
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        ids = list(self._tokenizer(text)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        written = bos is not None and text.startswith(str(self._tokenizer.bos_token))
+        return ids[1:] if written and ids[:2] == [bos, bos] else ids
+
+    def _chat(self, messages: Sequence[Message], find_completion: bool) -> TokenizedPrompt:
+        _check_messages(messages)
+        if not getattr(self._template_owner, "chat_template", None):
+            raise ValueError(
+                "the tokenizer has no chat template, so chat messages can't be rendered: give texts, or set "
+                "tokenizer.chat_template to the template that the model was trained with"
+            )
+        if messages[-1]["role"] != "assistant":
+            text = self._render(messages, add_generation_prompt=True)
+            ids = self._ids_of_rendered(text)
+            return TokenizedPrompt(ids, text, len(ids))
+        text = self._render_unfinished(messages)
+        ids = self._ids_of_rendered(text)
+        if not find_completion:
+            return TokenizedPrompt(ids, text, None)
+        return TokenizedPrompt(ids, text, self._first_token_from(self._completion_character(messages, text), text, ids))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        rendered = self._template_owner.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_kwargs
+        )
+        return str(rendered)
+
+    def _render_unfinished(self, messages: Sequence[Message]) -> str:
+        """The chat as far as the last message's text, without what the template puts after it.
+
+        As ``continue_final_message=True`` of transformers 5 does it: transformers 4 looks for the text itself, and finds
+        it in the trailer too, or not at all where the template rewrites it.
+        """
+        rendered = self._render([*messages[:-1], _with_text_appended(messages[-1], f"{_MARK} ")])
+        before, mark, after = rendered.rpartition(_MARK)
+        if not mark:
+            raise ValueError("the chat template leaves the last assistant message's text out")
+        return before if after.startswith(" ") else before.rstrip()
+
+    def _completion_character(self, messages: Sequence[Message], text: str) -> int:
+        """Where in ``text`` the last turn's own text begins: after its role header, thinking included."""
+        history = messages[:-1]
+        if not history:
+            return _shared(text, self._render_unfinished([_with_text(messages[-1], "")]))
+        turn = _shared(text, self._render(history))
+        start = _shared(text, self._render(history, add_generation_prompt=True))
+        # Templates for thinking models write a thinking block into the header of the last turn. What stands right before
+        # the text of an earlier turn is the header alone.
+        try:
+            earlier = self._render([*history, _with_text(messages[-1], _MARK), {"role": "user", "content": "."}])
+        except Exception:  # whatever a template raises: it has no such turns
+            return start
+        header = earlier.partition(_MARK)[0]
+        ends = [end for end in range(start, turn, -1) if header.endswith(text[turn:end])]
+        return ends[0] if ends else start
+
+    def _ids_of_rendered(self, text: str) -> list[int]:
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos] and list(self._tokenizer(text)["input_ids"])[:1] == [bos]:
+            return [bos, *ids]  # the tokenizer begins each text so, and the template doesn't write it
+        return ids
+
+    def _first_token_from(self, character: int, text: str, ids: list[int]) -> int:
+        """The first token that stands for text from ``character`` on."""
+        added = len(ids) - len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if getattr(self._tokenizer, "is_fast", False):
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = encoded["offset_mapping"]
+            return added + next((n for n, (_, end) in enumerate(spans) if end > character), len(spans))
+        before = self._tokenizer(text[:character], add_special_tokens=False)["input_ids"]
+        return added + len(os.path.commonprefix([list(before), ids[added:]]))
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether ``prompt`` is a sequence of messages."""
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(m, Mapping) for m in prompt)
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ValueError("the prompt is empty: it has no messages")
+    for message in messages:
+        if "role" not in message or message.get("content") is None:
+            raise ValueError(f"a chat message has a role and a content, got the keys {sorted(message)}")
+        content = message["content"]
+        parts = [] if isinstance(content, str) else content
+        kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
+        if kinds:
+            raise ValueError(
+                f"a chat message holds {', '.join(kinds)}: samples are text only for now, though the model may take more"
+            )
+
+
+def _with_text(message: Message, text: str) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": text if isinstance(content, str) else [{"type": "text", "text": text}]}
+
+
+def _with_text_appended(message: Message, addition: str) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + addition}
+    if not content:
+        return _with_text(message, addition)
+    *others, last = content
+    return {**message, "content": [*others, {**last, "text": last["text"] + addition}]}
+
+
+def _shared(text: str, other: str) -> int:
+    return len(os.path.commonprefix([text, other]))

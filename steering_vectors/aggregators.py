@@ -1,0 +1,201 @@
+"""Aggregators: from contrasting rows of activations to a direction.
+
+An aggregator is any callable that gets the positive and the negative rows, both ``(n, hidden)`` in float32 or wider, row i
+of one belonging to row i of the other, and returns a direction ``(hidden,)``. One that also has the method
+``accumulator(hidden)`` takes the rows as they come and keeps only what it needs of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steering_vectors._statistics import RunningMean
+
+Aggregator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Side: TypeAlias = Literal["positive", "negative"]
+
+
+class Accumulator(Protocol):
+    """What makes a direction of rows that come in any order, the sides of a pair perhaps far apart."""
+
+    def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
+        """Take in ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number ``samples[i]``."""
+
+    def merge(self, other: Any) -> None:
+        """Take in what another accumulator of the same kind has seen, of other pairs."""
+
+    def direction(self) -> Tensor:
+        """The direction ``(hidden,)`` of all pairs taken in."""
+
+
+@runtime_checkable
+class StreamingAggregator(Protocol):
+    """An aggregator that needs no row kept until the end."""
+
+    def accumulator(self, hidden: int) -> Accumulator:
+        """A new accumulator for rows that are ``hidden`` wide."""
+
+
+def mean_aggregator() -> Aggregator:
+    """The mean of the differences, positive less negative. The default.
+
+    Source: contrastive activation addition, arXiv 2312.06681, equation 1.
+
+    >>> mean_aggregator()(torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
+    tensor([1., 3.])
+    """
+    return _Mean()
+
+
+def pca_aggregator() -> Aggregator:
+    """The first principal component of the differences, not centred, at norm 1, towards their mean.
+
+    Centring would take away what is looked for, the part that all differences share. Activations have norms in the tens
+    to the thousands, so a multiplier of 1 is seldom visible.
+
+    Raises ValueError if all differences are zero.
+
+    Source: representation engineering, arXiv 2310.01405, section 3.1.
+
+    >>> pca_aggregator()(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
+    tensor([1., 0.])
+    """
+    return _PCA()
+
+
+def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggregator:
+    """The normal of a logistic regression between the sides, at norm 1; each pair is centred on its own mean first.
+
+    ``sklearn_kwargs`` go to scikit-learn's ``LogisticRegression``. Activations have norms in the tens to the thousands, so
+    a multiplier of 1 is seldom visible.
+
+    Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``.
+
+    >>> direction = logistic_aggregator({"C": 10.0})(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
+    >>> direction.round()
+    tensor([1., 0.])
+    """
+    _logistic_regression()
+    return _Logistic(dict(sklearn_kwargs or {}))
+
+
+def accumulator_for(aggregator: Aggregator, hidden: int) -> Accumulator:
+    """The aggregator's own accumulator, or one that keeps the rows for it."""
+    if isinstance(aggregator, StreamingAggregator):
+        return aggregator.accumulator(hidden)
+    return _KeptRows(aggregator)
+
+
+def aggregate(aggregator: Aggregator, positive: Tensor, negative: Tensor) -> Tensor:
+    """The aggregator's direction for rows ``(n, hidden)``: ``(hidden,)`` in float32.
+
+    Raises TypeError or ValueError if the aggregator gives something else.
+    """
+    direction = aggregator(_wide(positive), _wide(negative))
+    hidden = positive.shape[-1]
+    if not isinstance(direction, Tensor):
+        raise TypeError(f"the aggregator {aggregator!r} gave {type(direction).__name__}, expected a tensor ({hidden},)")
+    if direction.shape not in ((hidden,), (1, hidden)):
+        raise ValueError(
+            f"the aggregator {aggregator!r} gave a tensor of shape {tuple(direction.shape)}, expected ({hidden},)"
+        )
+    return direction.reshape(hidden).float()
+
+
+@dataclass(frozen=True)
+class _Mean:
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        accumulator = self.accumulator(positive.shape[-1])
+        accumulator.add(positive, "positive", range(len(positive)))
+        accumulator.add(negative, "negative", range(len(negative)))
+        return accumulator.direction()
+
+    def accumulator(self, hidden: int) -> "_MeanAccumulator":
+        return _MeanAccumulator()
+
+    def __repr__(self) -> str:
+        return "mean_aggregator()"
+
+
+class _MeanAccumulator:
+    """The difference of two means: no row is kept."""
+
+    def __init__(self) -> None:
+        self._means = {"positive": RunningMean(), "negative": RunningMean()}
+
+    def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
+        self._means[side].add(rows)
+
+    def merge(self, other: "_MeanAccumulator") -> None:
+        for side, mean in self._means.items():
+            mean.merge(other._means[side])
+
+    def direction(self) -> Tensor:
+        return (self._means["positive"].mean - self._means["negative"].mean).float()
+
+
+@dataclass(frozen=True)
+class _PCA:
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        differences = _wide(positive) - _wide(negative)  # (n, hidden)
+        if not bool(differences.any()):
+            raise ValueError("all differences between the sides are zero, and have no principal component")
+        component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+        points_away = (differences @ component).mean() < 0
+        return torch.where(points_away, -component, component)
+
+    def __repr__(self) -> str:
+        return "pca_aggregator()"
+
+
+@dataclass(frozen=True)
+class _Logistic:
+    sklearn_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        half = (_wide(positive) - _wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
+        rows = torch.cat([half, -half]).cpu().numpy()
+        labels = [1] * len(half) + [-1] * len(half)
+        regression = _logistic_regression()(**{"fit_intercept": False, **self.sklearn_kwargs}).fit(rows, labels)
+        normal = torch.as_tensor(regression.coef_, dtype=half.dtype, device=half.device)
+        return torch.nn.functional.normalize(normal.reshape(-1), dim=0)
+
+    def __repr__(self) -> str:
+        return f"logistic_aggregator({dict(self.sklearn_kwargs) or ''})"
+
+
+class _KeptRows:
+    """Keeps all rows, for an aggregator that wants them all at once."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self._aggregator = aggregator
+        self._rows: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
+
+    def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
+        self._rows[side].update(zip(samples, rows))
+
+    def merge(self, other: "_KeptRows") -> None:
+        for side, rows in other._rows.items():
+            self._rows[side].update(rows)
+
+    def direction(self) -> Tensor:
+        samples = sorted(self._rows["positive"])
+        sides = (torch.stack([self._rows[side][n] for n in samples]) for side in ("positive", "negative"))
+        return aggregate(self._aggregator, *sides)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _logistic_regression() -> Any:
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "logistic_aggregator() needs scikit-learn: pip install 'steering-vectors[sklearn]'"
+        ) from error
+    return LogisticRegression

@@ -1,0 +1,56 @@
+"""Record activations at layers during the caller's own passes."""
+
+from collections import defaultdict
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from steering_vectors._hooks import activation_of, attach_all, remove_all
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
+
+
+@contextmanager
+def record_activations(
+    model: nn.Module,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    clone_activations: bool = True,
+    layer_nums: int | Iterable[int] | None = None,
+    *,
+    layers: int | Iterable[int] | None = None,
+) -> Generator[dict[int, list[Tensor]], None, None]:
+    """A dictionary that fills while the model runs inside the block: layer number → one activation per pass.
+
+    Activations are ``(batch, seq, hidden)``, in the model's dtype, on the device where the layer ran; under a steering
+    they are what was steered. ``clone_activations=False`` keeps the layer's own output, with its gradients, instead of a
+    detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end; None
+    records all. The passes are the caller's, and so are gradients and training mode.
+
+    Raises ValueError for layers that the model hasn't, or if both names are given.
+
+    >>> with record_activations(model, layers=[0, -1]) as activations:
+    ...     _ = model(**inputs)
+    >>> {layer: tuple(passes[0].shape) for layer, passes in activations.items()}
+    {0: (2, 5, 32), 1: (2, 5, 32)}
+    """
+    if layer_nums is not None and layers is not None:
+        raise ValueError("layers and layer_nums are two names of one parameter: give one of them")
+    found = find_layers(model, layer_type, layer_config)
+    numbers = found.numbers(layer_nums if layers is None else layers)
+    records: dict[int, list[Tensor]] = defaultdict(list)
+
+    def record(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        activation = activation_of(output)
+        records[number].append(activation.detach().clone() if clone_activations else activation)
+
+    modules = {number: model.get_submodule(found.names[number]) for number in numbers}
+    handles = attach_all(
+        partial(module.register_forward_hook, partial(record, number)) for number, module in modules.items()
+    )
+    try:
+        yield records
+    finally:
+        remove_all(handles)

@@ -1,0 +1,15 @@
+"""The helper of the public library 0.12.2 that its users import."""
+
+from torch import nn
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of ``model`` with this dotted name. Raises LookupError if there is none.
+
+    >>> get_module(model, "transformer.h.0").__class__.__name__
+    'GPT2Block'
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise LookupError(f"{type(model).__name__} has no module {name!r}") from error

@@ -1,0 +1,349 @@
+"""Train a steering vector from contrasting prompts, in one call or in its two halves."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import index as as_index
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
+from steering_vectors.aggregators import (
+    Accumulator,
+    Aggregator,
+    Side,
+    accumulator_for,
+    aggregate,
+    mean_aggregator,
+)
+from steering_vectors.layer_matching import (
+    LayerType,
+    ModelLayerConfig,
+    check_model,
+    find_layers,
+    is_encoder_decoder,
+)
+from steering_vectors.steering_vector import SteeringVector
+from steering_vectors.token_selection import TokenPositions, TokenSelection, as_selector, selected
+
+__all__ = [
+    "LayerType",
+    "SteeringVector",
+    "SteeringVectorTrainingSample",
+    "aggregate_activations",
+    "extract_activations",
+    "train_steering_vector",
+]
+
+# How many pairs are tokenized, and run in the order that suits the model, at a time.
+WINDOW = 4096
+
+_SIDES: tuple[Side, Side] = ("positive", "negative")
+
+
+@dataclass
+class SteeringVectorTrainingSample:
+    """A positive and a negative prompt, each a text or chat messages, with read positions of their own if need be.
+
+    ``read_positive_token_index`` and ``read_negative_token_index`` take the place of ``read_token_index`` for this
+    sample.
+
+    >>> SteeringVectorTrainingSample("I love it", "I hate it", read_positive_token_index=-1).negative_str
+    'I hate it'
+    """
+
+    positive_str: Prompt
+    negative_str: Prompt
+    read_positive_token_index: int | None = None
+    read_negative_token_index: int | None = None
+
+
+TrainingSample: TypeAlias = SteeringVectorTrainingSample | tuple[Prompt, Prompt] | list[Prompt]
+ReadTokenIndex: TypeAlias = int | Callable[[str], int]
+
+
+def train_steering_vector(
+    model: nn.Module,
+    tokenizer: Any,
+    training_samples: Iterable[TrainingSample],
+    layers: int | Iterable[int] | None = None,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    move_to_cpu: bool = False,
+    read_token_index: ReadTokenIndex = -1,
+    show_progress: bool = False,
+    aggregator: Aggregator = mean_aggregator(),
+    batch_size: int = 1,
+    tqdm_desc: str = "Training steering vector",
+    *,
+    tokens: TokenSelection | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> SteeringVector:
+    """The steering vector that contrasting prompts give: a direction ``(hidden,)`` in float32 for each layer.
+
+    ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, from any sequence or
+    iterator. A prompt is a text, or a list of chat messages, which the tokenizer's chat template renders: as far as the
+    text of the last message where that is the assistant's, and else as far as the header of the answer to come.
+    ``chat_template_kwargs`` go to the template, as ``{"enable_thinking": False}``.
+
+    ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
+    ``layers`` are numbers from 0, or negative ones from the end; None trains all. ``layer_type`` and ``layer_config`` are
+    those of :meth:`SteeringVector.apply`.
+
+    What is read of each prompt: the token at ``read_token_index``, counted in the prompt's own tokens, negative from its
+    end, or what a callable gives for the prompt's text; or else the mean over the tokens that the selector ``tokens``
+    selects: ``from_index(1)`` all but the first, whose norm is often a hundred times that of others, and ``completion()``
+    the last assistant message's.
+
+    ``aggregator`` makes a direction of the rows of a layer. ``batch_size`` is the number of pairs in a pass; each row is
+    the same as if its prompt were run alone, up to rounding. Statistics are in float32 or wider, on the device where the
+    layer runs, or on the CPU with ``move_to_cpu``. The model runs in evaluation mode, without gradients, and is
+    afterwards as it was.
+
+    Raises TypeError for arguments of a wrong kind. Raises ValueError for layers that the model hasn't, for models that
+    aren't decoder-only, and for samples that can't be read: none at all, no pair, an empty prompt, a position outside
+    the prompt, a selection of no token, chat messages without a chat template or with other content than text.
+
+    Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
+
+    >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
+    SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=0.27 to 0.296)
+    """
+    accumulators: dict[int, Accumulator] = {}
+    reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+    source = _Source(model, layers, layer_type, layer_config, batch_size)
+    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None):
+        rows = part.rows.to("cpu") if move_to_cpu else part.rows
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        accumulator = accumulators.get(part.layer)
+        if accumulator is None:
+            accumulator = accumulators[part.layer] = accumulator_for(aggregator, rows.shape[-1])
+        for side, own in part.by_side():
+            accumulator.add(rows[own], side, [part.samples[n] for n in own])
+    return SteeringVector({layer: accumulators[layer].direction() for layer in sorted(accumulators)}, layer_type)
+
+
+def extract_activations(
+    model: nn.Module,
+    tokenizer: Any,
+    training_samples: Iterable[TrainingSample],
+    layers: int | Iterable[int] | None = None,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    move_to_cpu: bool = False,
+    read_token_index: ReadTokenIndex = -1,
+    show_progress: bool = False,
+    batch_size: int = 1,
+    tqdm_desc: str = "Extracting activations",
+    *,
+    tokens: TokenSelection | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
+    """The rows that training reads, those of the positive prompts and those of the negative ones, by layer.
+
+    Each layer has a list of tensors ``(batch_size, hidden)``, the last one perhaps shorter, in the samples' order: in the
+    model's dtype for single tokens, in float32 or wider for means over tokens; on the device where the layer runs, or on
+    the CPU with ``move_to_cpu``. Inside ``apply`` they are what was steered.
+
+    Arguments and errors are those of :func:`train_steering_vector`.
+
+    >>> positive, negative = extract_activations(model, tokenizer, [("I love it", "I hate it")], layers=1)
+    >>> positive[1][0].shape
+    torch.Size([1, 32])
+    """
+    found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in _SIDES}
+    reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+    source = _Source(model, layers, layer_type, layer_config, batch_size)
+    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None):
+        rows = part.rows.to("cpu") if move_to_cpu else part.rows
+        for side, own in part.by_side():
+            found[side].setdefault(part.layer, {}).update((part.samples[n], rows[n]) for n in own)
+    positive, negative = (
+        {layer: _in_batches(rows, batch_size) for layer, rows in sorted(found[side].items())} for side in _SIDES
+    )
+    return positive, negative
+
+
+def aggregate_activations(
+    pos_acts_by_layer: Mapping[int, Sequence[Tensor]],
+    neg_acts_by_layer: Mapping[int, Sequence[Tensor]],
+    aggregator: Aggregator = mean_aggregator(),
+) -> dict[int, Tensor]:
+    """A direction ``(hidden,)`` in float32 for each layer, of what :func:`extract_activations` gives.
+
+    Raises ValueError if the sides don't have the same layers and numbers of rows.
+
+    >>> aggregate_activations({0: [torch.ones(1, 2)]}, {0: [torch.zeros(1, 2)]})
+    {0: tensor([1., 1.])}
+    """
+    if pos_acts_by_layer.keys() != neg_acts_by_layer.keys():
+        raise ValueError(
+            f"the sides have different layers: {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}"
+        )
+    directions = {}
+    for layer, positive_rows in pos_acts_by_layer.items():
+        positive, negative = torch.cat(list(positive_rows)), torch.cat(list(neg_acts_by_layer[layer]))
+        if positive.shape != negative.shape:
+            raise ValueError(
+                f"layer {layer}: the sides have rows of shapes {tuple(positive.shape)} and {tuple(negative.shape)}"
+            )
+        directions[layer] = aggregate(aggregator, positive, negative)
+    return directions
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Where activations come from: a model's layers, so many pairs at a time."""
+
+    model: nn.Module
+    layers: int | Iterable[int] | None
+    layer_type: LayerType
+    layer_config: ModelLayerConfig | None
+    batch_size: int
+
+    def modules(self) -> dict[int, nn.Module]:
+        """The layers' modules by number, ascending."""
+        check_model(self.model)
+        if is_encoder_decoder(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on decoder-only ones"
+            )
+        if not hasattr(self.batch_size, "__index__") or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+        found = find_layers(self.model, self.layer_type, self.layer_config)
+        return {n: self.model.get_submodule(found.names[n]) for n in found.numbers(self.layers)}
+
+
+class _Reading:
+    """How a sample's prompts are read: which tokens, after which tokenization."""
+
+    def __init__(
+        self, tokenize: PromptTokenizer, read_token_index: ReadTokenIndex, tokens: TokenSelection | None
+    ) -> None:
+        if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
+            raise ValueError("read_token_index and tokens were given: choose one of them")
+        self._tokenize = tokenize
+        self._index = read_token_index
+        self._selector = None if tokens is None else as_selector(tokens)
+
+    def prompts(self, number: int, sample: Any) -> list[ReadPrompt]:
+        """The positive and the negative prompt of the sample with this number. Errors name it."""
+        pair = _as_sample(number, sample)
+        texts = (pair.positive_str, pair.negative_str)
+        indices = (pair.read_positive_token_index, pair.read_negative_token_index)
+        prompts = []
+        for side, text, index in zip(_SIDES, texts, indices):
+            try:
+                prompts.append(self._prompt(text, index))
+            except (TypeError, ValueError) as error:
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"sample {number}, {side} side: {error}") from error
+        return prompts
+
+    def _prompt(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
+        encoded = self._tokenize(prompt, find_completion=self._selector is not None)
+        if self._selector is not None:
+            if own_index is not None:
+                raise ValueError("the sample's own read index and tokens were given: choose one of them")
+            return self._mean_over_tokens(encoded)
+        index: Any = self._index if own_index is None else own_index
+        if callable(index):
+            index = index(encoded.text)
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
+        position, length = as_index(index), len(encoded.input_ids)
+        if not -length <= position < length:
+            raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
+        return ReadPrompt(encoded.input_ids, [position % length])
+
+    def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
+        assert self._selector is not None
+        length = len(encoded.input_ids)
+        places = torch.arange(length)
+        start = encoded.completion_start
+        positions = TokenPositions(
+            index=places[None],
+            column=places,
+            input_ids=torch.tensor(encoded.input_ids)[None],
+            prompt_length=None if start is None else torch.tensor([start]),
+            begins_sequence=True,
+        )
+        weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise ValueError(f"tokens={self._selector!r} gave weights that are negative or not finite")
+        chosen = weights.nonzero().squeeze(1).tolist()
+        if not chosen:
+            raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")
+        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class _PairedRows:
+    """Rows ``(n, hidden)`` of one layer, each of one side of a sample."""
+
+    layer: int
+    rows: Tensor
+    sides: Sequence[Side]
+    samples: Sequence[int]
+
+    def by_side(self) -> Iterator[tuple[Side, list[int]]]:
+        """For each side, which rows are its own."""
+        for side in _SIDES:
+            own = [n for n, row_side in enumerate(self.sides) if row_side == side]
+            if own:
+                yield side, own
+
+
+def _paired_rows(
+    source: _Source, reading: _Reading, training_samples: Iterable[TrainingSample], description: str | None
+) -> Iterator[_PairedRows]:
+    """Every sample's two rows at every layer, in the order in which the model runs; a bar where it has a description."""
+    modules = source.modules()
+    if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
+        raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
+    total = len(training_samples) if isinstance(training_samples, Sequence) else None
+    samples = enumerate(training_samples)
+    first = 0
+    with tqdm(total=total, desc=description, unit="pair", disable=description is None) as bar:
+        while window := list(islice(samples, WINDOW)):
+            prompts = [prompt for number, sample in window for prompt in reading.prompts(number, sample)]
+            if first == 0:
+                check_causal(source.model, modules, max((prompt.input_ids for prompt in prompts), key=len))
+            done = 0
+            for part in extract_rows(source.model, modules, prompts, rows_per_pass=2 * source.batch_size):
+                yield _paired(part, first)
+                if part.layer == max(modules):
+                    bar.update((done + len(part.prompts)) // 2 - done // 2)
+                    done += len(part.prompts)
+            first += len(window)
+    if first == 0:
+        raise ValueError("training_samples is empty: give at least one pair (positive, negative)")
+
+
+def _paired(part: LayerRows, first: int) -> _PairedRows:
+    """Prompt 2n of a window is the positive side of its n-th sample, prompt 2n + 1 the negative one."""
+    sides = [_SIDES[prompt % 2] for prompt in part.prompts]
+    return _PairedRows(part.layer, part.rows, sides, [first + prompt // 2 for prompt in part.prompts])
+
+
+def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:
+    if isinstance(sample, SteeringVectorTrainingSample):
+        return sample
+    if isinstance(sample, (tuple, list)) and len(sample) == 2 and not any(isinstance(s, Mapping) for s in sample):
+        return SteeringVectorTrainingSample(sample[0], sample[1])
+    size = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
+    hint = (
+        " of chat messages" if isinstance(sample, (tuple, list)) and any(isinstance(s, Mapping) for s in sample) else ""
+    )
+    raise TypeError(
+        f"sample {number} must be a pair (positive, negative) or a SteeringVectorTrainingSample, "
+        f"got {type(sample).__name__}{size}{hint}"
+    )
+
+
+def _in_batches(rows: Mapping[int, Tensor], batch_size: int) -> list[Tensor]:
+    return list(torch.stack([rows[sample] for sample in sorted(rows)]).split(batch_size))

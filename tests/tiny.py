@@ -1,0 +1,155 @@
+"""Tiny random models of many architectures, and a tokenizer for them, built in code."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 320
+HIDDEN = 32
+LAYERS = 3
+WINDOW = 6
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
+
+# model type → (configuration class, what its configuration needs beyond the sizes)
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {**_SIZES, "n_layer": LAYERS, "n_head": 4}),
+    "falcon": ("FalconConfig", {**_SIZES, "alibi": False, "new_decoder_architecture": False}),
+    "gemma2": ("Gemma2Config", {**_SIZES, **_HEADS, "sliding_window": WINDOW}),
+    "gemma3": ("Gemma3TextConfig", {**_SIZES, **_HEADS, "sliding_window": WINDOW}),
+    "gpt2": ("GPT2Config", _GPT_SIZES),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            **{name: value for name, value in _SIZES.items() if name != "num_hidden_layers"},
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": WINDOW,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", _SIZES),
+    "gptj": ("GPTJConfig", {**_GPT_SIZES, "rotary_dim": 4}),
+    "llama": ("LlamaConfig", {**_SIZES, **_HEADS}),
+    "mamba": ("MambaConfig", {**_SIZES, "state_size": 8}),
+    "mistral": ("MistralConfig", {**_SIZES, **_HEADS, "sliding_window": WINDOW}),
+    "mixtral": ("MixtralConfig", {**_SIZES, **_HEADS, "num_local_experts": 4}),
+    "mpt": ("MptConfig", {**_SIZES, "d_model": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 128}),
+    "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": HIDDEN}),
+    "phi": ("PhiConfig", _SIZES),
+    "qwen2": ("Qwen2Config", {**_SIZES, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {**_SIZES, **_HEADS}),
+    "rwkv": ("RwkvConfig", {**_SIZES, "attention_hidden_size": HIDDEN}),
+    "stablelm": ("StableLmConfig", {**_SIZES, "num_key_value_heads": 2}),
+}
+
+ARCHITECTURES = [name for name, (config, _) in _CONFIGS.items() if hasattr(transformers, config)]
+# Their states take padding in, whoever steers them.
+IGNORE_PADDING = {"rwkv"}
+ON_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+
+
+def build(architecture: str, **overrides: Any) -> PreTrainedModel:
+    """A new model of the architecture, in evaluation mode, with weights large enough that tokens differ."""
+    class_name, settings = _CONFIGS[architecture]
+    config = getattr(transformers, class_name)(**{**settings, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+@lru_cache(maxsize=None)
+def shared(architecture: str) -> PreTrainedModel:
+    """One model of the architecture for the whole run; tests must leave it as it was."""
+    return build(architecture)
+
+
+def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder blocks, told by hand, independently of the library."""
+    paths = ("model.layers", "transformer.h", "transformer.blocks", "gpt_neox.layers", "model.decoder.layers")
+    for path in (*paths, "backbone.layers", "rwkv.blocks"):
+        try:
+            return list(model.get_submodule(path))
+        except AttributeError:
+            continue
+    raise AssertionError(type(model))
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(
+    *, padding_side: str = "right", bos: bool = False, pad: bool = True, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with ids below VOCABULARY; with ``bos`` it begins each text with <s>."""
+    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(specials)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>" if pad else None,
+        padding_side=padding_side,
+    )
+    made.chat_template = chat_template
+    return made
+
+
+def hidden_states(model: PreTrainedModel, input_ids: list[int]) -> list[torch.Tensor]:
+    """What each block gives for one prompt alone, ``(seq, hidden)``, by plain hooks written out here."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        outputs.append((output if isinstance(output, torch.Tensor) else output[0])[0].detach())
+
+    handles = [block.register_forward_hook(keep) for block in blocks(model)]
+    with torch.no_grad():
+        model(torch.tensor([input_ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+Selection = Callable[[int, int], bool]  # (own token index, prompt length) → whether it is steered
