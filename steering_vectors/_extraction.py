@@ -70,8 +70,8 @@ def check_causal(model: nn.Module, modules: Mapping[int, nn.Module], input_ids: 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if (rows[0] - rows[1]).norm() > _ROUNDING.get(dtype, 5e-2) * rows[0].norm():
         raise ValueError(
-            f"{type(model).__name__} is no decoder-only language model: an activation changes with the tokens that follow "
-            f"it. For a BERT-like model, set is_decoder=True in its config."
+            f"{type(model).__name__} is no decoder-only language model: an activation changes with the tokens that "
+            f"follow it. For a BERT-like model, set is_decoder=True in its config."
         )
 
 

@@ -92,7 +92,7 @@ class PassTracker:
             # A module that was entered already belongs to a new pass: the old one was abandoned.
             if current is None or depth <= current.depth:
                 current = self._thread.current = ForwardPass(module, self._memory)
-            known = None if self._memory is None else pass_arguments({**dict(zip(names, args)), **kwargs})
+            known = None if self._memory is None else pass_arguments({**dict(zip(names, args, strict=False)), **kwargs})
             current.enter(depth, known)
 
         return [
@@ -100,7 +100,7 @@ class PassTracker:
             lambda: module.register_forward_hook(self._end, always_call=True),
         ]
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         current = self.current
         if current is None or current.begun_by is not module:
             return
@@ -150,7 +150,9 @@ class _CacheMemory:
         self._keep(cache, _Fed(columns, tokens, positions.prompt_length))
 
     def _prompt_length(self, call: PassArguments, index: Tensor, fed: _Fed) -> Tensor | None:
-        """The own tokens of the first pass over a cache; None where there was no such pass, or more of the prompt came."""
+        """The own tokens of the first pass over a cache; None where there was no such pass, or more of the prompt
+        came.
+        """
         if call.cache is None:
             return index.amax(dim=1) + 1 if call.makes_cache else None
         length = fed.columns if call.cached is None else call.cached

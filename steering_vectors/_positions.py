@@ -18,7 +18,8 @@ CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "la
 class PassArguments:
     """What a pass was given, noted before it changes its cache.
 
-    ``mask``: ``(batch, past + seq)``, nonzero on tokens. ``query_mask``: ``(batch, heads, seq, keys)``, bool or additive.
+    ``mask``: ``(batch, past + seq)``, nonzero on tokens. ``query_mask``: ``(batch, heads, seq, keys)``, bool or
+    additive.
     ``cached``: the columns in the cache, a number where the host knows it, a scalar tensor for a static cache, None for
     a cache that doesn't tell (recurrent models). ``columns``: the places ``(seq,)`` that the caller itself gave.
     ``makes_cache``: whether there is no cache yet, and the pass was asked to make one.
@@ -90,8 +91,8 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
 def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int) -> tuple[Tensor, Tensor]:
     """``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
 
-    ``fed_tokens (batch,)`` and ``fed_columns`` are what earlier passes fed into this pass's cache, for caches that don't
-    tell their length.
+    ``fed_tokens (batch,)`` and ``fed_columns`` are what earlier passes fed into this pass's cache, for caches that
+    don't tell their length.
     """
     assert call.shape is not None
     batch, seq = call.shape
@@ -117,8 +118,8 @@ def along_tokens(weights: Tensor, activation: Tensor) -> Tensor:
     """``weights (batch, seq)`` as a view that broadcasts to ``activation``.
 
     Activations are ``(batch, seq, hidden)`` in most models; ``(batch * seq, hidden)`` in some feed-forward parts,
-    ``(seq, batch, hidden)`` or with one more axis for parallel streams in a few. Raises ValueError where it can't be told
-    which axes are batch and seq.
+    ``(seq, batch, hidden)`` or with one more axis for parallel streams in a few. Raises ValueError where it can't be
+    told which axes are batch and seq.
     """
     batch, seq = weights.shape
     axes = tuple(activation.shape[:-1])

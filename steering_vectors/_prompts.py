@@ -1,8 +1,8 @@
 """Texts and chat messages → token ids, and where the completion begins."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -17,7 +17,9 @@ _TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "continue_final_mess
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, the text that they stand for, and the first token of the completion, where that is known."""
+    """A prompt's token ids, the text that they stand for, and the first token of the completion, where that is
+    known.
+    """
 
     input_ids: list[int]
     text: str
@@ -45,7 +47,8 @@ class PromptTokenizer:
     def __call__(self, prompt: Prompt, *, find_completion: bool = False) -> TokenizedPrompt:
         """A prompt's tokens; with ``find_completion``, where a chat's last assistant turn begins too.
 
-        Raises TypeError unless ``prompt`` is a text or chat messages, and ValueError for what can't be read."""
+        Raises TypeError unless ``prompt`` is a text or chat messages, and ValueError for what can't be read.
+        """
         if isinstance(prompt, str):
             encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
         elif is_chat(prompt):
@@ -88,8 +91,8 @@ class PromptTokenizer:
     def _render_unfinished(self, messages: Sequence[Message]) -> str:
         """The chat as far as the last message's text, without what the template puts after it.
 
-        As ``continue_final_message=True`` of transformers 5 does it: transformers 4 looks for the text itself, and finds
-        it in the trailer too, or not at all where the template rewrites it.
+        As ``continue_final_message=True`` of transformers 5 does it: transformers 4 looks for the text itself, and
+        finds it in the trailer too, or not at all where the template rewrites it.
         """
         rendered = self._render([*messages[:-1], _with_text_appended(messages[-1], f"{_MARK} ")])
         before, mark, after = rendered.rpartition(_MARK)
@@ -104,8 +107,8 @@ class PromptTokenizer:
             return _shared(text, self._render_unfinished([_with_text(messages[-1], "")]))
         turn = _shared(text, self._render(history))
         start = _shared(text, self._render(history, add_generation_prompt=True))
-        # Templates for thinking models write a thinking block into the header of the last turn. What stands right before
-        # the text of an earlier turn is the header alone.
+        # Templates for thinking models write a thinking block into the header of the last turn. What stands right
+        # before the text of an earlier turn is the header alone.
         try:
             earlier = self._render([*history, _with_text(messages[-1], _MARK), {"role": "user", "content": "."}])
         except Exception:  # whatever a template raises: it has no such turns
@@ -129,7 +132,7 @@ class PromptTokenizer:
             spans = encoded["offset_mapping"]
             return added + next((n for n, (_, end) in enumerate(spans) if end > character), len(spans))
         before = self._tokenizer(text[:character], add_special_tokens=False)["input_ids"]
-        return added + len(os.path.commonprefix([list(before), ids[added:]]))
+        return added + _shared(list(before), ids[added:])
 
 
 def is_chat(prompt: object) -> bool:
@@ -147,9 +150,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
         parts = [] if isinstance(content, str) else content
         kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
         if kinds:
-            raise ValueError(
-                f"a chat message holds {', '.join(kinds)}: samples are text only for now, though the model may take more"
-            )
+            raise ValueError(f"a chat message holds {', '.join(kinds)}: samples are text only for now")
 
 
 def _with_text(message: Message, text: str) -> dict[str, Any]:
@@ -167,5 +168,6 @@ def _with_text_appended(message: Message, addition: str) -> dict[str, Any]:
     return {**message, "content": [*others, {**last, "text": last["text"] + addition}]}
 
 
-def _shared(text: str, other: str) -> int:
-    return len(os.path.commonprefix([text, other]))
+def _shared(some: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long a beginning the two have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, other, strict=False)))

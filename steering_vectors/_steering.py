@@ -128,8 +128,8 @@ class SteeringPatchHandle:
         current = self._tracker.current
         if current is None:
             raise RuntimeError(
-                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the model "
-                "and not its layers, and steer all tokens under gradient checkpointing"
+                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
+                "model and not its layers, and steer all tokens under gradient checkpointing"
             )
         device = activation.device
         if device not in current.weights:
@@ -257,8 +257,8 @@ class _Change:
                 copy = self._scaled.to(*key).reshape(1, 1, -1)
             if not bool(copy.isfinite().all()):
                 raise ValueError(
-                    f"layer {self._layer}: the direction times the multiplier is too large for the model's {activation.dtype}; "
-                    f"use a smaller multiplier or a model in bfloat16"
+                    f"layer {self._layer}: the direction times the multiplier is too large for the model's "
+                    f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
                 )
             self._copies[key] = copy
         return self._copies[key]
@@ -318,7 +318,7 @@ def width_message(width: int, layer: int, layer_width: int) -> str:
 
 
 def _broadcasts_to(delta: Tensor, activation: Tensor) -> bool:
-    sizes = zip(reversed(delta.shape), reversed(activation.shape))
+    sizes = zip(reversed(delta.shape), reversed(activation.shape), strict=False)
     return delta.ndim <= activation.ndim and all(own in (1, size) for own, size in sizes)
 
 

@@ -1,7 +1,7 @@
 """Aggregators: from contrasting rows of activations to a direction.
 
-An aggregator is any callable that gets the positive and the negative rows, both ``(n, hidden)`` in float32 or wider, row i
-of one belonging to row i of the other, and returns a direction ``(hidden,)``. One that also has the method
+An aggregator is any callable that gets the positive and the negative rows, both ``(n, hidden)`` in float32 or wider,
+row i of one belonging to row i of the other, and returns a direction ``(hidden,)``. One that also has the method
 ``accumulator(hidden)`` takes the rows as they come and keeps only what it needs of them.
 """
 
@@ -22,7 +22,9 @@ class Accumulator(Protocol):
     """What makes a direction of rows that come in any order, the sides of a pair perhaps far apart."""
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
-        """Take in ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number ``samples[i]``."""
+        """Take in ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number
+        ``samples[i]``.
+        """
 
     def merge(self, other: Any) -> None:
         """Take in what another accumulator of the same kind has seen, of other pairs."""
@@ -69,8 +71,8 @@ def pca_aggregator() -> Aggregator:
 def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggregator:
     """The normal of a logistic regression between the sides, at norm 1; each pair is centred on its own mean first.
 
-    ``sklearn_kwargs`` go to scikit-learn's ``LogisticRegression``. Activations have norms in the tens to the thousands, so
-    a multiplier of 1 is seldom visible.
+    ``sklearn_kwargs`` go to scikit-learn's ``LogisticRegression``. Activations have norms in the tens to the
+    thousands, so a multiplier of 1 is seldom visible.
 
     Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``.
 
@@ -175,7 +177,7 @@ class _KeptRows:
         self._rows: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
-        self._rows[side].update(zip(samples, rows))
+        self._rows[side].update(zip(samples, rows, strict=True))
 
     def merge(self, other: "_KeptRows") -> None:
         for side, rows in other._rows.items():

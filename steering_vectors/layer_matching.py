@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any, Literal, TypeAlias, get_args
@@ -56,7 +57,8 @@ _PART_PATHS: dict[str, tuple[str, ...]] = {
         *("layer.2.layer_norm", "layer.1.layer_norm"),
     ),
 }
-# Names under which hybrid models keep a part of one kind in some blocks and of another in others: the class tells which.
+# Names under which hybrid models keep a part of one kind in some blocks and of another in others: the class tells
+# which.
 _MIXED_PARTS = {"temporal_block", "mixer"}
 _CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": re.compile("mlp|moe|experts", re.I)}
 
@@ -167,7 +169,8 @@ def guess_and_enhance_layer_config(
 ) -> ModelLayerConfig:
     """A copy of ``layer_config`` with matchers for the layer types that it lacks, or for ``layer_type`` alone.
 
-    Types that the model hasn't, or that can't be told, stay absent. Errors are those of :func:`find_layers` but for that.
+    Types that the model hasn't, or that can't be told, stay absent. Errors are those of :func:`find_layers` but for
+    that.
 
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")
     {'mlp': 'transformer.h.{num}.mlp'}
@@ -272,10 +275,8 @@ def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
     get_decoder = getattr(module, "get_decoder", None)
     found = [getattr(module, name, None) for name in _DECODER_NAMES]
     if callable(get_decoder):
-        try:
+        with suppress(AttributeError, NotImplementedError):
             found.append(get_decoder())
-        except (AttributeError, NotImplementedError):
-            pass
     found.append(getattr(module, "base_model", None))
     for inner in found:
         if (
@@ -288,7 +289,9 @@ def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _configured(model: nn.Module) -> nn.Module:
-    """The outermost module with a config of its own, inside wrappers such as DistributedDataParallel; else the model."""
+    """The outermost module with a config of its own, inside wrappers such as DistributedDataParallel; else the
+    model.
+    """
     return next((module for module in model.modules() if hasattr(module, "config")), model)
 
 
@@ -334,9 +337,9 @@ def _part_path(block: nn.Module, layer_type: str) -> str | None:
             continue
         if isinstance(part, (nn.ModuleList, nn.Identity)):
             continue
-        if path in _MIXED_PARTS and layer_type in _CLASS_OF_MIXED_PART:
-            if not _CLASS_OF_MIXED_PART[layer_type].search(type(part).__name__):
-                continue
+        class_name = _CLASS_OF_MIXED_PART.get(layer_type) if path in _MIXED_PARTS else None
+        if class_name is not None and not class_name.search(type(part).__name__):
+            continue
         return path
     return None
 

@@ -25,9 +25,9 @@ def record_activations(
     """A dictionary that fills while the model runs inside the block: layer number → one activation per pass.
 
     Activations are ``(batch, seq, hidden)``, in the model's dtype, on the device where the layer ran; under a steering
-    they are what was steered. ``clone_activations=False`` keeps the layer's own output, with its gradients, instead of a
-    detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end; None
-    records all. The passes are the caller's, and so are gradients and training mode.
+    they are what was steered. ``clone_activations=False`` keeps the layer's own output, with its gradients, instead
+    of a detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end;
+    None records all. The passes are the caller's, and so are gradients and training mode.
 
     Raises ValueError for layers that the model hasn't, or if both names are given.
 

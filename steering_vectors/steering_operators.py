@@ -1,7 +1,7 @@
 """Operators: from an activation and a direction to the change of the activation.
 
-An operator is any callable that gets the activation ``(batch, seq, hidden)`` and the direction times the multiplier, of a
-shape that broadcasts to it, both in the activation's dtype, and returns what is to be added to the activation. The
+An operator is any callable that gets the activation ``(batch, seq, hidden)`` and the direction times the multiplier,
+of a shape that broadcasts to it, both in the activation's dtype, and returns what is to be added to the activation. The
 result is computed for all tokens and added to the selected ones.
 """
 

@@ -71,8 +71,8 @@ class SteeringVector:
 
         Which tokens are steered, by one of these; by default all:
         ``tokens`` takes a selector (:func:`~steering_vectors.generated` and others, or any callable from
-        :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``), a list of indices, a slice or a
-        mask of columns. ``token_indices`` is its older name, ``min_token_index=n`` means ``tokens=from_index(n)``.
+        :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``), a list of indices, a slice
+        or a mask of columns. ``token_indices`` is its older name, ``min_token_index=n`` means ``tokens=from_index(n)``.
         Indices count a row's own tokens, without padding, and with those in the cache. Negative ones count columns from
         the end of each pass: -1 is the prompt's last column first, and then each generated token. With them it matters
         how the cache cuts the passes; :func:`~steering_vectors.generated` is exact.
@@ -80,8 +80,8 @@ class SteeringVector:
         The change is computed in the activation's dtype, on its device. Directions that require grad get it.
 
         Raises, when called and again on entering, before anything is attached: TypeError for arguments of a wrong kind;
-        ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more than
-        one selection of tokens. Warns with a RuntimeWarning on leaving if the model ran and was steered nowhere.
+        ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more
+        than one selection of tokens. Warns with a RuntimeWarning on leaving if the model ran and was steered nowhere.
 
         >>> with vector.apply(model, multiplier=2.0, tokens=generated(inputs)):
         ...     output = model.generate(**inputs, max_new_tokens=4)

@@ -4,9 +4,9 @@ A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, se
 """
 
 import operator
-from functools import lru_cache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, SupportsIndex, TypeAlias
 
 import torch
@@ -21,7 +21,8 @@ class TokenPositions:
     cached tokens are; padding itself has -1.
     ``column`` ``(seq,)``, int64: the place in the padded row, cached columns counted.
     ``input_ids`` ``(batch, seq)``, or None where the pass got embeddings.
-    ``prompt_length`` ``(batch,)``, int64: how many own tokens stand before the completion, or None where that is unknown.
+    ``prompt_length`` ``(batch,)``, int64: how many own tokens stand before the completion, or None where that is
+    unknown.
     ``begins_sequence``: whether the pass is known, without asking a device, to have no cached tokens before it.
 
     All tensors are on one device. A selector must not change them.
@@ -70,8 +71,8 @@ def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> 
     """The tokens whose outputs decide the answer: from the prompt's last token on.
 
     ``inputs`` says where the prompts end: what was given to ``model.generate``, a mapping with ``attention_mask``
-    ``(batch, seq)``, or the prompts' lengths in tokens, one number or one per row. If it holds ``input_ids`` too, a pass
-    that begins with another prompt is a ValueError: the selector was left over from an earlier one.
+    ``(batch, seq)``, or the prompts' lengths in tokens, one number or one per row. If it holds ``input_ids`` too, a
+    pass that begins with another prompt is a ValueError: the selector was left over from an earlier one.
 
     Without ``inputs`` the first pass over each cache is taken as the prompt; where that cannot be known (no cache, or
     several tokens on a cache that is not empty), the pass raises a ValueError. A last piece of a chunked prefill that
@@ -181,7 +182,7 @@ def expand_rows(rows: Tensor, batch: int, what: str) -> Tensor:
     Beams and several answers to a prompt repeat rows so. Raises ValueError unless ``batch`` is a multiple of ``n``.
     """
     n = rows.shape[0]
-    if n == batch or n == 1:
+    if n in (1, batch):
         return rows.expand(batch, *rows.shape[1:])
     if n == 0 or batch % n:
         raise ValueError(
@@ -366,8 +367,8 @@ def _prompt_length(prompt: _Prompt | None, positions: TokenPositions, selector: 
     if positions.prompt_length is None:
         advice = "generated(inputs)" if selector == "completion" else f"{selector}(inputs)"
         raise ValueError(
-            f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and under "
-            f"generation a cache whose first pass was the whole prompt. {advice} takes what you give to model.generate."
+            f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and "
+            f"under generation a cache whose first pass was the whole prompt. {advice} takes what you give to model.generate."
         )
     return positions.prompt_length[:, None]
 

@@ -85,24 +85,25 @@ def train_steering_vector(
 ) -> SteeringVector:
     """The steering vector that contrasting prompts give: a direction ``(hidden,)`` in float32 for each layer.
 
-    ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, from any sequence or
-    iterator. A prompt is a text, or a list of chat messages, which the tokenizer's chat template renders: as far as the
-    text of the last message where that is the assistant's, and else as far as the header of the answer to come.
+    ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, from any
+    sequence or iterator. A prompt is a text, or a list of chat messages, which the tokenizer's chat template
+    renders: as far as the text of the last message where that is the assistant's, and else as far as the header of
+    the answer to come.
     ``chat_template_kwargs`` go to the template, as ``{"enable_thinking": False}``.
 
     ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
-    ``layers`` are numbers from 0, or negative ones from the end; None trains all. ``layer_type`` and ``layer_config`` are
-    those of :meth:`SteeringVector.apply`.
+    ``layers`` are numbers from 0, or negative ones from the end; None trains all. ``layer_type`` and
+    ``layer_config`` are those of :meth:`SteeringVector.apply`.
 
-    What is read of each prompt: the token at ``read_token_index``, counted in the prompt's own tokens, negative from its
-    end, or what a callable gives for the prompt's text; or else the mean over the tokens that the selector ``tokens``
-    selects: ``from_index(1)`` all but the first, whose norm is often a hundred times that of others, and ``completion()``
-    the last assistant message's.
+    What is read of each prompt: the token at ``read_token_index``, counted in the prompt's own tokens, negative from
+    its end, or what a callable gives for the prompt's text; or else the mean over the tokens that the selector
+    ``tokens`` selects: ``from_index(1)`` all but the first, whose norm is often a hundred times that of others, and
+    ``completion()`` the last assistant message's.
 
-    ``aggregator`` makes a direction of the rows of a layer. ``batch_size`` is the number of pairs in a pass; each row is
-    the same as if its prompt were run alone, up to rounding. Statistics are in float32 or wider, on the device where the
-    layer runs, or on the CPU with ``move_to_cpu``. The model runs in evaluation mode, without gradients, and is
-    afterwards as it was.
+    ``aggregator`` makes a direction of the rows of a layer. ``batch_size`` is the number of pairs in a pass; each
+    row is the same as if its prompt were run alone, up to rounding. Statistics are in float32 or wider, on the
+    device where the layer runs, or on the CPU with ``move_to_cpu``. The model runs in evaluation mode, without
+    gradients, and is afterwards as it was.
 
     Raises TypeError for arguments of a wrong kind. Raises ValueError for layers that the model hasn't, for models that
     aren't decoder-only, and for samples that can't be read: none at all, no pair, an empty prompt, a position outside
@@ -145,9 +146,9 @@ def extract_activations(
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
     """The rows that training reads, those of the positive prompts and those of the negative ones, by layer.
 
-    Each layer has a list of tensors ``(batch_size, hidden)``, the last one perhaps shorter, in the samples' order: in the
-    model's dtype for single tokens, in float32 or wider for means over tokens; on the device where the layer runs, or on
-    the CPU with ``move_to_cpu``. Inside ``apply`` they are what was steered.
+    Each layer has a list of tensors ``(batch_size, hidden)``, the last one perhaps shorter, in the samples' order: in
+    the model's dtype for single tokens, in float32 or wider for means over tokens; on the device where the layer
+    runs, or on the CPU with ``move_to_cpu``. Inside ``apply`` they are what was steered.
 
     Arguments and errors are those of :func:`train_steering_vector`.
 
@@ -210,7 +211,8 @@ class _Source:
         check_model(self.model)
         if is_encoder_decoder(self.model):
             raise ValueError(
-                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on decoder-only ones"
+                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on "
+                f"decoder-only ones"
             )
         if not hasattr(self.batch_size, "__index__") or self.batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
@@ -236,7 +238,7 @@ class _Reading:
         texts = (pair.positive_str, pair.negative_str)
         indices = (pair.read_positive_token_index, pair.read_negative_token_index)
         prompts = []
-        for side, text, index in zip(_SIDES, texts, indices):
+        for side, text, index in zip(_SIDES, texts, indices, strict=True):
             try:
                 prompts.append(self._prompt(text, index))
             except (TypeError, ValueError) as error:
@@ -301,7 +303,7 @@ class _PairedRows:
 def _paired_rows(
     source: _Source, reading: _Reading, training_samples: Iterable[TrainingSample], description: str | None
 ) -> Iterator[_PairedRows]:
-    """Every sample's two rows at every layer, in the order in which the model runs; a bar where it has a description."""
+    """Every sample's two rows at every layer, in the order in which the model runs; a description brings a bar."""
     modules = source.modules()
     if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
