@@ -368,7 +368,8 @@ def _prompt_length(prompt: _Prompt | None, positions: TokenPositions, selector: 
         advice = "generated(inputs)" if selector == "completion" else f"{selector}(inputs)"
         raise ValueError(
             f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and "
-            f"under generation a cache whose first pass was the whole prompt. {advice} takes what you give to model.generate."
+            f"under generation a cache whose first pass was the whole prompt. {advice} takes what you give to "
+            f"model.generate."
         )
     return positions.prompt_length[:, None]
 

@@ -112,7 +112,7 @@ def train_steering_vector(
     Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
 
     >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
-    SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=0.27 to 0.296)
+    SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
     accumulators: dict[int, Accumulator] = {}
     reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
@@ -348,4 +348,4 @@ def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:
 
 
 def _in_batches(rows: Mapping[int, Tensor], batch_size: int) -> list[Tensor]:
-    return list(torch.stack([rows[sample] for sample in sorted(rows)]).split(batch_size))
+    return list(torch.split(torch.stack([rows[sample] for sample in sorted(rows)]), batch_size))

