@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, and a tokenizer for them, built in code."""
 
-from collections.abc import Callable
-from functools import lru_cache
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ VOCABULARY = 320
 HIDDEN = 32
 LAYERS = 3
 WINDOW = 6
+# There a cached Gemma-2 gives other logits than an uncached one beyond its window, whoever steers it.
+ON_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -41,7 +43,7 @@ _HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {**_SIZES, "n_layer": LAYERS, "n_head": 4}),
     "falcon": ("FalconConfig", {**_SIZES, "alibi": False, "new_decoder_architecture": False}),
-    "gemma2": ("Gemma2Config", {**_SIZES, **_HEADS, "sliding_window": WINDOW}),
+    "gemma2": ("Gemma2Config", {**_SIZES, **_HEADS, "sliding_window": 32 if ON_TRANSFORMERS_4 else WINDOW}),
     "gemma3": ("Gemma3TextConfig", {**_SIZES, **_HEADS, "sliding_window": WINDOW}),
     "gpt2": ("GPT2Config", _GPT_SIZES),
     "gpt_neo": (
@@ -72,7 +74,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 ARCHITECTURES = [name for name, (config, _) in _CONFIGS.items() if hasattr(transformers, config)]
 # Their states take padding in, whoever steers them.
 IGNORE_PADDING = {"rwkv"}
-ON_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+# The states of this one can't be reordered, so that generate refuses beams.
+WITH_BEAMS = [name for name in ARCHITECTURES if name != "rwkv"]
+_STATIC = ["gemma3", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"]
+_STATIC_ON_TRANSFORMERS_4 = ["gpt_neox", "llama", "phi", "qwen2", "stablelm"]
+WITH_STATIC_CACHE = _STATIC_ON_TRANSFORMERS_4 if ON_TRANSFORMERS_4 else _STATIC
 
 
 def build(architecture: str, **overrides: Any) -> PreTrainedModel:
@@ -90,7 +96,7 @@ def build(architecture: str, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared(architecture: str) -> PreTrainedModel:
     """One model of the architecture for the whole run; tests must leave it as it was."""
     return build(architecture)
@@ -137,6 +143,13 @@ def tokenizer(
     return made
 
 
+def position_ids(model: PreTrainedModel, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The position ids that generate gives, for the models that take them."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+
 def hidden_states(model: PreTrainedModel, input_ids: list[int]) -> list[torch.Tensor]:
     """What each block gives for one prompt alone, ``(seq, hidden)``, by plain hooks written out here."""
     outputs: list[torch.Tensor] = []
@@ -150,6 +163,3 @@ def hidden_states(model: PreTrainedModel, input_ids: list[int]) -> list[torch.Te
     for handle in handles:
         handle.remove()
     return outputs
-
-
-Selection = Callable[[int, int], bool]  # (own token index, prompt length) → whether it is steered
