@@ -7,7 +7,7 @@ MODEL ?=
 
 # The oldest transformers that is supported runs with a torch newer than itself.
 OLDEST = transformers==4.46.3
-PIP_FLAGS = --quiet --disable-pip-version-check
+PIP_FLAGS = -qq --disable-pip-version-check
 
 .PHONY: help demo test test-oldest lint types format clean
 
