@@ -11,7 +11,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 # The names under which models take the state of earlier passes.
-CACHE_NAMES = ("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state")
+CACHE_NAMES = (
+    *("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state"),
+    "past_buckets_states",
+)
+# Arguments of XLNet's with which a pass computes some of its row's tokens again, and one that is no token.
+_REORDERING_NAMES = ("mems", "perm_mask", "target_mapping")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,7 @@ class PassArguments:
     cache: Any
     cached: int | Tensor | None
     makes_cache: bool
+    reorders: bool
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -58,6 +64,7 @@ def pass_arguments(arguments: Mapping[str, Any]) -> PassArguments:
         cache=cache,
         cached=cached_columns(cache),
         makes_cache=cache is None and arguments.get("use_cache") is True,
+        reorders=any(arguments.get(name) is not None for name in _REORDERING_NAMES),
     )
 
 
@@ -85,6 +92,7 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
         cache=cached[0].cache if cached else None,
         cached=cached[0].cached if cached else 0,
         makes_cache=not cached and any(call.makes_cache for call in fitting),
+        reorders=any(call.reorders for call in fitting),
     )
 
 
@@ -92,8 +100,12 @@ def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int
     """``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
 
     ``fed_tokens (batch,)`` and ``fed_columns`` are what earlier passes fed into this pass's cache, for caches that
-    don't tell their length.
+    don't tell their length. Raises ValueError for a pass that doesn't take a row's tokens in their order.
     """
+    if call.reorders:
+        raise ValueError(
+            f"can't tell where the tokens stand in a pass that is given {' or '.join(_REORDERING_NAMES)}; steer all tokens"
+        )
     assert call.shape is not None
     batch, seq = call.shape
     given = call.input_ids if call.inputs_embeds is None else call.inputs_embeds
@@ -206,8 +218,9 @@ def cached_columns(cache: Any) -> int | Tensor | None:
         length = cache.get_seq_length()
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
-    # A static cache counts in a tensor that the pass changes.
-    return length.clone() if isinstance(length, Tensor) else int(length)
+    if isinstance(length, Tensor):
+        return length.clone()  # a static cache counts in a tensor that the pass changes
+    return length if isinstance(length, int) else None
 
 
 def _columns_of_tuples(cache: Sequence[Any]) -> int | None:

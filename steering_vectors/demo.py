@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="a Hugging Face model's name or folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--layer", type=int, help="the decoder block to steer; by default one just past the middle")
     options = parser.parse_args(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     print(f"Loading {options.model or 'SmolLM2-135M-Instruct, which takes about 20 seconds'} ...", flush=True)
     model, tokenizer, layer = load(options.model, options.layer)
@@ -124,8 +124,8 @@ def _show_answers(question: str, answers: dict[int, str]) -> None:
 
 
 def _side_by_side(left: str, right: str, width: int) -> Iterator[tuple[str, str]]:
-    lines = (textwrap.wrap(_one_line(text), width) for text in (left, right))
-    return zip_longest(*lines, fillvalue="")
+    left_lines, right_lines = (textwrap.wrap(_one_line(text), width) for text in (left, right))
+    return zip_longest(left_lines, right_lines, fillvalue="")
 
 
 def _one_line(text: str) -> str:

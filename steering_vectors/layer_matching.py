@@ -62,6 +62,16 @@ _PART_PATHS: dict[str, tuple[str, ...]] = {
 _MIXED_PARTS = {"temporal_block", "mixer"}
 _CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": re.compile("mlp|moe|experts", re.I)}
 
+# Models that have no list of blocks, but one for each part: a block's last part gives its output.
+_TEMPLATES: dict[str, ModelLayerConfig] = {
+    "xlm": {
+        "decoder_block": "transformer.layer_norm2.{num}",
+        "self_attn": "transformer.attentions.{num}",
+        "mlp": "transformer.ffns.{num}",
+        "post_attention_layernorm": "transformer.layer_norm1.{num}",
+    }
+}
+
 _LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder")
 
@@ -118,7 +128,7 @@ def find_layers(
     """
     check_model(model)
     check_layer_type(layer_type)
-    matcher = _checked_config(layer_config).get(layer_type)
+    matcher = _checked_config(layer_config).get(layer_type) or _template(model, layer_type)
     kind = type(model).__name__
     if matcher is not None:
         names = _matched(model, matcher)
@@ -213,7 +223,10 @@ def pass_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def layer_width(model: nn.Module) -> int | None:
-    """The width of the text decoder's stream, as its config says; None where it doesn't."""
+    """The width of the text decoder, as its config says; None where it doesn't.
+
+    A few models stream several times that width from block to block.
+    """
     width = getattr(_text_config(_configured(model)), "hidden_size", None)
     return width if isinstance(width, int) else None
 
@@ -319,6 +332,19 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             inside.append(f"{path}.")
             if len(module) > 0 and all(any(True for _ in member.children()) for member in module):
                 yield path, module
+
+
+def _template(model: nn.Module, layer_type: LayerType) -> str | None:
+    """Where the table says the layers are, from ``model`` on."""
+    configured = _configured(model)
+    templates = _TEMPLATES.get(getattr(getattr(configured, "config", None), "model_type", ""), {})
+    template = templates.get(layer_type)
+    if not isinstance(template, str):
+        return None
+    inside = template.partition(".")[2]  # as the base model names it
+    outer = next((name for name, module in model.named_modules() if module is configured), "")
+    candidates = [".".join(filter(None, (outer, path))) for path in (template, inside)]
+    return next((candidate for candidate in candidates if _matched(model, candidate)), None)
 
 
 def _list_paths(model: nn.Module) -> list[str]:

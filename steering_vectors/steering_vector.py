@@ -234,7 +234,7 @@ def _steering(
             raise ValueError(f"the vector's layers {same} are one layer of this model, number {number}")
         by_number[number] = direction
     width = None if layer_config and vector.layer_type in layer_config else layer_width(model)
-    if width not in (None, vector.hidden_size):
+    if width is not None and vector.hidden_size % width:
         raise ValueError(width_message(vector.hidden_size, min(by_number), width))
     modules = {number: model.get_submodule(found.names[number]) for number in sorted(by_number)}
     if len(set(modules.values())) < len(modules):

@@ -1,0 +1,227 @@
+"""Every decoder-only class of the installed transformers, built from a tiny config."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from steering_vectors import SteeringVector, generated, record_activations
+from steering_vectors.layer_matching import find_layers
+from tests.architectures.tiny_models import causal_model_types, tiny_causal_model
+
+Note = Callable[[str, str, str], None]
+
+PROMPTS = [[11, 12, 13], [21, 22, 23, 24, 25]]
+STEPS = 3
+
+# What can't be steered, or not by token, and the words in which it is refused.
+NO_LAYERS = {
+    "blt": "can't tell which modules are the decoder blocks",  # three stacks: bytes, patches, bytes
+    "hrm_text": "can't tell which modules are the decoder blocks",  # two stacks that take turns
+}
+NO_SELECTION = {
+    "cpmant": "can't tell the tokens",  # 32 columns of its own before the prompt
+    "prophetnet": "can't tell the tokens",  # its n-grams' streams stand among the tokens
+    "xlm": "can't tell the tokens",  # cuts off cached tokens inside the pass
+    "xlnet": "can't tell where the tokens stand",  # computes some tokens again, in another order
+}
+# Models that are no language models by themselves.
+NEEDS_ANOTHER_MODEL = {"gemma4_assistant", "gemma4_unified_assistant"}
+# Arguments without which generate itself fails.
+GENERATE: dict[str, dict[str, Any]] = {"musicgen": {"guidance_scale": 1.0}, "musicgen_melody": {"guidance_scale": 1.0}}
+# Blocks whose output is (streams, batch, seq, hidden).
+STREAMS_FIRST = {"gemma3n", "gemma3n_text"}
+
+TYPES = [name for name in causal_model_types() if name not in NEEDS_ANOTHER_MODEL]
+
+
+@lru_cache(maxsize=2)  # the tests of one model follow each other
+def model_of(model_type: str) -> Any:
+    torch.set_num_threads(1)
+    model = tiny_causal_model(model_type)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.is_floating_point():
+            nn.init.normal_(parameter, std=0.15, generator=generator)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+    return model
+
+
+def directions(model: Any, layers: list[int]) -> dict[int, Tensor]:
+    with record_activations(model, layers=layers) as activations, torch.no_grad():
+        model(torch.tensor([PROMPTS[0]]))
+    generator = torch.Generator().manual_seed(1)
+    return {layer: torch.randn(activations[layer][0].shape[-1], generator=generator) for layer in layers}
+
+
+def activation(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else activation(output[0])
+
+
+def with_first(output: Any, new: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, tuple) and hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: new})
+    if hasattr(output, "keys"):
+        return type(output)(**{**output, next(iter(output)): new})
+    return type(output)([new, *output[1:]])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    if model_type in NO_LAYERS:
+        with pytest.raises(ValueError, match=NO_LAYERS[model_type]):
+            find_layers(model)
+        note(model_type, "layers", "refused")
+        return
+    found = find_layers(model)
+    with record_activations(model) as activations, torch.no_grad():
+        states = model(torch.tensor([PROMPTS[1]]), output_hidden_states=True).hidden_states
+    assert sorted(activations) == list(range(found.count))
+    runs = len(activations[0])  # a few models run through their blocks more than once
+    outputs = [activations[layer][run] for run in range(runs) for layer in range(found.count)]
+    # The last hidden state comes after the final norm; some models leave out the embeddings.
+    matches = [
+        all(output.shape == state.shape and torch.equal(output, state) for output, state in zip(outputs, shifted))
+        for shifted in (states[1:-1], states[:-1])
+        if len(shifted) >= len(outputs) - 1
+    ]
+    note(model_type, "layers", "as hidden_states" if any(matches) else HIDDEN_STATES_DIFFER[model_type])
+    with pytest.raises(ValueError, match=f"layer {found.count} of a model with {found.count} layers"):
+        SteeringVector({found.count: torch.ones(32)}).apply(model)
+
+
+HIDDEN_STATES_DIFFER: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+def test_the_output_moves_by_exactly_the_direction(model_type: str, note: Note) -> None:
+    model, ids = model_of(model_type), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
+    last = find_layers(model).count - 1
+    for layer in {0, last}:
+        vector = SteeringVector(directions(model, [layer]))
+        with record_activations(model, layers=layer) as plain, torch.no_grad():
+            model(ids)
+        with vector.apply(model), record_activations(model, layers=layer) as steered, torch.no_grad():
+            model(ids)
+        assert torch.equal(steered[layer][0], plain[layer][0] + vector.layer_activations[layer])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    shape = tuple(plain[last][0].shape)
+    note(model_type, "adds", "yes" if shape == (2, 5, model.config.get_text_config().hidden_size) else f"yes, {shape}")
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    found = find_layers(model)
+    vector = SteeringVector(directions(model, [0, found.count - 1]))
+    if model_type in NO_SELECTION:
+        inputs = batch(PROMPTS[:1])
+        with (
+            pytest.raises(ValueError, match=NO_SELECTION[model_type]),
+            vector.apply(model, tokens=generated(inputs)),
+        ):
+            answer_logits(model, inputs, model_type)
+        note(model_type, "generates", "refused by token")
+        return
+    batches = [PROMPTS] if takes_padding(model, model_type) else [[prompt] for prompt in PROMPTS]
+    faithful = all(
+        close(answer_logits(model, batch([prompt]), model_type)[0], loop(model, prompt, model_type)) for prompt in PROMPTS
+    )
+    for prompts in batches:
+        inputs = batch(prompts)
+        with vector.apply(model, tokens=generated(inputs)):
+            logits = answer_logits(model, inputs, model_type)
+        with by_hand(model, vector, model_type, first_column=inputs["input_ids"].shape[1] - 1, cached=True):
+            assert close(logits, answer_logits(model, inputs, model_type))
+        assert not close(logits, answer_logits(model, inputs, model_type))
+        if faithful:
+            for row, prompt in enumerate(prompts):
+                with by_hand(model, vector, model_type, first_column=len(prompt) - 1, cached=False):
+                    expected = loop(model, prompt, model_type)
+                assert close(logits[row], expected)
+    rows = "a padded batch" if len(batches) == 1 else "single rows"
+    note(model_type, "generates", rows if faithful else f"{rows}, cached")
+
+
+def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    }
+
+
+def answer_logits(model: Any, inputs: dict[str, Tensor], model_type: str) -> Tensor:
+    out = model.generate(
+        **inputs,
+        **GENERATE.get(model_type, {}),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, dim=1)
+
+
+def loop(model: Any, prompt: list[int], model_type: str) -> Tensor:
+    ids, logits = list(prompt), []
+    with torch.no_grad():
+        for _ in range(STEPS):
+            logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+            ids.append(int(logits[-1].argmax()))
+    return torch.stack(logits)
+
+
+def takes_padding(model: Any, model_type: str) -> bool:
+    """Whether the model, unsteered, gives for a padded row what it gives for the prompt alone."""
+    try:
+        together = answer_logits(model, batch(PROMPTS), model_type)
+    except (RuntimeError, ValueError):
+        return False
+    return all(close(together[n], loop(model, prompt, model_type)) for n, prompt in enumerate(PROMPTS))
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    return got.shape == expected.shape and torch.allclose(got, expected, atol=2e-4, rtol=1e-3)
+
+
+class by_hand:  # noqa: N801
+    """Adds the directions by plain hooks: in a cached run to all columns but the prompt's first ones, which come in the
+    first pass; in an uncached one to the same columns of each pass."""
+
+    def __init__(self, model: Any, vector: SteeringVector, model_type: str, *, first_column: int, cached: bool) -> None:
+        self.model, self.vector, self.first, self.cached = model, vector, first_column, cached
+        self.axis = 2 if model_type in STREAMS_FIRST else 1
+
+    def __enter__(self) -> None:
+        names = find_layers(self.model).names
+        self.handles = [
+            self.model.get_submodule(names[layer]).register_forward_hook(self.hook(direction))
+            for layer, direction in self.vector.layer_activations.items()
+        ]
+
+    def __exit__(self, *_error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def hook(self, direction: Tensor) -> Callable[..., Any]:
+        passes = 0
+
+        def steer(_module: nn.Module, _args: Any, output: Any) -> Any:
+            nonlocal passes
+            new = activation(output).clone()
+            first = self.first if not self.cached or new.shape[self.axis] > 1 or passes == 0 else 0
+            passes += 1
+            new.narrow(self.axis, first, new.shape[self.axis] - first).add_(direction)
+            return with_first(output, new)
+
+        return steer
