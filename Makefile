@@ -9,10 +9,10 @@ MODEL ?=
 OLDEST = transformers==4.46.3
 PIP_FLAGS = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-oldest lint types format clean
+.PHONY: help demo test test-oldest test-architectures lint types format clean
 
 help: ## what there is to make
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
 demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes
 	@$(VENV)/bin/python -m steering_vectors.demo $(if $(MODEL),--model "$(MODEL)")
@@ -22,6 +22,9 @@ test: $(VENV)/.installed ## all tests, on the newest transformers
 
 test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the oldest transformers, with tiny models
 	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2"
+
+test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
+	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
 
 lint: $(VENV)/.installed ## ruff's rules and format
 	@$(VENV)/bin/ruff check .

@@ -186,7 +186,8 @@ def _key(cache: Any) -> Any:
 def _cache_of(output: Any) -> Any:
     if not isinstance(output, Mapping):
         return None
-    return next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+    names = list(output)  # to ask the output for a name that it lacks may warn of an older one
+    return next((output[name] for name in CACHE_NAMES if name in names and output[name] is not None), None)
 
 
 def _known_empty(cached: int | Tensor) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-COLUMNS = ("layers", "adds", "refuses", "generates", "parts")
+COLUMNS = ("layers", "adds", "generates", "parts")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

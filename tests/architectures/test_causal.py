@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from steering_vectors import SteeringVector, generated, record_activations
@@ -29,10 +28,21 @@ NO_SELECTION = {
     "xlm": "can't tell the tokens",  # cuts off cached tokens inside the pass
     "xlnet": "can't tell where the tokens stand",  # computes some tokens again, in another order
 }
+# Cross-attention blocks, which run with images only.
+NEVER_RUN = {("mllama", 1)}
+# Models whose hidden_states are something else than what goes from block to block.
+HIDDEN_STATES_DIFFER = {
+    "cpmant": "without its own columns",
+    "inkling2_loop_text": "as its loops run",
+    "prophetnet": "without the streams",
+    "xlnet": "transposed",
+}
 # Models that are no language models by themselves.
 NEEDS_ANOTHER_MODEL = {"gemma4_assistant", "gemma4_unified_assistant"}
-# Arguments without which generate itself fails.
-GENERATE: dict[str, dict[str, Any]] = {"musicgen": {"guidance_scale": 1.0}, "musicgen_melody": {"guidance_scale": 1.0}}
+# Models of codes of sound, whose generate delays and changes the prompt.
+NO_TEXT = {"musicgen", "musicgen_melody"}
+# Cached, their sparse attention may pick other keys, whoever steers them.
+CACHED_DIFFERS = {"dots3_note", "dots3_note_text"}
 # Blocks whose output is (streams, batch, seq, hidden).
 STREAMS_FIRST = {"gemma3n", "gemma3n_text"}
 
@@ -85,7 +95,10 @@ def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
     found = find_layers(model)
     with record_activations(model) as activations, torch.no_grad():
         states = model(torch.tensor([PROMPTS[1]]), output_hidden_states=True).hidden_states
-    assert sorted(activations) == list(range(found.count))
+    assert sorted(activations) == [layer for layer in range(found.count) if (model_type, layer) not in NEVER_RUN]
+    if any(never == model_type for never, _ in NEVER_RUN):
+        note(model_type, "layers", "some with images only")
+        return
     runs = len(activations[0])  # a few models run through their blocks more than once
     outputs = [activations[layer][run] for run in range(runs) for layer in range(found.count)]
     # The last hidden state comes after the final norm; some models leave out the embeddings.
@@ -97,9 +110,6 @@ def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
     note(model_type, "layers", "as hidden_states" if any(matches) else HIDDEN_STATES_DIFFER[model_type])
     with pytest.raises(ValueError, match=f"layer {found.count} of a model with {found.count} layers"):
         SteeringVector({found.count: torch.ones(32)}).apply(model)
-
-
-HIDDEN_STATES_DIFFER: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
@@ -118,7 +128,7 @@ def test_the_output_moves_by_exactly_the_direction(model_type: str, note: Note) 
     note(model_type, "adds", "yes" if shape == (2, 5, model.config.get_text_config().hidden_size) else f"yes, {shape}")
 
 
-@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_TEXT | NO_LAYERS.keys()])
 def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note) -> None:
     model = model_of(model_type)
     found = find_layers(model)
@@ -129,24 +139,24 @@ def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note
             pytest.raises(ValueError, match=NO_SELECTION[model_type]),
             vector.apply(model, tokens=generated(inputs)),
         ):
-            answer_logits(model, inputs, model_type)
+            answer_logits(model, inputs)
         note(model_type, "generates", "refused by token")
         return
-    batches = [PROMPTS] if takes_padding(model, model_type) else [[prompt] for prompt in PROMPTS]
-    faithful = all(
-        close(answer_logits(model, batch([prompt]), model_type)[0], loop(model, prompt, model_type)) for prompt in PROMPTS
+    batches = [PROMPTS] if takes_padding(model) else [[prompt] for prompt in PROMPTS]
+    faithful = model_type not in CACHED_DIFFERS and all(
+        close(answer_logits(model, batch([prompt]))[0], loop(model, prompt)) for prompt in PROMPTS
     )
     for prompts in batches:
         inputs = batch(prompts)
         with vector.apply(model, tokens=generated(inputs)):
-            logits = answer_logits(model, inputs, model_type)
+            logits = answer_logits(model, inputs)
         with by_hand(model, vector, model_type, first_column=inputs["input_ids"].shape[1] - 1, cached=True):
-            assert close(logits, answer_logits(model, inputs, model_type))
-        assert not close(logits, answer_logits(model, inputs, model_type))
+            assert close(logits, answer_logits(model, inputs))
+        assert not close(logits, answer_logits(model, inputs))
         if faithful:
             for row, prompt in enumerate(prompts):
                 with by_hand(model, vector, model_type, first_column=len(prompt) - 1, cached=False):
-                    expected = loop(model, prompt, model_type)
+                    expected = loop(model, prompt)
                 assert close(logits[row], expected)
     rows = "a padded batch" if len(batches) == 1 else "single rows"
     note(model_type, "generates", rows if faithful else f"{rows}, cached")
@@ -160,10 +170,9 @@ def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-def answer_logits(model: Any, inputs: dict[str, Tensor], model_type: str) -> Tensor:
+def answer_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     out = model.generate(
         **inputs,
-        **GENERATE.get(model_type, {}),
         max_new_tokens=STEPS,
         do_sample=False,
         output_logits=True,
@@ -172,7 +181,7 @@ def answer_logits(model: Any, inputs: dict[str, Tensor], model_type: str) -> Ten
     return torch.stack(out.logits, dim=1)
 
 
-def loop(model: Any, prompt: list[int], model_type: str) -> Tensor:
+def loop(model: Any, prompt: list[int]) -> Tensor:
     ids, logits = list(prompt), []
     with torch.no_grad():
         for _ in range(STEPS):
@@ -181,13 +190,13 @@ def loop(model: Any, prompt: list[int], model_type: str) -> Tensor:
     return torch.stack(logits)
 
 
-def takes_padding(model: Any, model_type: str) -> bool:
+def takes_padding(model: Any) -> bool:
     """Whether the model, unsteered, gives for a padded row what it gives for the prompt alone."""
     try:
-        together = answer_logits(model, batch(PROMPTS), model_type)
+        together = answer_logits(model, batch(PROMPTS))
     except (RuntimeError, ValueError):
         return False
-    return all(close(together[n], loop(model, prompt, model_type)) for n, prompt in enumerate(PROMPTS))
+    return all(close(together[n], loop(model, prompt)) for n, prompt in enumerate(PROMPTS))
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
@@ -196,7 +205,8 @@ def close(got: Tensor, expected: Tensor) -> bool:
 
 class by_hand:  # noqa: N801
     """Adds the directions by plain hooks: in a cached run to all columns but the prompt's first ones, which come in the
-    first pass; in an uncached one to the same columns of each pass."""
+    first pass; in an uncached one to the same columns of each pass.
+    """
 
     def __init__(self, model: Any, vector: SteeringVector, model_type: str, *, first_column: int, cached: bool) -> None:
         self.model, self.vector, self.first, self.cached = model, vector, first_column, cached

@@ -29,21 +29,56 @@ POSITIONS = 256
 
 TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 LAYER_COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-    "num_decoder_layers", "num_encoder_layers", "layers", "depth", "num_blocks",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+    "layers",
+    "depth",
+    "num_blocks",
 )
 PER_LAYER_LISTS = (
-    "layer_types", "mlp_layer_types", "layers_block_type", "indexer_types", "no_rope_layers",
-    "layer_rope_theta", "num_attention_heads_per_layer", "moe_layer_freq", "attention_layers",
-    "attn_layers", "activation_sparsity_pattern",
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "indexer_types",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "moe_layer_freq",
+    "attention_layers",
+    "attn_layers",
+    "activation_sparsity_pattern",
 )
 
 # Encoders that are decoders too, where the config says so.
-BERT_LIKE = frozenset({
-    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "mega",
-    "megatron-bert", "qdqbert", "reformer", "rembert", "roberta", "roberta-prelayernorm",
-    "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})
+BERT_LIKE = frozenset(
+    {
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "mega",
+        "megatron-bert",
+        "qdqbert",
+        "reformer",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 OPTIONAL = ("q_lora", "o_lora", "sliding_window", "attention_chunk_size")
 
@@ -54,37 +89,94 @@ TIMM_TOWERS = frozenset({"fast_vlm", "gemma3n", "perception_lm"})
 GENERIC: dict[str, Any] = {
     # widths
     **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "embed_dim", "embedding_size", "emb_dim",
-         "word_embed_proj_dim", "attention_hidden_size", "lru_width", "out_hidden_size",
-         "text_hidden_size", "projection_dim", "encoder_hidden_size", "input_embedding_size",
-         "projector_hidden_size", "image_text_hidden_size", "patch_embed_hidden_size",
-         "hidden_size_global", "backbone_hidden_size"),
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "embed_dim",
+            "embedding_size",
+            "emb_dim",
+            "word_embed_proj_dim",
+            "attention_hidden_size",
+            "lru_width",
+            "out_hidden_size",
+            "text_hidden_size",
+            "projection_dim",
+            "encoder_hidden_size",
+            "input_embedding_size",
+            "projector_hidden_size",
+            "image_text_hidden_size",
+            "patch_embed_hidden_size",
+            "hidden_size_global",
+            "backbone_hidden_size",
+        ),
         HIDDEN,
     ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_ff",
-         "ffn_hidden_size", "feed_forward_size", "dim_ff", "dff", "d_inner", "mlp_dim",
-         "intermediate_size_mlp", "dense_intermediate_size"),
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "n_inner",
+            "d_ff",
+            "ffn_hidden_size",
+            "feed_forward_size",
+            "dim_ff",
+            "dff",
+            "d_inner",
+            "mlp_dim",
+            "intermediate_size_mlp",
+            "dense_intermediate_size",
+        ),
         FFN,
     ),
     **dict.fromkeys(
-        ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size",
-         "expert_ffn_hidden_size", "shared_experts_intermediate_size",
-         "moe_shared_expert_intermediate_size"),
+        (
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "expert_ffn_hidden_size",
+            "shared_experts_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+        ),
         16,
     ),
     # heads
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads",
-         "decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads",
-         "num_encoder_attention_heads", "swa_num_attention_heads"),
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "attention_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+            "num_decoder_attention_heads",
+            "num_encoder_attention_heads",
+            "swa_num_attention_heads",
+        ),
         HEADS,
     ),
     **dict.fromkeys(
-        ("head_dim", "dim_head", "d_kv", "d_head", "kv_channels", "attention_head_size",
-         "swa_head_dim", "global_head_dim", "query_pre_attn_scalar", "resampler_head_dim",
-         "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim",
-         "swa_v_head_dim", "rotary_dim"),
+        (
+            "head_dim",
+            "dim_head",
+            "d_kv",
+            "d_head",
+            "kv_channels",
+            "attention_head_size",
+            "swa_head_dim",
+            "global_head_dim",
+            "query_pre_attn_scalar",
+            "resampler_head_dim",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "index_head_dim",
+            "swa_v_head_dim",
+            "rotary_dim",
+        ),
         HEAD_DIM,
     ),
     "attention_head_dim": HEAD_DIM,
@@ -97,8 +189,17 @@ GENERIC: dict[str, Any] = {
     # vocabulary and positions
     "vocab_size": VOCAB,
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
-         "max_target_positions", "max_source_positions", "max_sequence_length", "seq_length"),
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "n_ctx",
+            "max_seq_len",
+            "model_max_length",
+            "max_target_positions",
+            "max_source_positions",
+            "max_sequence_length",
+            "seq_length",
+        ),
         POSITIONS,
     ),
     "type_vocab_size": 2,
@@ -116,16 +217,22 @@ GENERIC: dict[str, Any] = {
     "local_attention": 16,
     "window_size": 16,
     # experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"), 2
     ),
     **dict.fromkeys(
-        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k",
-         "top_k_experts"), 2
-    ),
-    **dict.fromkeys(
-        ("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts",
-         "moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers"), 1
+        (
+            "n_group",
+            "topk_group",
+            "num_expert_group",
+            "n_shared_experts",
+            "num_shared_experts",
+            "moe_num_shared_experts",
+            "first_k_dense_replace",
+            "num_dense_layers",
+        ),
+        1,
     ),
     # recurrent parts
     "mamba_n_heads": 4,
@@ -185,15 +292,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {
         "num_hidden_layers": 4,
         "layer_types": [
-            "sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention",
+            "sliding_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
             "heavily_compressed_attention",
         ],
         "mlp_layer_types": ["hash_moe", "moe", "hash_moe", "moe"],
     },
     "dots3_note_text": {
-        "per_layer_config": {
-            2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 2 * HEAD_DIM}
-        },
+        "per_layer_config": {2: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 2 * HEAD_DIM}},
     },
     "falcon_h1": {"mamba_d_ssm": 64},
     "flint": {"mlp_only_layers": [0]},
@@ -210,8 +317,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4": {"_parts": {"vision_config": "gemma4_vision"}},
     "gemma4_assistant": {
         "_default": {
-            "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
-                            "vocab_size_per_layer_input": 0},
+            "text_config": {
+                "model_type": "gemma4_text",
+                "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+            },
         },
         "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
     },
@@ -229,13 +339,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
-    "inkling_text": {"mlp_layer_types": ["dense", "sparse", "sparse"], "rel_extent": 32,
-                     "swa_num_key_value_heads": 2, "unpadded_vocab_size": VOCAB},
-    "inkling2_text": {"rel_extent": 32, "swa_num_key_value_heads": 2,
-                      "unpadded_vocab_size": VOCAB, "n_layers_per_attn_res_block": 2},
+    "inkling_text": {
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rel_extent": 32,
+        "swa_num_key_value_heads": 2,
+        "unpadded_vocab_size": VOCAB,
+    },
+    "inkling2_text": {
+        "rel_extent": 32,
+        "swa_num_key_value_heads": 2,
+        "unpadded_vocab_size": VOCAB,
+        "n_layers_per_attn_res_block": 2,
+    },
     "inkling2_loop_text": {
-        "rel_extent": 32, "swa_num_key_value_heads": 2, "unpadded_vocab_size": VOCAB,
-        "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2,
+        "rel_extent": 32,
+        "swa_num_key_value_heads": 2,
+        "unpadded_vocab_size": VOCAB,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
         "loop_gate_rank": 4,
     },
     "jamba": {
@@ -308,76 +430,131 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 # Configs of models with images; a function is called with the number of layers of its part.
-SPECIAL.update({
-    "apertus1p5": {
-        "audio_config": {"codebook_dim": HIDDEN, "decoder_hidden_size": HIDDEN,
-                         "decoder_intermediate_size": FFN, "decoder_num_layers": 2,
-                         "num_filters": 4, "codebook_size": 8, "decoder_attention_num_groups": 4},
-        "vision_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8,
-                          "latent_channels": 8, "num_res_blocks": 1, "embed_dim": 8},
-        "image_token_offset": FIRST_SPECIAL + 8,
-        "audio_token_offset": FIRST_SPECIAL + 16,
-    },
-    "chameleon": {
-        "vocabulary_map": {"<image>": FIRST_SPECIAL, "IMGIMGAA": FIRST_SPECIAL + 1},
-        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8,
-                      "latent_channels": 8, "num_res_blocks": 1, "embed_dim": 8},
-    },
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
-    "dots3_note_vision_encoder": {
-        "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN,
-        "mlp_layer_types": lambda n: ["dense"] * n, "per_layer_config": {},
-    },
-    "dots3_note_audio_encoder": {
-        "adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 8,
-    },
-    "emu3": {
-        "vocabulary_map": {"<image>": FIRST_SPECIAL, "<|extra_200|>": FIRST_SPECIAL + 1,
-                           "<|visual token 000000|>": FIRST_SPECIAL + 2},
-        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 8,
-                      "num_res_blocks": 1, "embed_dim": 4},
-    },
-    "ernie4_5_vl_moe_text": {
-        "moe_intermediate_size": [16, 16],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    },
-    "florence_vision": {
-        "depths": lambda n: [1] * n, "embed_dim": lambda n: [HIDDEN] * n,
-        "num_heads": lambda n: [HEADS] * n, "num_groups": lambda n: [HEADS] * n,
-        "patch_size": lambda n: [3] * n, "patch_stride": lambda n: [2] * n,
-        "patch_padding": lambda n: [1] * n, "patch_prenorm": lambda n: [True] * n,
-    },
-    "gemma4_vision": {"position_embedding_size": 16},
-    "glm5_next_text": {"index_kpool": 2, "qk_rope_head_dim": 0, "head_dim": 0},
-    "granite4_vision": {
-        "vision_config": {"hidden_size": 64},  # its heads are of 64
-        "deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2", "spatial_target_layers": [1],
-    },
-    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8,
-                    "latent_channels": 8, "num_res_blocks": 1, "embed_dim": 4},
-    "molmo2": {"image_patch_id": FIRST_SPECIAL},
-    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
-    "molmo2_vision": {"image_size": [16, 16], "num_position_embeddings": 4},
-    "molmo2_text": {"additional_vocab_size": 8, "rope_scaling_layers": None},
-    "muse_spark_audio": {
-        "depths": lambda n: [1] * n, "hidden_sizes": lambda n: [HIDDEN] * n,
-        "patch_sizes": lambda n: [2] * n,
-    },
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
-    "step3p7": {"text_config": {"sliding_window": 16}},
-    "vision-encoder-decoder": {
-        "_parts": {"encoder": "vit", "decoder": "gpt2"},
-        "decoder": {"add_cross_attention": True, "is_decoder": True},
-    },
-})
+SPECIAL.update(
+    {
+        "apertus1p5": {
+            "audio_config": {
+                "codebook_dim": HIDDEN,
+                "decoder_hidden_size": HIDDEN,
+                "decoder_intermediate_size": FFN,
+                "decoder_num_layers": 2,
+                "num_filters": 4,
+                "codebook_size": 8,
+                "decoder_attention_num_groups": 4,
+            },
+            "vision_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "codebook_size": 8,
+                "latent_channels": 8,
+                "num_res_blocks": 1,
+                "embed_dim": 8,
+            },
+            "image_token_offset": FIRST_SPECIAL + 8,
+            "audio_token_offset": FIRST_SPECIAL + 16,
+        },
+        "chameleon": {
+            "vocabulary_map": {"<image>": FIRST_SPECIAL, "IMGIMGAA": FIRST_SPECIAL + 1},
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_embeddings": 8,
+                "latent_channels": 8,
+                "num_res_blocks": 1,
+                "embed_dim": 8,
+            },
+        },
+        "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
+        "dots3_note_vision_encoder": {
+            "adapter_in_dim": HIDDEN,
+            "adapter_out_dim": HIDDEN,
+            "mlp_layer_types": lambda n: ["dense"] * n,
+            "per_layer_config": {},
+        },
+        "dots3_note_audio_encoder": {
+            "adapter_input_size": HIDDEN,
+            "adapter_out_dim": HIDDEN,
+            "downsample_hidden_size": 8,
+        },
+        "emu3": {
+            "vocabulary_map": {
+                "<image>": FIRST_SPECIAL,
+                "<|extra_200|>": FIRST_SPECIAL + 1,
+                "<|visual token 000000|>": FIRST_SPECIAL + 2,
+            },
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "codebook_size": 8,
+                "num_res_blocks": 1,
+                "embed_dim": 4,
+            },
+        },
+        "ernie4_5_vl_moe_text": {
+            "moe_intermediate_size": [16, 16],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        "florence_vision": {
+            "depths": lambda n: [1] * n,
+            "embed_dim": lambda n: [HIDDEN] * n,
+            "num_heads": lambda n: [HEADS] * n,
+            "num_groups": lambda n: [HEADS] * n,
+            "patch_size": lambda n: [3] * n,
+            "patch_stride": lambda n: [2] * n,
+            "patch_padding": lambda n: [1] * n,
+            "patch_prenorm": lambda n: [True] * n,
+        },
+        "gemma4_vision": {"position_embedding_size": 16},
+        "glm5_next_text": {"index_kpool": 2, "qk_rope_head_dim": 0, "head_dim": 0},
+        "granite4_vision": {
+            "vision_config": {"hidden_size": 64},  # its heads are of 64
+            "deepstack_layer_map": [[-1, 0]],
+            "downsample_rate": "1/2",
+            "spatial_target_layers": [1],
+        },
+        "janus_vqgan": {
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_embeddings": 8,
+            "latent_channels": 8,
+            "num_res_blocks": 1,
+            "embed_dim": 4,
+        },
+        "molmo2": {"image_patch_id": FIRST_SPECIAL},
+        "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+        "molmo2_vision": {"image_size": [16, 16], "num_position_embeddings": 4},
+        "molmo2_text": {"additional_vocab_size": 8, "rope_scaling_layers": None},
+        "muse_spark_audio": {
+            "depths": lambda n: [1] * n,
+            "hidden_sizes": lambda n: [HIDDEN] * n,
+            "patch_sizes": lambda n: [2] * n,
+        },
+        "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+        "step3p7": {"text_config": {"sliding_window": 16}},
+        "vision-encoder-decoder": {
+            "_parts": {"encoder": "vit", "decoder": "gpt2"},
+            "decoder": {"add_cross_attention": True, "is_decoder": True},
+        },
+    }
+)
 
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
-         "partial_rotary_factor": 1.0}
-SPECIAL.update(dict.fromkeys(
-    ("glm46v_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text", "paddleocr_vl_text",
-     "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text", "hunyuan_vl_text"),
-    {"rope_parameters": MROPE},
-))
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+SPECIAL.update(
+    dict.fromkeys(
+        (
+            "glm46v_text",
+            "glm4v_text",
+            "glm4v_moe_text",
+            "glm_ocr_text",
+            "paddleocr_vl_text",
+            "qwen2_5_omni_text",
+            "qwen2_5_vl_text",
+            "qwen2_vl_text",
+            "hunyuan_vl_text",
+        ),
+        {"rope_parameters": MROPE},
+    )
+)
 
 # What differs on transformers 4.
 SPECIAL_V4: dict[str, dict[str, Any]] = {
@@ -387,7 +564,8 @@ SPECIAL_V4: dict[str, dict[str, Any]] = {
     },
     "mega": {"bidirectional": False, "truncation": 64},
     "mllama_text_model": {
-        "rope_scaling": {"rope_type": "default"}, "cross_attention_layers": [1],
+        "rope_scaling": {"rope_type": "default"},
+        "cross_attention_layers": [1],
     },
     "qwen2_vl": {
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
@@ -396,26 +574,39 @@ SPECIAL_V4: dict[str, dict[str, Any]] = {
         "vision_start_token_id": FIRST_SPECIAL + 2,
     },
     "transfo-xl": {"cutoffs": [64], "mem_len": 16, "clamp_len": 64},
-    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1,
-              "use_mamba_kernels": False, "attention_hidden_size": 2 * HIDDEN,
-              "attention_head_dim": 2 * HEAD_DIM},
+    "zamba": {
+        "num_hidden_layers": 5,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_DIM,
+    },
 }
 if not V5:
     SPECIAL.update(SPECIAL_V4)
 
 _part_classes: dict[str, type[PretrainedConfig]] = {}
 
-UNBUILDABLE: dict[str, str] = {} if V5 else {
-    "qdqbert": "needs the package pytorch-quantization, from NVIDIA's own index",
-}
+UNBUILDABLE: dict[str, str] = (
+    {}
+    if V5
+    else {
+        "qdqbert": "needs the package pytorch-quantization, from NVIDIA's own index",
+    }
+)
 
 # What builds, but does not run with `input_ids` alone.
-CAUSAL_NEEDS_MORE: dict[str, str] = {
-    "gemma4_assistant": "inputs_embeds (batch, seq, 2 * backbone_hidden_size), shared_kv_states",
-    "gemma4_unified_assistant": "inputs_embeds and shared_kv_states, as gemma4_assistant",
-} if V5 else {
-    "transfo-xl": "4.46.3 calls Tensor.type_as(dtype=...), which torch has not",
-}
+CAUSAL_NEEDS_MORE: dict[str, str] = (
+    {
+        "gemma4_assistant": "inputs_embeds (batch, seq, 2 * backbone_hidden_size), shared_kv_states",
+        "gemma4_unified_assistant": "inputs_embeds and shared_kv_states, as gemma4_assistant",
+    }
+    if V5
+    else {
+        "transfo-xl": "4.46.3 calls Tensor.type_as(dtype=...), which torch has not",
+    }
+)
 
 VISION_LANGUAGE_NEEDS_MORE: dict[str, str] = {
     "blip": "pixel_values",
@@ -427,16 +618,20 @@ VISION_LANGUAGE_NEEDS_MORE: dict[str, str] = {
     "pix2struct": "flattened_patches and decoder_input_ids",
     "udop": "bbox and decoder_input_ids",
     "vision-encoder-decoder": "pixel_values and decoder_input_ids",
-    **({
-        "llama4": "5.24.0 asks the text output for image_outputs, which it has not: never runs",
-        "pi0": "state, actions; its text model is model.vlm.language_model",
-        "pp_formulanet": "pixel_values or encoder_outputs, and decoder_input_ids",
-    } if V5 else {
-        "llava": "images: 4.46.3 merges them whenever there are none; language_model runs",
-        "llava_next": "images, as llava",
-        "pixtral": "images, as llava",
-        "vipllava": "images, as llava",
-    }),
+    **(
+        {
+            "llama4": "5.24.0 asks the text output for image_outputs, which it has not: never runs",
+            "pi0": "state, actions; its text model is model.vlm.language_model",
+            "pp_formulanet": "pixel_values or encoder_outputs, and decoder_input_ids",
+        }
+        if V5
+        else {
+            "llava": "images: 4.46.3 merges them whenever there are none; language_model runs",
+            "llava_next": "images, as llava",
+            "pixtral": "images, as llava",
+            "vipllava": "images, as llava",
+        }
+    ),
 }
 
 
@@ -462,17 +657,13 @@ def tiny_causal_model(model_type: str, **overrides: Any) -> PreTrainedModel:
     return _build(model_type, name, vision_layers=2, overrides=overrides)
 
 
-def tiny_vision_language_model(
-    model_type: str, *, vision_layers: int, **overrides: Any
-) -> PreTrainedModel:
+def tiny_vision_language_model(model_type: str, *, vision_layers: int, **overrides: Any) -> PreTrainedModel:
     """A tiny model of the image-text-to-text class of a model type."""
     name = _vision_language_names()[model_type]
     return _build(model_type, name, vision_layers=vision_layers, overrides=overrides)
 
 
-def _build(
-    model_type: str, class_name: str, *, vision_layers: int, overrides: dict[str, Any]
-) -> PreTrainedModel:
+def _build(model_type: str, class_name: str, *, vision_layers: int, overrides: dict[str, Any]) -> PreTrainedModel:
     model_class = getattr(transformers, class_name)
     config = tiny_config(model_type, model_class, vision_layers=vision_layers, overrides=overrides)
     if model_type in TIMM_TOWERS:
@@ -501,15 +692,12 @@ def tiny_config(
     return config_class(**kwargs)
 
 
-def _override(
-    kwargs: dict[str, Any], config_class: type[PretrainedConfig], key: str, value: Any
-) -> None:
+def _override(kwargs: dict[str, Any], config_class: type[PretrainedConfig], key: str, value: Any) -> None:
     """Set an attribute in the config, and in its text part where that has it."""
     name = config_class.attribute_map.get(key, key)
     done = key == "num_hidden_layers" and _set_layers(kwargs, value)
     part = next(
-        (v for k, v in kwargs.items() if isinstance(v, dict) and "model_type" in v
-         and _role(k) == "text"),
+        (v for k, v in kwargs.items() if isinstance(v, dict) and "model_type" in v and _role(k) == "text"),
         None,
     )
     part_class = _part_classes[part["model_type"]] if part else None
@@ -531,9 +719,7 @@ def _set_layers(kwargs: dict[str, Any], layers: int) -> bool:
         kwargs[key] = [value[i % len(value)] for i in range(layers)]
     if isinstance(kwargs.get("per_layer_config"), dict):
         value, count = kwargs["per_layer_config"], max(kwargs.get(key, LAYERS) for key in counts)
-        kwargs["per_layer_config"] = {
-            i: value[i % count] for i in range(layers) if i % count in value
-        }
+        kwargs["per_layer_config"] = {i: value[i % count] for i in range(layers) if i % count in value}
     if "attention_types" in kwargs:  # GPT-Neo
         pattern = [("global", "local")[i % 2] for i in range(layers)]
         kwargs["attention_types"] = [[pattern, 1]]
@@ -572,9 +758,7 @@ def _fields(config_class: type[PretrainedConfig]) -> set[str]:
     return names - {"self", "args", "kwargs"}
 
 
-def _default_config(
-    config_class: type[PretrainedConfig], kwargs: dict[str, Any]
-) -> PretrainedConfig | None:
+def _default_config(config_class: type[PretrainedConfig], kwargs: dict[str, Any]) -> PretrainedConfig | None:
     try:
         return config_class(**kwargs)
     except Exception:  # some composite configs have no default
@@ -634,9 +818,7 @@ def _present(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if v is not _ABSENT}
 
 
-def _sub_kwargs(
-    key: str, part: PretrainedConfig, role: str, vision_layers: int
-) -> dict[str, Any]:
+def _sub_kwargs(key: str, part: PretrainedConfig, role: str, vision_layers: int) -> dict[str, Any]:
     _part_classes[part.model_type] = type(part)
     role = _role(key) if role == "text" else role  # parts of a vision tower belong to it
     kwargs = _tiny_kwargs(type(part), part.model_type, role, vision_layers)
@@ -644,17 +826,13 @@ def _sub_kwargs(
     return kwargs
 
 
-def _add_layer_lists(
-    kwargs: dict[str, Any], default: PretrainedConfig, fields: set[str], layers: int
-) -> None:
+def _add_layer_lists(kwargs: dict[str, Any], default: PretrainedConfig, fields: set[str], layers: int) -> None:
     """Per-layer lists that hold each kind of layer of the default config once or more."""
     count = _get(default, "num_hidden_layers")
     lists = {
         key: list(value)
         for key in PER_LAYER_LISTS
-        if key in fields
-        and isinstance(value := _get(default, key), (list, tuple))
-        and len(value) == count
+        if key in fields and isinstance(value := _get(default, key), (list, tuple)) and len(value) == count
     }
     if not lists:
         return
@@ -673,9 +851,7 @@ def _add_layer_lists(
             kwargs[key] = len(kinds)
 
 
-def _add_special_tokens(
-    kwargs: dict[str, Any], default: PretrainedConfig, fields: set[str]
-) -> None:
+def _add_special_tokens(kwargs: dict[str, Any], default: PretrainedConfig, fields: set[str]) -> None:
     """Placeholder tokens (image, audio, ...) get ids inside the vocabulary, all different."""
     next_id = FIRST_SPECIAL
     for key in sorted(fields):
@@ -696,8 +872,10 @@ def _add_rope(kwargs: dict[str, Any], default: PretrainedConfig, fields: set[str
 
 def _tiny_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _tiny_rope(value) if isinstance(value, dict)
-        else [2, 1, 1] if key == "mrope_section" and value is not None
+        key: _tiny_rope(value)
+        if isinstance(value, dict)
+        else [2, 1, 1]
+        if key == "mrope_section" and value is not None
         else value
         for key, value in rope.items()
     }
