@@ -104,7 +104,8 @@ def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int
     """
     if call.reorders:
         raise ValueError(
-            f"can't tell where the tokens stand in a pass that is given {' or '.join(_REORDERING_NAMES)}; steer all tokens"
+            f"can't tell where the tokens stand in a pass that is given {' or '.join(_REORDERING_NAMES)}; "
+            f"steer all tokens"
         )
     assert call.shape is not None
     batch, seq = call.shape
