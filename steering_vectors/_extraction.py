@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._hooks import activation_of, attach_all, remove_all
+from steering_vectors._model_structure import call_once, input_device, virtual_tokens
 from steering_vectors._positions import by_tokens
-from steering_vectors.layer_matching import call_once, input_device
 
 # How far two results for the same tokens may be apart, as a share of their norm, by the model's dtype.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -60,9 +60,8 @@ def check_causal(model: nn.Module, modules: Mapping[int, nn.Module], input_ids: 
 
     ``input_ids`` are some prompt's; its first tokens are run alone and with those that follow.
     """
-    half = min(len(input_ids), 16) // 2
-    if half == 0:
-        return
+    input_ids = [*input_ids, input_ids[-1]][:16]  # a prompt of one token is followed by itself
+    half = len(input_ids) // 2
     last = {max(modules): modules[max(modules)]}
     alone = ReadPrompt(input_ids[:half], range(half), [1 / half] * half)
     followed = ReadPrompt(input_ids[: 2 * half], range(half), [1 / half] * half)
@@ -79,10 +78,12 @@ def _run(model: nn.Module, modules: Mapping[int, nn.Module], prompts: Sequence[R
     """One pass over ``prompts``: each prompt's row, ``(n, hidden)``, by layer."""
     inputs = _right_padded([prompt.input_ids for prompt in prompts], input_device(model))
     batch, seq = inputs["input_ids"].shape
+    before = virtual_tokens(model)
     rows: dict[int, Tensor] = {}
 
     def read(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        rows[layer] = _gather(by_tokens(activation_of(output), batch, seq), prompts)
+        activation = by_tokens(activation_of(output), batch, before + seq)
+        rows[layer] = _gather(activation[:, before:], prompts)
 
     handles = attach_all(
         partial(module.register_forward_hook, partial(read, layer)) for layer, module in modules.items()
@@ -98,15 +99,16 @@ def _run(model: nn.Module, modules: Mapping[int, nn.Module], prompts: Sequence[R
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Token ids, mask and position ids. On the right no padding token is seen, so any id will do: a row's own last."""
+    """Token ids and mask. On the right no padding is seen, so any id will do: a row's own last.
+
+    Nor does it move the tokens, so that each model's own position ids are right, wherever they begin.
+    """
     longest = max(map(len, rows))
     ids = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    positions = torch.arange(longest, device=device).expand(len(rows), longest)
     return {
         "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": (positions < lengths[:, None]).long(),
-        "position_ids": positions.contiguous(),
+        "attention_mask": (torch.arange(longest, device=device) < lengths[:, None]).long(),
     }
 
 

@@ -63,15 +63,15 @@ class ForwardPass:
 
 
 class PassTracker:
-    """Notes each forward pass through ``modules``, the modules that take a whole pass, outermost first.
+    """Notes each forward pass through a model.
 
-    A pass belongs to the thread that runs it. With ``need_positions`` each pass's arguments are kept until it ends.
+    A pass belongs to the thread that runs it. With ``need_positions`` each pass's arguments are kept until it ends;
+    without ``need_prompt_length`` the positions leave it out.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, need_positions: bool) -> None:
+    def __init__(self, *, need_positions: bool, need_prompt_length: bool = True) -> None:
         self.completed = 0
-        self._modules = modules
-        self._memory = _CacheMemory() if need_positions else None
+        self._memory = _CacheMemory(need_prompt_length) if need_positions else None
         self._thread = threading.local()
 
     @property
@@ -80,12 +80,14 @@ class PassTracker:
         current: ForwardPass | None = getattr(self._thread, "current", None)
         return current
 
-    def registrations(self) -> list[Callable[[], Removable]]:
-        """Calls that attach the tracker's hooks, one each."""
-        return [attach for depth, module in enumerate(self._modules) for attach in self._around(depth, module)]
+    def registrations(self, modules: Sequence[nn.Module]) -> list[Callable[[], Removable]]:
+        """Calls that attach the tracker's hooks, one each, to the modules that take a whole pass, outermost first."""
+        return [attach for depth, module in enumerate(modules) for attach in self._around(depth, module)]
 
     def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
         names = _positional_names(module)
+
+        # Plain functions: a copy of the model made by deepcopy shares them.
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             current = self.current
@@ -95,19 +97,19 @@ class PassTracker:
             known = None if self._memory is None else pass_arguments({**dict(zip(names, args, strict=False)), **kwargs})
             current.enter(depth, known)
 
+        def end(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            current = self.current
+            if current is None or current.begun_by is not module:
+                return
+            self._thread.current = None
+            if output is not None:  # else the pass raised
+                self.completed += 1
+                current.remember(output)
+
         return [
             lambda: module.register_forward_pre_hook(begin, with_kwargs=True),
-            lambda: module.register_forward_hook(self._end, always_call=True),
+            lambda: module.register_forward_hook(end, always_call=True),
         ]
-
-    def _end(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        current = self.current
-        if current is None or current.begun_by is not module:
-            return
-        self._thread.current = None
-        if output is not None:  # else the pass raised
-            self.completed += 1
-            current.remember(output)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class _Fed:
 class _CacheMemory:
     """What is known of each cache, for as long as the cache lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, need_prompt_length: bool) -> None:
+        self._need_prompt_length = need_prompt_length
         self._fed: dict[int, tuple[weakref.ref[Any], _Fed]] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
@@ -133,7 +136,7 @@ class _CacheMemory:
             index=index,
             column=column,
             input_ids=call.input_ids if fits else None,
-            prompt_length=self._prompt_length(call, index, fed),
+            prompt_length=self._prompt_length(call, index, fed) if self._need_prompt_length else None,
             begins_sequence=fed.columns == 0 if call.cached is None else _known_empty(call.cached),
         )
 

@@ -1,6 +1,6 @@
 """Texts and chat messages → token ids, and where the completion begins."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias
@@ -82,11 +82,13 @@ class PromptTokenizer:
             return TokenizedPrompt(ids, text, None)
         return TokenizedPrompt(ids, text, self._first_token_from(self._completion_character(messages, text), text, ids))
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        rendered = self._template_owner.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_kwargs
-        )
-        return str(rendered)
+    def _render(self, messages: Sequence[Message], **template_kwargs: Any) -> str:
+        """Raises ValueError with what the template itself says of the messages."""
+        kwargs = {"add_generation_prompt": False, **self._template_kwargs, **template_kwargs}
+        try:
+            return str(self._template_owner.apply_chat_template(list(messages), tokenize=False, **kwargs))
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def _render_unfinished(self, messages: Sequence[Message]) -> str:
         """The chat as far as the last message's text, without what the template puts after it.
@@ -102,20 +104,32 @@ class PromptTokenizer:
 
     def _completion_character(self, messages: Sequence[Message], text: str) -> int:
         """Where in ``text`` the last turn's own text begins: after its role header, thinking included."""
-        history = messages[:-1]
-        if not history:
-            return _shared(text, self._render_unfinished([_with_text(messages[-1], "")]))
-        turn = _shared(text, self._render(history))
-        start = _shared(text, self._render(history, add_generation_prompt=True))
-        # Templates for thinking models write a thinking block into the header of the last turn. What stands right
-        # before the text of an earlier turn is the header alone.
+        *history, last = messages
+        turn = _shared(text, self._render(history)) if history else 0
+        asked = history or [{"role": "user", "content": "."}]
+        start = _shared(text, self._render_unfinished([*history, _with_text(last, "")]))
+        if history:
+            start = max(start, _shared(text, self._render(asked, add_generation_prompt=True)))
+        before = text[turn:start]  # the role header, and perhaps a thinking block that the template writes
+        if not before.strip():
+            return turn  # whether a space is the header's or the answer's can't be told
+        headers = [header for header in self._role_headers(asked, last, before) if header in before]
+        ends = [before.find(header) + len(header) for header in headers]
+        return turn + min(ends, default=len(before))
+
+    def _role_headers(self, asked: Sequence[Message], answer: Message, before: str) -> Iterator[str]:
+        """What may be the role header of an answer: what asks for one, and what stands before an earlier one."""
+        for thinking in ({}, {"enable_thinking": True}):  # told not to think, templates ask with an empty thought
+            bare = self._render(asked, **thinking)
+            header = self._render(asked, add_generation_prompt=True, **thinking)[len(bare) :]
+            if header.strip():
+                yield header
         try:
-            earlier = self._render([*history, _with_text(messages[-1], _MARK), {"role": "user", "content": "."}])
-        except Exception:  # whatever a template raises: it has no such turns
-            return start
-        header = earlier.partition(_MARK)[0]
-        ends = [end for end in range(start, turn, -1) if header.endswith(text[turn:end])]
-        return ends[0] if ends else start
+            earlier = self._render([*asked, _with_text(answer, _MARK), {"role": "user", "content": "."}])
+        except ValueError:  # the template allows no such turns
+            return
+        written = earlier.partition(_MARK)[0]
+        yield from (before[:end] for end in range(len(before), 0, -1) if written.endswith(before[:end]))
 
     def _ids_of_rendered(self, text: str) -> list[int]:
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -148,6 +162,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(f"a chat message has a role and a content, got the keys {sorted(message)}")
         content = message["content"]
         parts = [] if isinstance(content, str) else content
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
+            raise ValueError(f"a chat message's content is a text or a list of parts, got {content!r}")
         kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
         if kinds:
             raise ValueError(f"a chat message holds {', '.join(kinds)}: samples are text only for now")

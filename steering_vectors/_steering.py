@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steering_vectors._hooks import Removable, activation_of, attach_all, remove_all, with_activation
+from steering_vectors._model_structure import pass_modules
 from steering_vectors._passes import PassTracker
 from steering_vectors._positions import along_tokens
-from steering_vectors.layer_matching import pass_modules
+from steering_vectors.layer_matching import check_model
 from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import Selector, selected
+from steering_vectors.token_selection import KnownSelector, Selector, selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Steering:
     def attach(self) -> "SteeringPatchHandle":
         """Attach all hooks or, if one can't be attached, none."""
         handle = SteeringPatchHandle(self)
-        handle._attach()
+        handle._attach(self)
         return handle
 
 
@@ -58,9 +59,16 @@ class SteeringPatchHandle:
     """
 
     def __init__(self, steering: Steering) -> None:
+        # Nothing here refers to the model: a steering that is never removed must not keep it in memory.
         self.layers = sorted(steering.modules)
-        self._steering = steering
-        self._tracker = PassTracker(pass_modules(steering.model), need_positions=steering.selector is not None)
+        self._operator = steering.operator
+        self._multiplier = steering.multiplier
+        self._selector = steering.selector
+        self._tracker = PassTracker(
+            need_positions=steering.selector is not None,
+            need_prompt_length=not isinstance(steering.selector, KnownSelector)
+            or steering.selector.needs_prompt_length,
+        )
         self._order = next(_ORDER)
         self._hooks: list[Removable] = []
         self._layers_run: set[int] = set()
@@ -84,20 +92,18 @@ class SteeringPatchHandle:
         self._detach(quiet=kind is not None)
 
     def __repr__(self) -> str:
-        steering = self._steering
         return (
-            f"SteeringPatchHandle(layers={self.layers}, multiplier={_number(steering.multiplier)}, "
-            f"operator={steering.operator or 'addition'}, tokens={steering.selector or 'all'}"
+            f"SteeringPatchHandle(layers={self.layers}, multiplier={_number(self._multiplier)}, "
+            f"operator={self._operator or 'addition'}, tokens={self._selector or 'all'}"
             f"{'' if self._hooks else ', removed'})"
         )
 
-    def _attach(self) -> None:
-        steering = self._steering
+    def _attach(self, steering: Steering) -> None:
         changes = [
-            partial(_attach_change, module, _Change(self, layer, steering.directions[layer]))
+            partial(_attach_change, module, _Change(self, steering, layer))
             for layer, module in steering.modules.items()
         ]
-        self._hooks = attach_all([*self._tracker.registrations(), *changes])
+        self._hooks = attach_all([*self._tracker.registrations(pass_modules(steering.model)), *changes])
 
     def _detach(self, *, quiet: bool) -> None:
         with self._lock:
@@ -113,7 +119,7 @@ class SteeringPatchHandle:
             message = f"the model ran, and of the steered layers {self.layers} these never did: {idle}"
         elif nothing_selected:
             message = (
-                f"the model ran, and {self._steering.selector!r} selected none of its tokens: "
+                f"the model ran, and {self._selector!r} selected none of its tokens: "
                 f"layers {self.layers} were not steered"
             )
         else:
@@ -122,7 +128,7 @@ class SteeringPatchHandle:
 
     def _weights_for(self, activation: Tensor) -> Tensor | None:
         """What the selector says of the pass that this thread is in, broadcastable to ``activation``; None for all."""
-        selector = self._steering.selector
+        selector = self._selector
         if selector is None:
             return None
         current = self._tracker.current
@@ -175,9 +181,21 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
     >>> active_patches(model)
     []
     """
+    check_model(model)
     hooks = [hook for module in model.modules() if (hook := _STEERED.get(module)) is not None]
     handles = {change.handle._order: change.handle for hook in hooks for change in hook.changes}
     return [handles[order] for order in sorted(handles)]
+
+
+def check_not_steered_by_row(model: nn.Module) -> None:
+    """Raise ValueError if a steering tells the rows of a batch apart: in training, rows are not the caller's."""
+    for patch in active_patches(model):
+        selector = patch._selector
+        if isinstance(selector, KnownSelector) and selector.rows > 1:
+            raise ValueError(
+                f"the model is steered row by row, and training makes its own rows: take off {patch!r} first, or "
+                f"select the same tokens in each row"
+            )
 
 
 def as_multiplier(multiplier: Any) -> float | Tensor:
@@ -185,24 +203,23 @@ def as_multiplier(multiplier: Any) -> float | Tensor:
 
     Raises TypeError unless it is one number, and ValueError unless it is finite.
     """
-    if isinstance(multiplier, Tensor) and multiplier.ndim == 0 and multiplier.requires_grad:
-        return multiplier
     if isinstance(multiplier, (str, bytes)):
         raise TypeError(f"multiplier must be one number, got {multiplier!r}")
     try:
-        number = float(multiplier)
+        number = float(multiplier.detach() if isinstance(multiplier, Tensor) else multiplier)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"multiplier must be one number, got {type(multiplier).__name__}") from error
     if not math.isfinite(number):
         raise ValueError(f"multiplier must be finite, got {number}")
-    return number
+    is_learned = isinstance(multiplier, Tensor) and multiplier.ndim == 0 and multiplier.requires_grad
+    return multiplier if is_learned else number
 
 
 class _Change:
     """One steering at one layer: activation → steered activation."""
 
-    def __init__(self, handle: SteeringPatchHandle, layer: int, direction: Tensor) -> None:
-        steering = handle._steering
+    def __init__(self, handle: SteeringPatchHandle, steering: Steering, layer: int) -> None:
+        direction = steering.directions[layer]
         self.handle = handle
         self._layer = layer
         self._direction = direction
@@ -210,8 +227,11 @@ class _Change:
         self._multiplier = steering.multiplier
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or isinstance(steering.multiplier, Tensor)
-        self._scaled = direction if self._is_live else (steering.multiplier * direction).detach()
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
+            wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
+            self._scaled = direction if self._is_live else (steering.multiplier * wide).detach()
+            self._largest = float(self._scaled.detach().abs().max())
+        self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     def __call__(self, activation: Tensor) -> Tensor:
         self.handle._layers_run.add(self._layer)
@@ -221,13 +241,14 @@ class _Change:
         if activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self._layer, activation.shape[-1]))
         delta = self._delta(activation)
-        if weights is None:
-            return activation + delta
-        if weights.dtype is not torch.bool:
+        if weights is not None and weights.dtype is not torch.bool:
             delta = weights.to(activation.dtype) * delta
             weights = weights != 0
+        steered = activation + delta
+        if isinstance(self._multiplier, Tensor):
+            steered = torch.where(self._multiplier.to(steered.device) != 0, steered, _only_gradients(activation, delta))
         # What is not selected stays bit for bit: to add zero would change a negative zero.
-        return torch.where(weights, activation + delta, activation)
+        return steered if weights is None else torch.where(weights, steered, activation)
 
     def _delta(self, activation: Tensor) -> Tensor:
         """What is to be added, broadcastable to ``activation``."""
@@ -241,27 +262,32 @@ class _Change:
                 f"the operator {self._operator!r} gave {got} for an activation of shape {tuple(activation.shape)}; "
                 f"expected what is to be added to it, of a shape that broadcasts to it"
             )
-        delta = delta.to(activation.dtype)
-        if isinstance(self._multiplier, Tensor):
-            delta = torch.where(self._multiplier.to(delta.device) != 0, delta, 0)
-        return delta
+        return delta.to(activation.dtype)
 
     def _direction_for(self, activation: Tensor) -> Tensor:
-        """The direction times the multiplier, in the activation's dtype, on its device: ``(1, 1, hidden)``."""
+        """The direction times the multiplier, in the activation's dtype, on its device: ``(1, 1, hidden)``.
+
+        For an activation ``(batch * seq, hidden)`` it has one axis less.
+        """
+        shape = [1] * min(activation.ndim - 1, 2) + [-1]
         if self._is_live:
             scaled = self._multiplier * self._direction.to(activation.device)
-            return scaled.to(activation.dtype).reshape(1, 1, -1)
-        key = (activation.device, activation.dtype)
+            return scaled.to(activation.dtype).reshape(shape)
+        key = (activation.device, activation.dtype, len(shape))
         if key not in self._copies:
-            with torch.inference_mode(False):  # else no later pass could differentiate through the copy
-                copy = self._scaled.to(*key).reshape(1, 1, -1)
-            if not bool(copy.isfinite().all()):
+            if self._largest > torch.finfo(activation.dtype).max:
                 raise ValueError(
                     f"layer {self._layer}: the direction times the multiplier is too large for the model's "
                     f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
                 )
-            self._copies[key] = copy
+            with torch.inference_mode(False):
+                self._copies[key] = self._scaled.to(activation.device, activation.dtype).reshape(shape)
         return self._copies[key]
+
+
+def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
+    """``activation`` bit for bit, with the gradients of ``activation + delta``: for a multiplier learned from 0."""
+    return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
 
 
 class _ModuleHook:
@@ -285,18 +311,19 @@ class _ModuleHook:
 class _AttachedChange:
     """What takes a change off its module, and the module's hook with the last one."""
 
-    module: nn.Module
+    module: "weakref.ref[nn.Module]"
     change: _Change
 
     def remove(self) -> None:
         with _STEERED_LOCK:
-            hook = _STEERED.get(self.module)
-            if hook is None:
+            module = self.module()
+            hook = None if module is None else _STEERED.get(module)
+            if module is None or hook is None:
                 return
             hook.changes = tuple(change for change in hook.changes if change is not self.change)
             if not hook.changes:
                 hook.handle.remove()
-                del _STEERED[self.module]
+                del _STEERED[module]
 
 
 _ORDER = itertools.count()
@@ -310,7 +337,7 @@ def _attach_change(module: nn.Module, change: _Change) -> _AttachedChange:
         if hook is None:
             hook = _STEERED[module] = _ModuleHook(module)
         hook.changes = (*hook.changes, change)
-    return _AttachedChange(module, change)
+    return _AttachedChange(weakref.ref(module), change)
 
 
 def width_message(width: int, layer: int, layer_width: int) -> str:

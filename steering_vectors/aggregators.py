@@ -19,7 +19,14 @@ Side: TypeAlias = Literal["positive", "negative"]
 
 
 class Accumulator(Protocol):
-    """What makes a direction of rows that come in any order, the sides of a pair perhaps far apart."""
+    """What makes a direction of rows that come in any order, the sides of a pair perhaps far apart.
+
+    >>> accumulator = mean_aggregator().accumulator(hidden=2)
+    >>> accumulator.add(torch.tensor([[1.0, 1.0]]), "negative", samples=[0])
+    >>> accumulator.add(torch.tensor([[2.0, 4.0]]), "positive", samples=[0])
+    >>> accumulator.direction()
+    tensor([1., 3.])
+    """
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
         """Take in ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number
@@ -35,7 +42,11 @@ class Accumulator(Protocol):
 
 @runtime_checkable
 class StreamingAggregator(Protocol):
-    """An aggregator that needs no row kept until the end."""
+    """An aggregator that needs no row kept until the end.
+
+    >>> isinstance(mean_aggregator(), StreamingAggregator), isinstance(pca_aggregator(), StreamingAggregator)
+    (True, False)
+    """
 
     def accumulator(self, hidden: int) -> Accumulator:
         """A new accumulator for rows that are ``hidden`` wide."""
@@ -159,7 +170,7 @@ class _Logistic:
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         half = (_wide(positive) - _wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
-        rows = torch.cat([half, -half]).cpu().numpy()
+        rows = torch.cat([half, -half]).detach().cpu().numpy()
         labels = [1] * len(half) + [-1] * len(half)
         regression = _logistic_regression()(**{"fit_intercept": False, **self.sklearn_kwargs}).fit(rows, labels)
         normal = torch.as_tensor(regression.coef_, dtype=half.dtype, device=half.device)

@@ -7,6 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._model_structure import layer_width
 from steering_vectors._steering import (
     Steering,
     SteeringContext,
@@ -14,15 +15,15 @@ from steering_vectors._steering import (
     as_multiplier,
     width_message,
 )
+from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import (
     LayerType,
     ModelLayerConfig,
     check_layer_type,
     find_layers,
-    layer_width,
+    is_layer_number,
 )
 from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import TokenSelection, one_selection
 
 __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
@@ -159,7 +160,7 @@ class SteeringVector:
             start = first if layers.start is None else layers.start
             stop = last + 1 if layers.stop is None else layers.stop
             return list(range(start, stop, 1 if layers.step is None else layers.step))
-        return [layers] if hasattr(layers, "__index__") else list(dict.fromkeys(layers))
+        return [int(layers)] if is_layer_number(layers) else [int(layer) for layer in dict.fromkeys(layers)]
 
     # The signatures of torch.Tensor.to.
     @overload
@@ -258,7 +259,7 @@ def _checked(layer_activations: object) -> dict[int, Tensor]:
 
 
 def _layer_number(layer: Any) -> int:
-    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+    if not is_layer_number(layer):
         raise TypeError(f"a layer is told by a whole number, got {layer!r}")
     return int(layer)
 

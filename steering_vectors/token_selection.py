@@ -4,7 +4,7 @@ A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, se
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, SupportsIndex, TypeAlias
@@ -40,7 +40,6 @@ class TokenPositions:
 
 
 Selector: TypeAlias = Callable[[TokenPositions], Tensor]
-TokenSelection: TypeAlias = Selector | Sequence[int] | slice | Tensor
 
 
 def from_index(n: int | Sequence[int]) -> Selector:
@@ -111,51 +110,6 @@ def completion() -> Selector:
     return _Completion()
 
 
-def as_selector(tokens: TokenSelection) -> Selector:
-    """The selector that a list, slice, mask tensor or callable stands for.
-
-    Lists and slices count own tokens, where they are not negative; negative numbers count columns from the end of each
-    pass. A mask ``(seq,)`` or ``(batch, seq)`` is by column; columns beyond it are not selected.
-
-    Raises TypeError for anything else, ValueError for a mask that holds other numbers than 0 and 1 or has another
-    number of dimensions, and for a slice with a step below 1.
-    """
-    if isinstance(tokens, Tensor):
-        return _column_mask(tokens)
-    if callable(tokens):
-        return tokens
-    if isinstance(tokens, slice):
-        start, stop = (None if n is None else operator.index(n) for n in (tokens.start, tokens.stop))
-        step = 1 if tokens.step is None else operator.index(tokens.step)
-        if step < 1:
-            raise ValueError(f"a slice of tokens needs a step of at least 1, got {tokens}")
-        return _Slice(start, stop, step)
-    if isinstance(tokens, Sequence) and not isinstance(tokens, str):
-        return _Indices(tuple(_integer(n, "token_indices") for n in tokens))
-    raise TypeError(
-        f"tokens must be a selector such as generated(inputs), a list of token indices, a slice or a mask tensor, "
-        f"got {type(tokens).__name__}"
-    )
-
-
-def one_selection(
-    min_token_index: int | None, token_indices: TokenSelection | None, tokens: TokenSelection | None
-) -> Selector | None:
-    """The selector for the three ways in which ``apply`` takes one; None means all tokens.
-
-    Raises ValueError if more than one is given, and as :func:`as_selector`.
-    """
-    given = {"min_token_index": min_token_index, "token_indices": token_indices, "tokens": tokens}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} were given: choose one of them")
-    if min_token_index is not None:
-        first = _integer(min_token_index, "min_token_index")
-        return from_index(first) if first >= 0 else _Slice(first, None, 1)
-    selection = token_indices if tokens is None else tokens
-    return None if selection is None else as_selector(selection)
-
-
 def selected(selector: Selector, positions: TokenPositions) -> Tensor:
     """What ``selector`` says of ``positions``: a bool mask or float weights, ``(batch, seq)``.
 
@@ -191,6 +145,22 @@ def expand_rows(rows: Tensor, batch: int, what: str) -> Tensor:
     return rows.repeat_interleave(batch // n, dim=0)
 
 
+class KnownSelector:
+    """What is known beforehand of the library's own selectors, and of no other callable.
+
+    ``rows``: for how many rows it tells tokens apart; 1 where it says the same of each.
+    ``needs_prompt_length``: whether it asks where the prompt ends, which under a static cache costs a device read.
+    """
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    @property
+    def needs_prompt_length(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
 class _Prompt:
     """Where prompts end: ``lengths`` one per row, and their tokens where those are known."""
@@ -218,112 +188,80 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
-class _FromIndex:
+class _FromIndex(KnownSelector):
     n: int | tuple[int, ...]
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         return positions.index >= _per_row(self.n, positions, "from_index")
+
+    @property
+    def rows(self) -> int:
+        return 1 if isinstance(self.n, int) else len(self.n)
 
     def __repr__(self) -> str:
         return f"from_index({self.n if isinstance(self.n, int) else list(self.n)})"
 
 
 @dataclass(frozen=True)
-class _At:
+class _At(KnownSelector):
     indices: tuple[int, ...]
 
     def __call__(self, positions: TokenPositions) -> Tensor:
-        return _is_one_of(positions.index, self.indices)
+        return is_one_of(positions.index, self.indices)
 
     def __repr__(self) -> str:
         return f"at({list(self.indices)})"
 
 
 @dataclass(frozen=True)
-class _Generated:
+class _Generated(KnownSelector):
     prompt: _Prompt | None
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         return positions.index >= _prompt_length(self.prompt, positions, "generated") - 1
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.prompt is None else len(self.prompt.lengths)
+
+    @property
+    def needs_prompt_length(self) -> bool:
+        return self.prompt is None
 
     def __repr__(self) -> str:
         return f"generated({'' if self.prompt is None else _short(self.prompt.lengths)})"
 
 
 @dataclass(frozen=True)
-class _Prompted:
+class _Prompted(KnownSelector):
     prompt: _Prompt | None
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         return (positions.index >= 0) & (positions.index < _prompt_length(self.prompt, positions, "prompted") - 1)
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.prompt is None else len(self.prompt.lengths)
+
+    @property
+    def needs_prompt_length(self) -> bool:
+        return self.prompt is None
 
     def __repr__(self) -> str:
         return f"prompted({'' if self.prompt is None else _short(self.prompt.lengths)})"
 
 
 @dataclass(frozen=True)
-class _Completion:
+class _Completion(KnownSelector):
     def __call__(self, positions: TokenPositions) -> Tensor:
         return positions.index >= _prompt_length(None, positions, "completion")
 
+    @property
+    def needs_prompt_length(self) -> bool:
+        return True
+
     def __repr__(self) -> str:
         return "completion()"
-
-
-@dataclass(frozen=True)
-class _Indices:
-    """A list of token indices: own tokens where not negative, columns from the end of each pass where negative."""
-
-    indices: tuple[int, ...]
-
-    def __call__(self, positions: TokenPositions) -> Tensor:
-        own = _is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
-        return own | _is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """A slice of tokens, its bounds read as in :class:`_Indices`."""
-
-    start: int | None
-    stop: int | None
-    step: int
-
-    def __call__(self, positions: TokenPositions) -> Tensor:
-        own, from_end = positions.index, _from_end(positions)
-        counted = from_end - self.start if self.start is not None and self.start < 0 else own - (self.start or 0)
-        mask = (counted >= 0) & (counted % self.step == 0)
-        if self.start is None or self.start >= 0:
-            mask = mask & (own >= 0)
-        if self.stop is not None:
-            mask = mask & ((own if self.stop >= 0 else from_end) < self.stop)
-        return mask
-
-
-@dataclass(frozen=True, eq=False)
-class _ColumnMask:
-    mask: Tensor  # (rows, columns + 1), bool; the last column stands for all beyond
-    copies: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def __call__(self, positions: TokenPositions) -> Tensor:
-        device = positions.index.device
-        if device not in self.copies:
-            self.copies[device] = self.mask.to(device)
-        mask = expand_rows(self.copies[device], positions.index.shape[0], "the mask of tokens")
-        return mask[:, positions.column.clamp(max=mask.shape[1] - 1)]
-
-    def __repr__(self) -> str:
-        rows, columns = self.mask.shape
-        return f"mask of shape {(rows, columns - 1)}"
-
-
-def _column_mask(mask: Tensor) -> _ColumnMask:
-    if mask.ndim not in (1, 2) or mask.numel() == 0:
-        raise ValueError(f"a mask of tokens has the shape (seq,) or (batch, seq), got {tuple(mask.shape)}")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("a mask of tokens holds only 0 and 1; for token indices, give a list")
-    rows = mask.detach().bool().reshape(-1, mask.shape[-1])
-    return _ColumnMask(torch.nn.functional.pad(rows, (0, 1)))
 
 
 def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: str) -> _Prompt | None:
@@ -337,23 +275,25 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
             )
         mask = _rows_tensor(inputs["attention_mask"])
         ids = inputs.get("input_ids")
-        return _Prompt(_lengths(mask.sum(dim=1).tolist(), selector), None if ids is None else _rows_tensor(ids), mask)
+        return _Prompt(
+            _lengths((mask != 0).sum(dim=1).tolist(), selector), None if ids is None else _rows_tensor(ids), mask
+        )
     if isinstance(inputs, Tensor):
         raise TypeError(
             f"{selector}(inputs) got a bare tensor, which may be token ids or a mask: give what goes into "
             f"model.generate, a mapping with attention_mask, or the prompts' lengths as an int or a list"
         )
-    if isinstance(inputs, (str, bytes)) or not isinstance(inputs, (SupportsIndex, Sequence)):
+    if isinstance(inputs, (str, bytes)) or not (_isinteger(inputs) or isinstance(inputs, Sequence)):
         raise TypeError(
             f"{selector}(inputs) takes a mapping with attention_mask, or the prompts' lengths as an int or a list, "
             f"got {type(inputs).__name__}"
         )
-    numbers = [inputs] if isinstance(inputs, SupportsIndex) else list(inputs)
+    numbers = list(inputs) if isinstance(inputs, Sequence) else [inputs]
     return _Prompt(_lengths(numbers, selector))
 
 
 def _lengths(numbers: Sequence[SupportsIndex], selector: str) -> tuple[int, ...]:
-    lengths = tuple(_integer(n, f"{selector}(inputs)") for n in numbers)
+    lengths = tuple(integer(n, f"{selector}(inputs)") for n in numbers)
     if not lengths or min(lengths) < 1:
         raise ValueError(f"{selector}(inputs) needs prompts of at least one token, got lengths {list(lengths)}")
     return lengths
@@ -386,22 +326,23 @@ def _rows_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, device=device)
 
 
-def _is_one_of(values: Tensor, numbers: tuple[int, ...]) -> Tensor:
+def is_one_of(values: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """Which of ``values`` are among ``numbers``, as a mask of the same shape."""
     mask = torch.zeros_like(values, dtype=torch.bool)
     for number in numbers:
         mask = mask | (values == number)
     return mask
 
 
-def _from_end(positions: TokenPositions) -> Tensor:
-    """Columns counted from the end of the pass, as negative numbers: ``(batch, seq)``."""
-    seq = positions.index.shape[1]
-    return torch.arange(-seq, 0, device=positions.index.device).expand_as(positions.index)
-
-
 def _own_indices(n: int | Sequence[int], selector: str) -> int | tuple[int, ...]:
-    numbers = _integer(n, selector) if isinstance(n, SupportsIndex) else tuple(_integer(i, selector) for i in n)
-    if min((numbers,) if isinstance(numbers, int) else numbers, default=0) < 0:
+    numbers: int | tuple[int, ...]
+    if isinstance(n, Iterable) and not _isinteger(n):
+        numbers = tuple(integer(i, selector) for i in n)
+    else:
+        numbers = integer(n, selector)
+    if numbers == ():
+        raise ValueError(f"{selector} needs at least one token index, got {n!r}")
+    if min((numbers,) if isinstance(numbers, int) else numbers) < 0:
         raise ValueError(
             f"{selector} counts a row's own tokens from 0, got {n}: where a row ends is not known while it is "
             f"generated. To steer the answer, use generated(inputs)."
@@ -409,12 +350,22 @@ def _own_indices(n: int | Sequence[int], selector: str) -> int | tuple[int, ...]
     return numbers
 
 
-def _integer(value: object, what: str) -> int:
+def integer(value: object, what: str) -> int:
+    """``value`` as an int. Raises TypeError unless it is one whole number."""
     if isinstance(value, bool):
         raise TypeError(f"{what} takes token indices, got {value}; for a mask, give a tensor")
-    if not isinstance(value, SupportsIndex):
-        raise TypeError(f"{what} takes whole numbers, got {type(value).__name__}")
-    return operator.index(value)
+    if not _isinteger(value):
+        raise TypeError(f"{what} takes whole numbers, got {value!r}")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def _isinteger(value: object) -> bool:
+    """Whether ``value`` is one whole number; arrays and tensors claim to be, and are if they hold just one."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def _rows_tensor(rows: Any) -> Tensor:

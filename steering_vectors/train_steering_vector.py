@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors._model_structure import is_encoder_decoder
 from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
+from steering_vectors._steering import check_not_steered_by_row
+from steering_vectors._token_indices import TokenSelection, as_selector
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -25,10 +28,10 @@ from steering_vectors.layer_matching import (
     ModelLayerConfig,
     check_model,
     find_layers,
-    is_encoder_decoder,
+    is_layer_number,
 )
 from steering_vectors.steering_vector import SteeringVector
-from steering_vectors.token_selection import TokenPositions, TokenSelection, as_selector, selected
+from steering_vectors.token_selection import TokenPositions, selected
 
 __all__ = [
     "LayerType",
@@ -114,6 +117,8 @@ def train_steering_vector(
     >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
+    if not callable(aggregator):
+        raise TypeError(f"aggregator must be callable, such as mean_aggregator(), got {aggregator!r}")
     accumulators: dict[int, Accumulator] = {}
     reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
     source = _Source(model, layers, layer_type, layer_config, batch_size)
@@ -209,12 +214,13 @@ class _Source:
     def modules(self) -> dict[int, nn.Module]:
         """The layers' modules by number, ascending."""
         check_model(self.model)
+        check_not_steered_by_row(self.model)
         if is_encoder_decoder(self.model):
             raise ValueError(
                 f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on "
                 f"decoder-only ones"
             )
-        if not hasattr(self.batch_size, "__index__") or self.batch_size < 1:
+        if not is_layer_number(self.batch_size) or self.batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
         found = find_layers(self.model, self.layer_type, self.layer_config)
         return {n: self.model.get_submodule(found.names[n]) for n in found.numbers(self.layers)}
@@ -255,7 +261,7 @@ class _Reading:
         index: Any = self._index if own_index is None else own_index
         if callable(index):
             index = index(encoded.text)
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
+        if not is_layer_number(index):
             raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
         position, length = as_index(index), len(encoded.input_ids)
         if not -length <= position < length:

@@ -1,0 +1,132 @@
+"""Which tokens, told by a list of indices, a slice or a mask instead of by a selector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from steering_vectors.token_selection import (
+    KnownSelector,
+    Selector,
+    TokenPositions,
+    expand_rows,
+    from_index,
+    integer,
+    is_one_of,
+)
+
+TokenSelection: TypeAlias = Selector | Sequence[int] | slice | Tensor
+
+
+def as_selector(tokens: TokenSelection) -> Selector:
+    """The selector that a list, slice, mask tensor or callable stands for.
+
+    Lists and slices count own tokens, where they are not negative; negative numbers count columns from the end of each
+    pass. A mask ``(seq,)`` or ``(batch, seq)`` is by column; columns beyond it are not selected.
+
+    Raises TypeError for anything else, ValueError for a mask that holds other numbers than 0 and 1 or has another
+    number of dimensions, and for a slice with a step below 1.
+    """
+    if isinstance(tokens, Tensor):
+        return _column_mask(tokens)
+    if callable(tokens):
+        return tokens
+    if isinstance(tokens, slice):
+        start, stop = (None if n is None else integer(n, "a slice of tokens") for n in (tokens.start, tokens.stop))
+        step = 1 if tokens.step is None else integer(tokens.step, "a slice of tokens")
+        if step < 1:
+            raise ValueError(f"a slice of tokens needs a step of at least 1, got {tokens}")
+        return _Slice(start, stop, step)
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str):
+        return _Indices(tuple(integer(n, "token_indices") for n in tokens))
+    raise TypeError(
+        f"tokens must be a selector such as generated(inputs), a list of token indices, a slice or a mask tensor, "
+        f"got {type(tokens).__name__}"
+    )
+
+
+def one_selection(
+    min_token_index: int | None, token_indices: TokenSelection | None, tokens: TokenSelection | None
+) -> Selector | None:
+    """The selector for the three ways in which ``apply`` takes one; None means all tokens.
+
+    Raises ValueError if more than one is given, and as :func:`as_selector`.
+    """
+    given = {"min_token_index": min_token_index, "token_indices": token_indices, "tokens": tokens}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} were given: choose one of them")
+    if min_token_index is not None:
+        first = integer(min_token_index, "min_token_index")
+        return from_index(first) if first >= 0 else _Slice(first, None, 1)
+    selection = token_indices if tokens is None else tokens
+    return None if selection is None else as_selector(selection)
+
+
+@dataclass(frozen=True)
+class _Indices(KnownSelector):
+    """A list of token indices: own tokens where not negative, columns from the end of each pass where negative."""
+
+    indices: tuple[int, ...]
+
+    def __call__(self, positions: TokenPositions) -> Tensor:
+        own = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
+        return own | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
+
+
+@dataclass(frozen=True)
+class _Slice(KnownSelector):
+    """A slice of tokens, its bounds read as in :class:`_Indices`."""
+
+    start: int | None
+    stop: int | None
+    step: int
+
+    def __call__(self, positions: TokenPositions) -> Tensor:
+        own, from_end = positions.index, _from_end(positions)
+        start = 0 if self.start is None else max(self.start, -own.shape[1])  # as Python clamps it
+        counted = from_end - start if start < 0 else own - start
+        mask = (counted >= 0) & (counted % self.step == 0)
+        if start >= 0:
+            mask = mask & (own >= 0)
+        if self.stop is not None:
+            mask = mask & ((own if self.stop >= 0 else from_end) < self.stop)
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class _ColumnMask(KnownSelector):
+    mask: Tensor  # (rows, columns + 1), bool; the last column stands for all beyond
+    copies: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def __call__(self, positions: TokenPositions) -> Tensor:
+        device = positions.index.device
+        if device not in self.copies:
+            self.copies[device] = self.mask.to(device)
+        mask = expand_rows(self.copies[device], positions.index.shape[0], "the mask of tokens")
+        return mask[:, positions.column.clamp(max=mask.shape[1] - 1)]
+
+    @property
+    def rows(self) -> int:
+        return self.mask.shape[0]
+
+    def __repr__(self) -> str:
+        rows, columns = self.mask.shape
+        return f"mask of shape {(rows, columns - 1)}"
+
+
+def _column_mask(mask: Tensor) -> _ColumnMask:
+    if mask.ndim not in (1, 2) or mask.numel() == 0:
+        raise ValueError(f"a mask of tokens has the shape (seq,) or (batch, seq), got {tuple(mask.shape)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("a mask of tokens holds only 0 and 1; for token indices, give a list")
+    rows = mask.detach().bool().reshape(-1, mask.shape[-1])
+    return _ColumnMask(torch.nn.functional.pad(rows, (0, 1)))
+
+
+def _from_end(positions: TokenPositions) -> Tensor:
+    """Columns counted from the end of the pass, as negative numbers: ``(batch, seq)``."""
+    seq = positions.index.shape[1]
+    return torch.arange(-seq, 0, device=positions.index.device).expand_as(positions.index)

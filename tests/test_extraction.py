@@ -1,0 +1,280 @@
+"""Running a model over prompts: every row is what the prompt alone gives, and the model is as it was."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+from steering_vectors import SteeringVector
+from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors.layer_matching import find_layers
+from tests import tiny
+
+# Longer than a sliding window of tiny.WINDOW; of many lengths; one twice.
+PROMPTS = [
+    [11, 12, 13, 14, 15],
+    [21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32],
+    [31],
+    [11, 12, 13, 99],
+    [41, 42, 43, 44, 45, 46, 47, 48, 49],
+    [11, 12, 13, 14, 15],
+]
+_BERT_SIZES: dict[str, Any] = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": tiny.HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def states_of(model: PreTrainedModel, input_ids: list[int]) -> list[Tensor]:
+    """Each block's output but the last one's, ``(seq, hidden)``, as Hugging Face gives it for one prompt alone."""
+    with torch.no_grad():
+        states = model(torch.tensor([input_ids]), output_hidden_states=True).hidden_states
+    # In most models the embeddings come first; and after the last block, its output behind the final norm.
+    first = 0 if model.config.model_type in ("mamba", "rwkv") else 1
+    return [state[0] for state in states[first:-1]]
+
+
+def modules_of(model: nn.Module, layers: list[int] | None = None, **kwargs: Any) -> dict[int, nn.Module]:
+    found = find_layers(model, **kwargs)
+    return {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
+
+
+def rows_by_prompt(parts: Iterator[LayerRows]) -> dict[tuple[int, int], Tensor]:
+    """(layer, prompt) → row ``(hidden,)``; each may come only once."""
+    rows: dict[tuple[int, int], Tensor] = {}
+    for part in parts:
+        assert part.rows.shape[0] == len(part.prompts)
+        for number, row in zip(part.prompts, part.rows, strict=True):
+            assert (part.layer, number) not in rows
+            rows[part.layer, number] = row
+    return rows
+
+
+def last(prompts: list[list[int]]) -> list[ReadPrompt]:
+    return [ReadPrompt(prompt, [len(prompt) - 1]) for prompt in prompts]
+
+
+class TestRows:
+    @pytest.mark.parametrize("rows_per_pass", [1, 2, 4, 100])
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_are_those_of_each_prompt_alone(self, architecture: str, rows_per_pass: int) -> None:
+        model = tiny.shared(architecture)
+        modules = modules_of(model)
+        rows = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=rows_per_pass))
+        assert rows.keys() == {(layer, number) for layer in modules for number in range(len(PROMPTS))}
+        for number, prompt in enumerate(PROMPTS):
+            for layer, expected in enumerate(tiny.hidden_states(model, prompt)):
+                torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_are_hugging_faces_hidden_states(self, architecture: str) -> None:
+        model = tiny.shared(architecture)
+        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        for number, prompt in enumerate(PROMPTS):
+            for layer, expected in enumerate(states_of(model, prompt)):
+                torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_are_read_at_any_position(self, architecture: str) -> None:
+        model = tiny.shared(architecture)
+        prompts = [ReadPrompt(PROMPTS[1], [n]) for n in range(12)] + [ReadPrompt(PROMPTS[0], [0])]
+        rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), prompts, rows_per_pass=13))
+        expected = tiny.hidden_states(model, PROMPTS[1])[1]
+        for n in range(12):
+            torch.testing.assert_close(rows[1, n], expected[n], atol=1e-5, rtol=1e-5)
+
+    def test_of_several_positions_are_their_weighted_mean(self) -> None:
+        model = tiny.shared("gpt2")
+        prompts = [
+            ReadPrompt(PROMPTS[0], [1, 2, 4], [0.5, 0.25, 0.25]),
+            ReadPrompt(PROMPTS[1], [3]),
+            ReadPrompt(PROMPTS[2], [0], [1.0]),
+        ]
+        rows = rows_by_prompt(extract_rows(model, modules_of(model), prompts, rows_per_pass=3))
+        for layer in range(3):
+            first, second, third = (tiny.hidden_states(model, prompt)[layer] for prompt in PROMPTS[:3])
+            expected = 0.5 * first[1] + 0.25 * first[2] + 0.25 * first[4]
+            torch.testing.assert_close(rows[layer, 0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(rows[layer, 1], second[3], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(rows[layer, 2], third[0], atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("layer_type", ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"])
+    @pytest.mark.parametrize("architecture", ["opt", "mixtral", "gpt2"])
+    def test_of_other_layer_types_are_those_of_each_prompt_alone(self, architecture: str, layer_type: str) -> None:
+        model = tiny.shared(architecture)
+        modules = modules_of(model, layer_type=layer_type)
+        together = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=10))
+        alone = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=1))
+        for key, row in alone.items():
+            torch.testing.assert_close(together[key], row, atol=1e-5, rtol=1e-5)
+
+    def test_carry_no_gradients(self) -> None:
+        model = tiny.shared("llama")
+        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert not any(row.requires_grad for row in rows.values())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_of_single_tokens_keep_the_models_dtype_and_means_are_wide(self, dtype: torch.dtype) -> None:
+        model = tiny.build("llama").to(dtype)
+        single, mean = ReadPrompt(PROMPTS[0], [4]), ReadPrompt(PROMPTS[1], [0, 1], [0.5, 0.5])
+        modules = modules_of(model, [0])
+        assert [p.rows.dtype for p in extract_rows(model, modules, [single], rows_per_pass=1)] == [dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        assert [p.rows.dtype for p in extract_rows(model, modules, [mean], rows_per_pass=1)] == [wide]
+
+    def test_of_a_model_that_counts_positions_from_its_padding_id_are_those_of_each_prompt_alone(self) -> None:
+        """RoBERTa and its kin number their tokens from pad_token_id + 1 on."""
+        model = RobertaForCausalLM(RobertaConfig(**_BERT_SIZES, is_decoder=True, pad_token_id=1)).eval()
+        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        for number, prompt in enumerate(PROMPTS):
+            for layer, expected in enumerate(states_of(model, prompt)):
+                torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
+
+    def test_of_an_inner_module_are_the_models(self) -> None:
+        model = tiny.shared("gpt2")
+        inner = model.base_model
+        rows = rows_by_prompt(extract_rows(inner, modules_of(inner), last(PROMPTS), rows_per_pass=3))
+        expected = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert all(torch.equal(row, expected[key]) for key, row in rows.items())
+
+    @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="LLaVA of transformers 4.46 doesn't run without an image")
+    def test_of_a_vision_language_model_are_those_of_its_text_decoder(self) -> None:
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+        config = LlavaConfig(
+            text_config={"model_type": "llama", **_BERT_SIZES, "num_key_value_heads": 2},
+            vision_config={"model_type": "clip_vision_model", **vision, "image_size": 16, "patch_size": 8},
+            image_token_index=tiny.VOCABULARY - 1,
+        )
+        model = LlavaForConditionalGeneration(config).eval()
+        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        for number, prompt in enumerate(PROMPTS):
+            for layer, expected in enumerate(states_of(model, prompt)):
+                torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
+
+    def test_inside_a_steering_are_what_was_steered(self) -> None:
+        model = tiny.shared("llama")
+        modules = modules_of(model, [0, 1])
+        plain = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+        with SteeringVector({1: torch.ones(tiny.HIDDEN)}).apply(model):
+            steered = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+        for number in range(len(PROMPTS)):
+            assert torch.equal(steered[0, number], plain[0, number])
+            torch.testing.assert_close(steered[1, number], plain[1, number] + 1)
+
+
+class TestTheModel:
+    @pytest.mark.parametrize("mode", ["training", "evaluation", "mixed"])
+    def test_has_each_modules_mode_as_before(self, mode: str) -> None:
+        model = tiny.build("llama").train(mode != "evaluation")
+        if mode == "mixed":
+            for number, module in enumerate(model.modules()):
+                module.training = number % 3 == 0
+        before = {name: module.training for name, module in model.named_modules()}
+        seen: list[bool] = []
+        handle = tiny.blocks(model)[0].register_forward_hook(lambda m, _a, _o: seen.append(m.training))
+        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        handle.remove()
+        assert {name: module.training for name, module in model.named_modules()} == before
+        assert not any(seen)
+
+    def test_is_in_its_own_mode_between_the_passes(self) -> None:
+        model = tiny.build("llama").train()
+        for _part in extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=1):
+            assert all(module.training for module in model.modules())
+
+    def test_runs_without_dropout(self) -> None:
+        model = tiny.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+        expected = rows_by_prompt(extract_rows(model.eval(), modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model.train(), modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert all(torch.equal(row, expected[key]) for key, row in rows.items())
+
+    def test_does_not_move_the_random_numbers(self) -> None:
+        model = tiny.build("gpt2", resid_pdrop=0.5).train()
+        before = torch.random.get_rng_state()
+        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_keeps_other_peoples_hooks_and_none_of_ours(self, fails: bool) -> None:
+        model = tiny.build("llama").train()
+
+        def mine(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if fails:
+                raise KeyError("somebody else's bug")
+
+        handle = tiny.blocks(model)[2].register_forward_hook(mine)
+        if fails:
+            with pytest.raises(KeyError, match="somebody else's bug"):
+                list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        else:
+            list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.blocks(model)] == [0, 0, 1]
+        assert handle.id in tiny.blocks(model)[2]._forward_hooks
+        assert all(module.training for module in model.modules())
+
+    def test_is_as_before_when_nobody_asks_for_more(self) -> None:
+        model = tiny.build("llama").train()
+        rows = extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=1)
+        next(rows)
+        rows.close()  # type: ignore[attr-defined]
+        assert sum(len(module._forward_hooks) for module in model.modules()) == 0
+        assert all(module.training for module in model.modules())
+
+    def test_makes_logits_of_one_position_at_most(self) -> None:
+        model = tiny.build("llama")
+        widths: list[int] = []
+        model.lm_head.register_forward_hook(lambda _m, _a, output: widths.append(output.shape[1]))
+        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert all(width <= 1 for width in widths)
+
+    def test_makes_no_cache(self) -> None:
+        model = tiny.build("llama")
+        seen: list[Any] = []
+        model.register_forward_hook(lambda _m, _a, output: seen.append(output.get("past_key_values")))
+        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        assert seen == [None] * len(seen)
+
+    def test_may_leave_no_asked_layer_out(self) -> None:
+        model = tiny.build("llama")
+        modules = {0: tiny.blocks(model)[0], 7: nn.Linear(2, 2)}
+        with pytest.raises(RuntimeError, match=r"layers \[7\] of LlamaForCausalLM did not run"):
+            list(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+
+
+class TestCausality:
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_decoders_pass(self, architecture: str) -> None:
+        model = tiny.shared(architecture)
+        check_causal(model, modules_of(model), PROMPTS[1])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_decoders_of_other_precisions_pass(self, dtype: torch.dtype) -> None:
+        model = tiny.build("llama").to(dtype)
+        check_causal(model, modules_of(model), PROMPTS[1])
+
+    def test_bert_as_a_decoder_passes(self) -> None:
+        model = BertLMHeadModel(BertConfig(**_BERT_SIZES, is_decoder=True)).eval()
+        check_causal(model, modules_of(model), PROMPTS[1])
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 12])
+    @pytest.mark.parametrize("with_head", [True, False])
+    def test_encoders_are_refused_however_short_the_prompts(self, with_head: bool, length: int) -> None:
+        model = (BertLMHeadModel if with_head else BertModel)(BertConfig(**_BERT_SIZES)).eval()
+        with pytest.raises(ValueError, match=r"is no decoder-only language model.*is_decoder=True"):
+            check_causal(model, modules_of(model), PROMPTS[1][:length])

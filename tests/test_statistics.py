@@ -1,0 +1,94 @@
+"""Means that are kept while rows come in."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steering_vectors._statistics import RunningMean
+
+HIDDEN = 5
+
+
+@st.composite
+def portions(draw: st.DrawFn) -> tuple[Tensor, list[Tensor]]:
+    """Some rows, and the same rows in portions of any size, empty ones too."""
+    n = draw(st.integers(1, 12))
+    rows = 10 * torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(draw(st.integers(0, 1000))))
+    cuts = sorted(draw(st.lists(st.integers(0, n), max_size=4)))
+    return rows, list(rows.tensor_split(torch.tensor(cuts, dtype=torch.long)))
+
+
+@settings(deadline=None)
+@given(cut=portions())
+def test_mean_does_not_depend_on_the_portions(cut: tuple[Tensor, list[Tensor]]) -> None:
+    rows, parts = cut
+    running = RunningMean()
+    for part in parts:
+        running.add(part)
+    assert running.count == len(rows)
+    torch.testing.assert_close(running.mean, rows.double().mean(dim=0))
+
+
+@settings(deadline=None)
+@given(cut=portions(), order=st.randoms())
+def test_merging_in_any_order_is_adding(cut: tuple[Tensor, list[Tensor]], order: random.Random) -> None:
+    rows, parts = cut
+    means = [RunningMean() for _ in parts]
+    for mean, part in zip(means, parts, strict=True):
+        mean.add(part)
+    means.append(RunningMean())
+    order.shuffle(means)
+    total, *others = means
+    for other in others:
+        total.merge(other)
+    assert total.count == len(rows)
+    torch.testing.assert_close(total.mean, rows.double().mean(dim=0))
+
+
+def test_merging_does_not_change_what_is_merged() -> None:
+    first, second = RunningMean(), RunningMean()
+    first.add(torch.ones(2, HIDDEN))
+    second.add(torch.zeros(1, HIDDEN))
+    first.merge(second)
+    first.add(torch.ones(5, HIDDEN))
+    assert second.count == 1
+    assert torch.equal(second.mean, torch.zeros(HIDDEN).double())
+
+
+def test_an_accumulator_that_was_merged_into_an_empty_one_stays_apart() -> None:
+    empty, full = RunningMean(), RunningMean()
+    full.add(torch.ones(1, HIDDEN))
+    empty.merge(full)
+    empty.add(3 * torch.ones(1, HIDDEN))
+    assert torch.equal(full.mean, torch.ones(HIDDEN).double())
+    assert torch.equal(empty.mean, 2 * torch.ones(HIDDEN).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_lose_no_digits_of_narrow_rows(dtype: torch.dtype) -> None:
+    rows = torch.full((3000, HIDDEN), 1.0, dtype=dtype)
+    rows[0] = 4096.0  # in bfloat16 4096 + 1 is 4096
+    running = RunningMean()
+    for part in rows.split(7):
+        running.add(part)
+    assert running.mean.dtype is torch.float64
+    assert torch.equal(running.mean, rows.double().mean(dim=0))
+
+
+def test_sums_of_float16_do_not_overflow() -> None:
+    running = RunningMean()
+    running.add(torch.full((4, HIDDEN), 60000.0, dtype=torch.float16))
+    assert torch.equal(running.mean, torch.full((HIDDEN,), 60000.0).double().half().double())
+
+
+@pytest.mark.parametrize("rows", [None, torch.zeros(0, HIDDEN)], ids=["nothing added", "no rows added"])
+def test_no_rows_have_no_mean(rows: Tensor | None) -> None:
+    running = RunningMean()
+    if rows is not None:
+        running.add(rows)
+    with pytest.raises(ValueError, match="no rows"):
+        _ = running.mean

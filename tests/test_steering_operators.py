@@ -1,0 +1,166 @@
+"""Operators against their formulas, written out."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from steering_vectors import (
+    PatchDeltaOperator,
+    ablation_operator,
+    ablation_then_addition_operator,
+    addition_operator,
+)
+
+OPERATORS: dict[str, Callable[[], PatchDeltaOperator]] = {
+    "addition": addition_operator,
+    "ablation": ablation_operator,
+    "ablation_then_addition": ablation_then_addition_operator,
+}
+every_operator = pytest.mark.parametrize("operator", [make() for make in OPERATORS.values()], ids=repr)
+every_ablation = pytest.mark.parametrize("operator", [ablation_operator(), ablation_then_addition_operator()], ids=repr)
+
+
+def steered_by_hand(name: str, h: Tensor, d: Tensor) -> Tensor:
+    """Row by row, in double precision, through the projection matrix u uᵀ."""
+    h, d = h.double(), d.double().reshape(-1)
+    unit = d / d.norm() if bool(d.any()) else d
+    without = h - h @ torch.outer(unit, unit)
+    return {"addition": h + d, "ablation": without, "ablation_then_addition": without + d}[name]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@given(
+    name=st.sampled_from(list(OPERATORS)),
+    batch=st.integers(1, 3),
+    seq=st.integers(1, 4),
+    hidden=st.integers(1, 9),
+    exponent=st.integers(-30, 15),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=80, deadline=None)
+def test_operators_give_their_formulas(name: str, batch: int, seq: int, hidden: int, exponent: int, seed: int) -> None:
+    h, d = random(batch, seq, hidden, seed=seed), random(hidden, seed=seed + 1) * 10.0**exponent
+    delta = OPERATORS[name]()(h, d.reshape(1, 1, -1))
+    scale = max(1.0, 10.0**exponent)
+    expected = steered_by_hand(name, h, d)
+    torch.testing.assert_close(h.double() + delta.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@every_operator
+def test_the_change_broadcasts_to_the_activation_for_every_shape_of_direction(operator: PatchDeltaOperator) -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    expected = operator(h, d).expand_as(h)
+    for shape in [(8,), (1, 8), (1, 1, 8)]:
+        assert torch.equal(operator(h, d.reshape(shape)).expand_as(h), expected)
+
+
+@every_operator
+def test_a_direction_of_its_own_for_each_row(operator: PatchDeltaOperator) -> None:
+    h, d = random(2, 3, 8), random(2, 1, 8, seed=1)
+    both = operator(h, d).expand_as(h)
+    for row in range(2):
+        alone = operator(h[row : row + 1], d[row : row + 1]).expand(1, 3, 8)
+        torch.testing.assert_close(both[row : row + 1], alone)
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_change_has_the_activation_s_dtype(operator: PatchDeltaOperator, dtype: torch.dtype) -> None:
+    assert operator(random(1, 2, 8, dtype=dtype), random(8, seed=1, dtype=dtype)).dtype == dtype
+
+
+@every_operator
+def test_activation_and_direction_are_not_changed(operator: PatchDeltaOperator) -> None:
+    h, d = random(1, 2, 8), random(8, seed=1)
+    h_before, d_before = h.clone(), d.clone()
+    operator(h, d)
+    assert torch.equal(h, h_before)
+    assert torch.equal(d, d_before)
+
+
+def test_ablation_leaves_nothing_along_the_direction_and_the_rest_as_it_was() -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    ablated = h + ablation_operator()(h, d)
+    torch.testing.assert_close(ablated @ d, torch.zeros(2, 3), atol=1e-5, rtol=0)
+    across = random(8, seed=2)
+    across -= (across @ d) / (d @ d) * d
+    torch.testing.assert_close(ablated @ across, h @ across)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 1e-12, 1e12, -7.0])
+def test_ablation_ignores_length_and_sign_of_the_direction(factor: float) -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    torch.testing.assert_close(ablation_operator()(h, factor * d), ablation_operator()(h, d))
+
+
+@pytest.mark.parametrize("multiplier", [-2.0, 0.5, 3.0])
+def test_ablation_then_addition_sets_the_projection_to_the_direction_s_length(multiplier: float) -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    steered = h + ablation_then_addition_operator()(h, multiplier * d)
+    torch.testing.assert_close(steered @ (d / d.norm()), (multiplier * d.norm()).expand(2, 3))
+
+
+@pytest.mark.parametrize("value", [1e-7, 6e4])
+def test_small_and_large_directions_of_half_precision_are_ablated(value: float) -> None:
+    h = random(1, 4, 8, dtype=torch.float16)
+    d = torch.full((8,), value, dtype=torch.float16)
+    expected = steered_by_hand("ablation", h, torch.ones(8))
+    torch.testing.assert_close((h + ablation_operator()(h, d)).double(), expected, atol=1e-2, rtol=1e-2)
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_direction_changes_nothing(operator: PatchDeltaOperator, dtype: torch.dtype) -> None:
+    h = random(2, 3, 8, dtype=dtype)
+    assert torch.equal(h + operator(h, torch.zeros(1, 1, 8, dtype=dtype)), h)
+
+
+@every_operator
+def test_gradients_at_a_zero_direction_are_finite(operator: PatchDeltaOperator) -> None:
+    h, d = random(2, 3, 8).requires_grad_(), torch.zeros(8, requires_grad=True)
+    (h + operator(h, d)).square().sum().backward()
+    assert h.grad is not None
+    assert d.grad is not None
+    assert h.grad.isfinite().all()
+    assert d.grad.isfinite().all()
+    torch.testing.assert_close(h.grad, 2 * h.detach())
+
+
+@pytest.mark.parametrize("operator", [addition_operator(), ablation_then_addition_operator()], ids=repr)
+def test_addition_passes_gradients_to_a_zero_direction(operator: PatchDeltaOperator) -> None:
+    h, d = random(2, 3, 8), torch.zeros(8, requires_grad=True)
+    (h + operator(h, d)).sum().backward()
+    assert d.grad is not None
+    torch.testing.assert_close(d.grad, torch.full((8,), 6.0))
+
+
+@every_operator
+def test_gradients_are_those_of_finite_differences(operator: PatchDeltaOperator) -> None:
+    h = random(1, 2, 4, dtype=torch.float64).requires_grad_()
+    d = random(4, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, d: operator(h, d).expand_as(h), (h, d))
+
+
+@every_ablation
+def test_gradients_do_not_overflow_for_tiny_directions(operator: PatchDeltaOperator) -> None:
+    h, d = random(1, 2, 4), (random(4, seed=1) * 1e-25).requires_grad_()
+    operator(h, d).sum().backward()
+    assert d.grad is not None
+    assert d.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_values_that_show_how_they_were_made(name: str) -> None:
+    operator = OPERATORS[name]()
+    assert repr(operator) == f"{name}_operator()"
+    assert operator == OPERATORS[name]() == copy.deepcopy(operator) == pickle.loads(pickle.dumps(operator))
+    assert len({make() for make in OPERATORS.values()}) == 3

@@ -1,0 +1,211 @@
+"""The package's own shape: who imports whom, what is public, how long things are."""
+
+import ast
+import inspect
+import io
+import subprocess
+import sys
+import tokenize
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import steering_vectors
+
+PACKAGE = Path(steering_vectors.__file__).parent
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+MOST_LINES_OF_A_MODULE = 250
+MOST_LINES_OF_A_FUNCTION = 40
+
+# A module imports modules of its own rank or a lower one.
+RANKS: dict[int, list[str]] = {
+    0: [
+        *("layer_matching", "token_selection", "_positions", "_hooks", "torch_utils", "_storage", "_statistics"),
+        *("_prompt_tree", "_model_structure"),
+    ],
+    1: ["record_activations", "steering_operators", "_prompts", "_passes", "_token_indices"],
+    2: ["_steering", "_extraction", "aggregators", "ablate_everywhere"],
+    3: ["steering_vector"],
+    4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
+    5: ["evaluation", "export", "serving", "versions"],
+    6: ["plots", "cli", "demo", "__main__"],
+}
+FRONT_DOOR = "__init__"  # has no rank: the circle test says who may import it
+BEHIND_THE_FRONT_DOOR = range(5)  # the ranks whose modules import what they need from where it is
+RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
+
+PUBLIC_SINCE_0_12_2 = {
+    *("Aggregator", "LayerMatcher", "LayerType", "ModelLayerConfig", "PatchDeltaOperator", "SteeringPatchHandle"),
+    *("SteeringVector", "SteeringVectorTrainingSample", "ablation_operator", "ablation_then_addition_operator"),
+    *("addition_operator", "aggregate_activations", "extract_activations", "get_num_matching_layers"),
+    *("guess_and_enhance_layer_config", "logistic_aggregator", "mean_aggregator", "pca_aggregator"),
+    *("record_activations", "train_steering_vector"),
+}
+PUBLIC_SINCE_1_0 = {
+    *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
+    *("at", "completion", "from_index", "generated", "prompted"),
+}
+
+
+def part_of(module: str) -> str:
+    """The first part of a module's name, by which a subpackage has one rank."""
+    return module.partition(".")[0]
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """The package's modules that ``module`` imports when it is imported: not those inside functions."""
+    for name in _module_level_imports(ast.parse(FILES[module].read_text()).body):
+        inside = name.removeprefix("steering_vectors").removeprefix(".")
+        while inside and inside not in FILES and f"{inside}.__init__" not in FILES:
+            inside = inside.rpartition(".")[0]  # a name out of a module
+        yield inside or "__init__"
+
+
+def _module_level_imports(body: list[ast.stmt]) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            inner = [*node.body, *getattr(node, "orelse", []), *getattr(node, "finalbody", [])]
+            for handler in getattr(node, "handlers", []):
+                inner += handler.body
+            yield from _module_level_imports(inner)
+            continue
+        else:
+            continue
+        yield from (name for name in names if part_of(name) == "steering_vectors")
+
+
+def lines_of_code(path: Path) -> set[int]:
+    """The numbers of the lines that hold code: no docstring, comment or blank."""
+    source = path.read_text()
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in ignored:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            assert first.end_lineno is not None
+            lines.difference_update(range(first.lineno, first.end_lineno + 1))
+    return lines
+
+
+class TestImports:
+    @pytest.mark.parametrize("module", FILES)
+    def test_point_to_modules_of_a_lower_or_the_same_rank(self, module: str) -> None:
+        assert part_of(module) in {*RANK, FRONT_DOOR}, f"{module} has no rank in DESIGN.md section 3"
+        for imported in imports_of(module):
+            if imported == FRONT_DOOR:
+                assert RANK[part_of(module)] not in BEHIND_THE_FRONT_DOOR, f"{module} imports the package itself"
+            elif module != FRONT_DOOR:
+                assert RANK[part_of(imported)] <= RANK[part_of(module)], f"{module} imports {imported}"
+
+    def test_make_no_circle(self) -> None:
+        waiting = {module: set(imports_of(module)) - {module} for module in FILES}
+        while ready := [module for module, imports in waiting.items() if not imports & waiting.keys()]:
+            for module in ready:
+                del waiting[module]
+        assert not waiting, f"modules in a circle, or that import one: {sorted(waiting)}"
+
+    def test_of_the_lowest_rank_are_torch_and_the_standard_library(self) -> None:
+        allowed = {*sys.stdlib_module_names, "torch", "steering_vectors", "safetensors"}
+        for module in set(FILES) & set(RANKS[0]):
+            for node in ast.parse(FILES[module].read_text()).body:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                assert {part_of(name) for name in names} <= allowed, module
+
+    def test_load_no_extra_and_nothing_heavy(self) -> None:
+        extras = ["sklearn", "gguf", "matplotlib", "typer", "rich", "accelerate", "peft", "pandas", "scipy", "jinja2"]
+        code = f"import sys, steering_vectors; print(*[name for name in {extras} if name in sys.modules])"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert (loaded.stdout.strip(), loaded.stderr) == ("", "")
+
+
+class TestSizes:
+    @pytest.mark.parametrize("module", FILES)
+    def test_no_module_is_long(self, module: str) -> None:
+        assert len(lines_of_code(FILES[module])) <= MOST_LINES_OF_A_MODULE
+
+    @pytest.mark.parametrize("module", FILES)
+    def test_no_function_is_long(self, module: str) -> None:
+        lines = lines_of_code(FILES[module])
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                length = len(lines & set(range(node.lineno, node.end_lineno + 1)))
+                assert length <= MOST_LINES_OF_A_FUNCTION, f"{module}.{node.name} has {length} lines"
+
+    def test_lines_are_counted_without_docstrings_comments_and_blanks(self, tmp_path: Path) -> None:
+        path = tmp_path / "module.py"
+        path.write_text(
+            '"""Doc.\n\nMore.\n"""\n\n# why\ndef f(\n    x,  # that\n):\n    """Doc."""\n    return """a\nb"""\n'
+        )
+        assert lines_of_code(path) == {7, 8, 9, 11, 12}
+
+
+class TestTheFrontDoor:
+    def test_lists_its_names_sorted_and_once(self) -> None:
+        assert steering_vectors.__all__ == sorted(set(steering_vectors.__all__))
+
+    def test_lists_exactly_what_it_imports(self) -> None:
+        names = {
+            name
+            for name, value in vars(steering_vectors).items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        }
+        assert names == set(steering_vectors.__all__)
+
+    def test_has_what_0_12_2_had_and_what_is_new(self) -> None:
+        assert set(steering_vectors.__all__) >= PUBLIC_SINCE_0_12_2 | PUBLIC_SINCE_1_0
+
+    def test_says_its_version(self) -> None:
+        assert steering_vectors.__version__.split(".")[0] == "1"
+
+    def test_package_says_that_it_is_typed(self) -> None:
+        assert (PACKAGE / "py.typed").is_file()
+
+
+def public_objects() -> list[str]:
+    """The public names that can bear a docstring of their own: no aliases of types."""
+    return [
+        name
+        for name in steering_vectors.__all__
+        if inspect.isclass(getattr(steering_vectors, name)) or inspect.isfunction(getattr(steering_vectors, name))
+    ]
+
+
+class TestDocstrings:
+    @pytest.mark.parametrize("name", public_objects())
+    def test_of_public_names_show_an_example(self, name: str) -> None:
+        assert ">>> " in (getattr(steering_vectors, name).__doc__ or "")
+
+    @pytest.mark.parametrize("name", public_objects())
+    def test_of_public_names_begin_with_a_line_on_what_it_gives(self, name: str) -> None:
+        lines = (getattr(steering_vectors, name).__doc__ or "").splitlines()
+        assert lines, "no docstring"
+        assert lines[0].strip().endswith((".", ":", ","))
+
+    @pytest.mark.parametrize(
+        "name", [name for name in public_objects() if inspect.isclass(getattr(steering_vectors, name))]
+    )
+    def test_of_public_methods_are_there(self, name: str) -> None:
+        for attribute, value in vars(getattr(steering_vectors, name)).items():
+            if inspect.isfunction(value) and not attribute.startswith("_"):
+                assert value.__doc__, f"{name}.{attribute}"
+
+    @pytest.mark.parametrize("module", FILES)
+    def test_of_modules_say_their_one_responsibility(self, module: str) -> None:
+        doc = ast.get_docstring(ast.parse(FILES[module].read_text()))
+        assert doc, "no docstring"
+        assert doc.splitlines()[0].endswith((".", ":", ","))
