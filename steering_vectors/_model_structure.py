@@ -46,6 +46,8 @@ _TEMPLATES: dict[str, dict[str, str]] = {
 }
 
 _LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# What decoders call their list of blocks, where it isn't the only list of its length.
+_BLOCK_LIST_NAMES = {"layers", "layer", "blocks", "block", "h"}
 _DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder")
 
 
@@ -101,6 +103,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates = [(path, blocks) for path, blocks in _block_lists(model) if _contains(decoder, blocks)]
     counts = _layer_counts(_text_config(_configured(model)))
     fitting = next((found for n in counts if (found := [c for c in candidates if len(c[1]) == n])), candidates)
+    named = [candidate for candidate in fitting if candidate[0].rpartition(".")[2] in _BLOCK_LIST_NAMES]
+    fitting = named or fitting
     if len(fitting) != 1:
         raise ValueError(
             f"can't tell which modules are the decoder blocks of {type(model).__name__}; candidates: "

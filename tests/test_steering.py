@@ -1126,7 +1126,7 @@ class TestDeviceReads:
 
     @pytest.fixture
     def on_meta(self) -> PreTrainedModel:
-        return tiny.build("llama").to("meta")
+        return tiny.build("gpt2").to("meta")  # Llama itself does not run there on transformers 4
 
     @pytest.mark.parametrize(
         "tokens",

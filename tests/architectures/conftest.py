@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-COLUMNS = ("layers", "adds", "generates", "parts")
+COLUMNS = ("layers", "adds", "generates", "text layers", "images", "parts")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -19,9 +19,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not rows:
         return
     terminalreporter.section("architectures")
-    terminalreporter.write_line(f"{'model type':28}" + "".join(f"{column:26}" for column in COLUMNS))
+    terminalreporter.write_line(f"{'model type':28}" + "".join(f"{column:24}" for column in COLUMNS))
     for architecture in sorted(rows):
-        cells = "".join(f"{rows[architecture].get(column, ''):26}" for column in COLUMNS)
+        cells = "".join(f"{rows[architecture].get(column, ''):24}" for column in COLUMNS)
         terminalreporter.write_line(f"{architecture:28}{cells}".rstrip())
     for column in COLUMNS:
         texts = [row[column] for row in rows.values() if column in row]

@@ -19,7 +19,6 @@ STEPS = 3
 
 # What can't be steered, or not by token, and the words in which it is refused.
 NO_LAYERS = {
-    "blt": "can't tell which modules are the decoder blocks",  # three stacks: bytes, patches, bytes
     "hrm_text": "can't tell which modules are the decoder blocks",  # two stacks that take turns
 }
 NO_SELECTION = {
@@ -32,6 +31,7 @@ NO_SELECTION = {
 NEVER_RUN = {("mllama", 1)}
 # Models whose hidden_states are something else than what goes from block to block.
 HIDDEN_STATES_DIFFER = {
+    "blt": "of all its stacks",
     "cpmant": "without its own columns",
     "inkling2_loop_text": "as its loops run",
     "prophetnet": "without the streams",
@@ -115,7 +115,7 @@ def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
 def test_the_output_moves_by_exactly_the_direction(model_type: str, note: Note) -> None:
     model, ids = model_of(model_type), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
-    last = find_layers(model).count - 1
+    last, hooks = find_layers(model).count - 1, count_hooks(model)
     for layer in {0, last}:
         vector = SteeringVector(directions(model, [layer]))
         with record_activations(model, layers=layer) as plain, torch.no_grad():
@@ -123,7 +123,7 @@ def test_the_output_moves_by_exactly_the_direction(model_type: str, note: Note) 
         with vector.apply(model), record_activations(model, layers=layer) as steered, torch.no_grad():
             model(ids)
         assert torch.equal(steered[layer][0], plain[layer][0] + vector.layer_activations[layer])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert count_hooks(model) == hooks
     shape = tuple(plain[last][0].shape)
     note(model_type, "adds", "yes" if shape == (2, 5, model.config.get_text_config().hidden_size) else f"yes, {shape}")
 
@@ -160,6 +160,10 @@ def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note
                 assert close(logits[row], expected)
     rows = "a padded batch" if len(batches) == 1 else "single rows"
     note(model_type, "generates", rows if faithful else f"{rows}, cached")
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
