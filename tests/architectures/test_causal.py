@@ -37,6 +37,7 @@ HIDDEN_STATES_DIFFER = {
     "prophetnet": "without the streams",
     "xlnet": "transposed",
 }
+PARTS_BESIDE_BLOCKS = {"xlm"}
 # Models that are no language models by themselves.
 NEEDS_ANOTHER_MODEL = {"gemma4_assistant", "gemma4_unified_assistant"}
 # Models of codes of sound, whose generate delays and changes the prompt.
@@ -125,7 +126,7 @@ def test_the_output_moves_by_exactly_the_direction(model_type: str, note: Note) 
         assert torch.equal(steered[layer][0], plain[layer][0] + vector.layer_activations[layer])
     assert count_hooks(model) == hooks
     shape = tuple(plain[last][0].shape)
-    note(model_type, "adds", "yes" if shape == (2, 5, model.config.get_text_config().hidden_size) else f"yes, {shape}")
+    note(model_type, "adds", "yes" if shape == (2, 5, 32) else f"yes, {shape}")
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_TEXT | NO_LAYERS.keys()])
@@ -164,6 +165,36 @@ def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note
 
 def count_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+def test_parts_stand_inside_their_own_block_and_run(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    blocks = find_layers(model)
+    found: dict[str, int] = {}
+    for part in PARTS:
+        try:
+            parts = find_layers(model, part)
+        except ValueError as error:
+            assert f"no {part} found in the blocks" in str(error) or model_type in PARTS_BESIDE_BLOCKS
+            continue
+        assert parts.count == blocks.count
+        with record_activations(model, part) as activations, torch.no_grad():
+            model(torch.tensor([PROMPTS[1]]))
+        for number, name in parts.names.items():
+            assert model_type in PARTS_BESIDE_BLOCKS or name.startswith(f"{blocks.names[number]}.")
+            if (model_type, number) not in NEVER_RUN:
+                assert activations[number][0].shape[-1] > 0
+        absent = sorted(set(range(blocks.count)) - set(parts.names))
+        if absent:
+            with pytest.raises(ValueError, match=f"block {absent[0]} of .* has no {part}; blocks that have one"):
+                SteeringVector({absent[0]: torch.ones(32)}, part).apply(model)
+        found[part] = len(parts.names)
+    cells = (f"{found[part]}" if part in found else "-" for part in PARTS)
+    note(model_type, "parts", f"{' '.join(cells)} of {blocks.count}")
 
 
 def batch(prompts: list[list[int]]) -> dict[str, Tensor]:
