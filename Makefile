@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_WHEEL ?= .venv-wheel
 MODEL ?=
 
 # The oldest transformers that is supported runs with a torch newer than itself.
 OLDEST = transformers==4.46.3
 PIP_FLAGS = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-architectures lint types format clean
+.PHONY: help demo test test-oldest test-architectures test-wheel docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -26,6 +27,19 @@ test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the old
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
 
+test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it away from the source
+	@echo "Building the wheel and installing it with its dependencies into $(VENV_WHEEL); this takes a minute ..."
+	@rm -rf dist $(VENV_WHEEL)
+	@$(VENV)/bin/pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .
+	@$(PYTHON) -m venv $(VENV_WHEEL)
+	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
+	@cp tests/wheel_smoke.py $(VENV_WHEEL)/ && cd $(VENV_WHEEL) && bin/python -W error::DeprecationWarning:steering_vectors wheel_smoke.py
+
+docs: $(VENV)/.installed ## the documentation, into docs/_build/html
+	@$(VENV)/bin/sphinx-build -n -W -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: $(VENV)/.installed ## ruff's rules and format
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -38,7 +52,7 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_WHEEL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt

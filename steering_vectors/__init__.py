@@ -39,6 +39,7 @@ from steering_vectors.train_steering_vector import (
     extract_activations,
     train_steering_vector,
 )
+from steering_vectors.versions import show_versions
 
 __version__ = "1.0.0.dev0"
 
@@ -72,5 +73,6 @@ __all__ = [
     "pca_aggregator",
     "prompted",
     "record_activations",
+    "show_versions",
     "train_steering_vector",
 ]
