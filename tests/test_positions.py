@@ -181,6 +181,7 @@ class TestTokenIndex:
     def test_of_masks_by_kind_of_layer_full_attention_tells(self, tokens: Rows, window: int, kind: Any) -> None:
         keys = tokens.past + tokens.seq
         masks = {
+            "chunked_attention": kind(tokens.query_mask(keys, window=window)),
             "sliding_attention": kind(tokens.query_mask(keys, window=window)),
             "linear_attention": None,
             "full_attention": kind(tokens.query_mask(keys)),
@@ -220,9 +221,21 @@ class TestTokenIndex:
 
     def test_a_window_s_cache_holds_fewer_keys_than_there_are_columns(self) -> None:
         tokens = Rows([[1] * 9, [1] * 9], past=8)
-        mask = torch.ones(2, 1, 1, 4, dtype=torch.bool)
-        arguments = {"input_ids": tokens.input_ids, "attention_mask": mask, "position_ids": tokens.position_ids(0)}
-        tokens.check({**arguments, "cache": Cache(8)})
+        for newest in (True, False):  # the window may be kept as a ring, with its newest key anywhere
+            mask = torch.tensor([True, True, True, newest]).expand(2, 1, 1, 4)
+            arguments = {"input_ids": tokens.input_ids, "attention_mask": mask, "position_ids": tokens.position_ids(0)}
+            tokens.check({**arguments, "cache": Cache(8)})
+
+    @given(st.integers(1, 3), st.integers(2, 6), st.integers(1, 6), as_bool_or_additive, st.booleans())
+    @fast
+    def test_tokens_that_see_what_follows_them_are_counted_in_their_order(
+        self, batch: int, seq: int, seeing: int, kind: Any, told: bool
+    ) -> None:
+        tokens = Rows([[1] * seq] * batch, past=0)
+        mask = tokens.query_mask(seq)
+        mask[..., :seeing, :seeing] = True  # images, and the prompts of prefix language models
+        arguments = {"input_ids": tokens.input_ids, "attention_mask": kind(mask)}
+        tokens.check({**arguments, **({"position_ids": tokens.position_ids(0)} if told else {})})
 
     def test_a_row_of_one_mask_serves_the_whole_batch(self) -> None:
         tokens = Rows([[0, 1, 1], [0, 1, 1]], past=0)

@@ -1235,6 +1235,9 @@ class TestNoSilentNothing:
         with pytest.raises(ZeroDivisionError), vector().apply(model, tokens=at([50])):  # noqa: PT012
             logits(model)
             _ = 1 / 0
+        with pytest.raises(ZeroDivisionError), vector().patch(model, tokens=at([50])):  # noqa: PT012
+            logits(model)
+            _ = 1 / 0
         handle = vector().patch(model, tokens=at([50]))
         with pytest.raises(ZeroDivisionError):  # noqa: PT012
             try:

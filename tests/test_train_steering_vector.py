@@ -327,7 +327,7 @@ class TestTokens:
             (torch.tensor([[True, True, False]]), lambda n: [0, 1]),
             (lambda positions: positions.index % 2 == 0, lambda n: range(0, n, 2)),
         ],
-        ids=str,
+        ids=lambda value: "" if callable(value) and value.__class__.__name__ == "function" else str(value),
     )
     @pytest.mark.parametrize("batch_size", [1, 5])
     def test_are_selected_and_averaged(self, tokens: Any, chosen: Callable[[int], Any], batch_size: int) -> None:
