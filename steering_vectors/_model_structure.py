@@ -88,7 +88,13 @@ def call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
     Arguments that the model's forward method doesn't know are left out.
     """
-    known = inspect.signature(_configured(model).forward).parameters
+    known: set[str] = set()
+    for module in pass_modules(_configured(model)):
+        parameters = inspect.signature(module.forward).parameters
+        known |= parameters.keys()
+        # A wrapper such as PEFT's hands on what it doesn't know itself.
+        if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
+            break
     options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
     kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}
     if "input_ids" in kwargs:

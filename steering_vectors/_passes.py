@@ -4,7 +4,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from steering_vectors._hooks import Removable
 from steering_vectors._positions import (
     CACHE_NAMES,
+    Fed,
     PassArguments,
+    first_position,
     merge_arguments,
     pass_arguments,
     token_index,
@@ -112,67 +114,45 @@ class PassTracker:
         ]
 
 
-@dataclass(frozen=True)
-class _Fed:
-    """What earlier passes fed into a cache: columns, own tokens ``(batch,)``, and how many of those were the prompt."""
-
-    columns: int
-    tokens: Tensor | None
-    prompt_length: Tensor | None
-
-
 class _CacheMemory:
     """What is known of each cache, for as long as the cache lives."""
 
     def __init__(self, need_prompt_length: bool) -> None:
         self._need_prompt_length = need_prompt_length
-        self._fed: dict[int, tuple[weakref.ref[Any], _Fed]] = {}
+        self._fed: dict[int, tuple[weakref.ref[Any], Fed]] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
         fed = self.fed(call.cache)
-        index, column = token_index(call, fed.tokens, fed.columns)
+        index, column = token_index(call, fed)
+        begins = fed.columns == 0 if call.cached is None else isinstance(call.cached, int) and call.cached == 0
+        if begins:
+            fed = replace(fed, first_position=first_position(call, index))
+        if self._need_prompt_length:
+            fed = replace(fed, prompt_length=_prompt_length(call, index, fed))
+        if call.cache is not None:
+            self._keep(call.cache, fed)
         fits = call.input_ids is not None and call.input_ids.shape == index.shape
         return TokenPositions(
             index=index,
             column=column,
             input_ids=call.input_ids if fits else None,
-            prompt_length=self._prompt_length(call, index, fed) if self._need_prompt_length else None,
-            begins_sequence=fed.columns == 0 if call.cached is None else _known_empty(call.cached),
+            prompt_length=fed.prompt_length,
+            begins_sequence=begins,
         )
 
-    def fed(self, cache: Any) -> _Fed:
+    def fed(self, cache: Any) -> Fed:
         """What earlier passes fed into ``cache``."""
         reference, fed = self._fed.get(id(_key(cache)), (None, None))
         known = reference is not None and fed is not None and reference() is _key(cache)
-        return fed if known and fed is not None else _Fed(0, None, None)
+        return fed if known and fed is not None else Fed()
 
-    def remember(self, cache: Any, before: _Fed, positions: TokenPositions) -> None:
+    def remember(self, cache: Any, before: Fed, positions: TokenPositions) -> None:
         """Note that a pass fed tokens into ``cache``, after those that were fed ``before``."""
         columns = before.columns + positions.index.shape[1]
         tokens = positions.index.amax(dim=1) + 1
-        self._keep(cache, _Fed(columns, tokens, positions.prompt_length))
+        self._keep(cache, Fed(columns, tokens, positions.prompt_length, before.first_position))
 
-    def _prompt_length(self, call: PassArguments, index: Tensor, fed: _Fed) -> Tensor | None:
-        """The own tokens of the first pass over a cache; None where there was no such pass, or more of the prompt
-        came.
-        """
-        if call.cache is None:
-            return index.amax(dim=1) + 1 if call.makes_cache else None
-        length = fed.columns if call.cached is None else call.cached
-        if isinstance(length, Tensor):
-            if index.shape[1] > 1:
-                length = int(length)  # a prompt, so one device read
-            elif fed.prompt_length is not None:
-                return torch.where(length.to(index.device) == 0, index[:, 0] + 1, fed.prompt_length)
-        prompt_length = fed.prompt_length
-        if isinstance(length, int) and length == 0:
-            prompt_length = index.amax(dim=1) + 1
-        elif index.shape[1] > 1:
-            prompt_length = None
-        self._keep(call.cache, _Fed(fed.columns, fed.tokens, prompt_length))
-        return prompt_length
-
-    def _keep(self, cache: Any, fed: _Fed) -> None:
+    def _keep(self, cache: Any, fed: Fed) -> None:
         key = _key(cache)
         if key is not None:
             number = id(key)
@@ -193,8 +173,19 @@ def _cache_of(output: Any) -> Any:
     return next((output[name] for name in CACHE_NAMES if name in names and output[name] is not None), None)
 
 
-def _known_empty(cached: int | Tensor) -> bool:
-    return isinstance(cached, int) and cached == 0
+def _prompt_length(call: PassArguments, index: Tensor, fed: Fed) -> Tensor | None:
+    """The own tokens of the first pass over a cache; None if there was none, or if more of the prompt came later."""
+    if call.cache is None:
+        return index.amax(dim=1) + 1 if call.makes_cache else None
+    length = fed.columns if call.cached is None else call.cached
+    if isinstance(length, Tensor):
+        if index.shape[1] > 1:
+            length = int(length)  # a prompt, so one device read
+        elif fed.prompt_length is not None:
+            return torch.where(length.to(index.device) == 0, index[:, 0] + 1, fed.prompt_length)
+    if isinstance(length, int) and length == 0:
+        return index.amax(dim=1) + 1
+    return None if index.shape[1] > 1 else fed.prompt_length
 
 
 def _positional_names(module: nn.Module) -> list[str]:

@@ -96,11 +96,24 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
     )
 
 
-def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What earlier passes fed into a cache.
+
+    ``columns``, and own ``tokens (batch,)``, for caches that don't tell their length; ``prompt_length (batch,)``, the
+    own tokens of the first pass; ``first_position``, a scalar, the position id of each row's first token.
+    """
+
+    columns: int = 0
+    tokens: Tensor | None = None
+    prompt_length: Tensor | None = None
+    first_position: Tensor | None = None
+
+
+def token_index(call: PassArguments, fed: Fed) -> tuple[Tensor, Tensor]:
     """``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
 
-    ``fed_tokens (batch,)`` and ``fed_columns`` are what earlier passes fed into this pass's cache, for caches that
-    don't tell their length. Raises ValueError for a pass that doesn't take a row's tokens in their order.
+    Raises ValueError for a pass that doesn't take a row's tokens in their order.
     """
     if call.reorders:
         raise ValueError(
@@ -111,20 +124,30 @@ def token_index(call: PassArguments, fed_tokens: Tensor | None, fed_columns: int
     batch, seq = call.shape
     given = call.input_ids if call.inputs_embeds is None else call.inputs_embeds
     assert given is not None
-    past = fed_columns if call.cached is None else call.cached
+    past = fed.columns if call.cached is None else call.cached
     # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
     column = torch.arange(seq, device=given.device) + past if call.columns is None else call.columns.to(given.device)
     if call.mask is not None and (seen := _index_from_mask(call.mask, past, batch, seq)) is not None:
         return seen.to(given.device), column
     tokens = _is_token(call, column, batch)
-    if call.position_ids is not None:
-        index = call.position_ids.to(given.device).long().expand(batch, seq)
-    elif call.query_mask is not None and call.cached is not None:
+    before = past if fed.tokens is None else fed.tokens[:, None].to(given.device)
+    no_padding_before = isinstance(past, int) and (past == 0 or (call.mask is None and call.query_mask is None))
+    if call.position_ids is not None and not no_padding_before:
+        first = 0 if fed.first_position is None else fed.first_position.to(given.device)
+        index = call.position_ids.to(given.device).long().expand(batch, seq) - first
+    elif call.query_mask is not None and call.cached is not None and not no_padding_before:
         index = _index_from_query_mask(call.query_mask, column).expand(batch, seq)
     else:
-        before = past if fed_tokens is None else fed_tokens[:, None].to(given.device)
         index = before + tokens.cumsum(dim=1) - 1
     return torch.where(tokens, index, -1), column
+
+
+def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
+    """The position id at which rows begin, a scalar: 0 in most models, 1 in PaliGemma. None where there are no ids."""
+    if call.position_ids is None:
+        return None
+    offset = call.position_ids.to(index.device).expand_as(index) - index
+    return torch.where(index >= 0, offset, 0).amax()
 
 
 def along_tokens(weights: Tensor, activation: Tensor) -> Tensor:
@@ -190,10 +213,12 @@ def _is_token(call: PassArguments, column: Tensor, batch: int) -> Tensor:
     visible = _visible(call.query_mask).to(column.device)  # (batch or 1, seq, keys)
     keys = visible.shape[-1]
     sees_itself = visible.gather(-1, column.clamp(max=keys - 1).expand(len(visible), 1, seq).mT).squeeze(-1)
-    # A query on padding sees nothing, or everything: kernels that can't have nothing are given everything.
-    sees_all = visible.all(dim=-1) & (torch.arange(seq, device=column.device) < seq - 1)
+    # A query on padding sees nothing, or everything: kernels that can't have nothing are given everything. So does a
+    # prefix's token in a prefix language model, but that one is seen by the last token.
+    sees_all = visible.all(dim=-1)
+    seen_by_last = visible[:, -1, :].gather(-1, column.clamp(max=keys - 1).expand(len(visible), seq))
     # A key beyond the mask stands in a sliding window's cache, where the pass is past its prompt.
-    return ((sees_itself & ~sees_all) | (column >= keys)).expand(batch, seq)
+    return ((sees_itself & (seen_by_last | ~sees_all)) | (column >= keys)).expand(batch, seq)
 
 
 def _index_from_query_mask(query_mask: Tensor, column: Tensor) -> Tensor:

@@ -188,13 +188,15 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
 
 
 def check_not_steered_by_row(model: nn.Module) -> None:
-    """Raise ValueError if a steering tells the rows of a batch apart: in training, rows are not the caller's."""
+    """Raise ValueError if a steering depends on the rows of a batch or their padding: in training they aren't the
+    caller's.
+    """
     for patch in active_patches(model):
         selector = patch._selector
-        if isinstance(selector, KnownSelector) and selector.rows > 1:
+        if isinstance(selector, KnownSelector) and (selector.rows > 1 or selector.counts_from_end):
             raise ValueError(
-                f"the model is steered row by row, and training makes its own rows: take off {patch!r} first, or "
-                f"select the same tokens in each row"
+                f"the model is steered row by row or from a row's end, and training makes its own rows: take off {patch!r} "
+                f"first, or select tokens by their index, the same in each row"
             )
 
 

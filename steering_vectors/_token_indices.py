@@ -71,6 +71,10 @@ class _Indices(KnownSelector):
 
     indices: tuple[int, ...]
 
+    @property
+    def counts_from_end(self) -> bool:
+        return min(self.indices, default=0) < 0
+
     def __call__(self, positions: TokenPositions) -> Tensor:
         own = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
         return own | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
@@ -83,6 +87,10 @@ class _Slice(KnownSelector):
     start: int | None
     stop: int | None
     step: int
+
+    @property
+    def counts_from_end(self) -> bool:
+        return min(self.start or 0, self.stop or 0) < 0
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         own, from_end = positions.index, _from_end(positions)

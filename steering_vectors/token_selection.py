@@ -149,12 +149,17 @@ class KnownSelector:
     """What is known beforehand of the library's own selectors, and of no other callable.
 
     ``rows``: for how many rows it tells tokens apart; 1 where it says the same of each.
+    ``counts_from_end``: whether it counts columns from the end of a pass, where padding may be.
     ``needs_prompt_length``: whether it asks where the prompt ends, which under a static cache costs a device read.
     """
 
     @property
     def rows(self) -> int:
         return 1
+
+    @property
+    def counts_from_end(self) -> bool:
+        return False
 
     @property
     def needs_prompt_length(self) -> bool:

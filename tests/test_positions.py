@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steering_vectors._positions import (
+    Fed,
     along_tokens,
     by_tokens,
     cached_columns,
@@ -79,7 +80,7 @@ class Rows:
         return mask[:, None]
 
     def check(self, arguments: dict[str, Any], fed_tokens: Tensor | None = None, fed_columns: int = 0) -> None:
-        index, column = token_index(pass_arguments(arguments), fed_tokens, fed_columns)
+        index, column = token_index(pass_arguments(arguments), Fed(fed_columns, fed_tokens))
         assert index.tolist() == self.index
         assert column.tolist() == self.column
         assert index.dtype == column.dtype == torch.int64

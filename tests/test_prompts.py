@@ -576,7 +576,7 @@ class TestWhatCannotBeRead:
         with pytest.raises(ValueError, match="a chat message has a role and a content, got"):
             PromptTokenizer(made(CHATML))([message])
 
-    @pytest.mark.parametrize("content", [3, ["Hi"]])
+    @pytest.mark.parametrize("content", [3, ["Hi"], [{"type": "text"}]])
     def test_content_must_be_text_or_parts(self, content: Any) -> None:
         with pytest.raises((TypeError, ValueError), match="content"):
             PromptTokenizer(made(CHATML))([{"role": "user", "content": content}])

@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache, pipeline
+from transformers import (
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+    StaticCache,
+    pipeline,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steering_vectors import (
@@ -1460,6 +1466,50 @@ class TestWrappersAndInnerModels:
                 steered = recorded(wrapped)
             changed = (steered != plain).any(dim=-1)
             assert changed.tolist() == [[False] * 3 + [True] * 5]
+
+
+@pytest.fixture(scope="module")
+def paligemma() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {"model_type": "gemma", "vocab_size": 320, "num_hidden_layers": 3, "head_dim": 8, "pad_token_id": 0}
+    vision = {"model_type": "siglip_vision_model", "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+    config = PaliGemmaConfig(
+        text_config={**sizes, **text, "num_key_value_heads": 2},
+        vision_config={**sizes, **vision, "projection_dim": 32, "vision_use_head": False},
+        image_token_index=300,
+        projection_dim=32,
+    )
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+class TestPrefixLanguageModels:
+    """PaliGemma counts positions from one, and its prompt's tokens see each other."""
+
+    @pytest.mark.parametrize("masked", [True, False])
+    @pytest.mark.parametrize("way", ["generate", "read", "train"])
+    def test_tokens_are_counted_from_zero(self, paligemma: Any, way: str, masked: bool) -> None:
+        seen: list[Any] = []
+        inputs = {
+            "input_ids": torch.tensor([[300, 300, 300, 300, 11, 12, 13]]),
+            "pixel_values": torch.ones(1, 3, 16, 16),
+            **({"attention_mask": torch.ones(1, 7, dtype=torch.int64)} if masked else {}),
+        }
+
+        def look(positions: Any) -> Tensor:
+            seen.append(positions.index.tolist())
+            return from_index(1)(positions)
+
+        with vector().apply(paligemma, tokens=look), torch.no_grad():
+            if way == "generate":
+                paligemma.generate(**inputs, max_new_tokens=3, do_sample=False)
+            elif way == "read":
+                paligemma(**inputs, token_type_ids=torch.zeros(1, 7, dtype=torch.int64))
+            else:
+                types = torch.tensor([[0, 0, 0, 0, 0, 1, 1]])
+                paligemma(**inputs, token_type_ids=types, labels=inputs["input_ids"])
+        assert seen == [[list(range(7))], [[7]], [[8]]][: 3 if way == "generate" else 1]
 
 
 class TestUnchangedScripts:

@@ -195,6 +195,21 @@ class TestDirections:
         expected = torch.tensor([float(len(ids_of(positive)) > 6) for positive, _ in SAMPLES])
         torch.testing.assert_close(changes, expected[:, None].expand_as(changes), atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("tokens", [[-1], slice(-2, None)], ids=str)
+    def test_inside_a_steering_that_counts_from_the_end_are_each_prompts_own_or_refused(self, tokens: Any) -> None:
+        """The end of a pass is padding for most of its prompts."""
+        model = tiny.shared("llama")
+        with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=tokens):
+            alone = [
+                tiny.hidden_states(model, ids_of(positive))[1][-1] - tiny.hidden_states(model, ids_of(negative))[1][-1]
+                for positive, negative in SAMPLES
+            ]
+            try:
+                vector = train_steering_vector(model, tiny.tokenizer(), SAMPLES, layers=1, batch_size=5)
+            except ValueError:
+                return
+        assert_directions(vector, {1: torch.stack(alone).mean(dim=0)})
+
 
 class TestSamples:
     def test_may_be_tuples_lists_and_samples_mixed(self) -> None:

@@ -1,0 +1,101 @@
+"""Quantized weights: bitsandbytes' four bits and torchao's int8, where the stream is in another dtype than any weight."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from steering_vectors import SteeringVector, record_activations
+from tests import tiny
+from tests.wrapped.promises import INPUTS, LAYER, SELECTIONS, check_steered, check_trained, some_vector
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*script_method.*:DeprecationWarning",  # torch's own, when bitsandbytes is imported
+    ),
+    pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="today's bitsandbytes and torchao need transformers 5"),
+]
+
+# bitsandbytes' kernel for CPUs takes weights whose height is a multiple of 32 and whose width is one of 64.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+
+
+def four_bits(compute_dtype: torch.dtype, kind: str) -> Any:
+    pytest.importorskip("bitsandbytes")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_type=kind
+    )
+
+
+def eight_bits() -> Any:
+    pytest.importorskip("bitsandbytes")
+    return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def int8_weight_only() -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+QUANTIZED: dict[str, Callable[[], Any]] = {
+    "bitsandbytes nf4": lambda: four_bits(torch.float32, "nf4"),
+    "bitsandbytes fp4 computing in bfloat16": lambda: four_bits(torch.bfloat16, "fp4"),
+    "bitsandbytes int8": eight_bits,
+    "torchao int8": int8_weight_only,
+}
+
+
+@cache
+def quantized(kind: str) -> Any:
+    """A tiny Llama as ``from_pretrained`` quantizes it."""
+    with TemporaryDirectory() as folder:
+        tiny.build("llama", **SIZES).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(folder), quantization_config=QUANTIZED[kind](), device_map="cpu", dtype=torch.float32
+        )
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model(**INPUTS)  # bitsandbytes packs the weights for the CPU at the first pass
+    return model
+
+
+@pytest.fixture(params=QUANTIZED)
+def model(request: pytest.FixtureRequest) -> Any:
+    return quantized(request.param)
+
+
+def test_the_weights_are_quantized(model: Any) -> None:
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        layer = model.model.layers[LAYER].get_submodule(name)
+        assert type(layer) is not torch.nn.Linear or type(layer.weight.data) is not torch.Tensor
+
+
+def test_training_reads_what_a_loop_over_the_quantized_model_reads(model: Any) -> None:
+    check_trained(model, model, tiny.blocks(model))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_steering_is_as_by_hand(model: Any, selection: str) -> None:
+    check_steered(model, model, model, tiny.blocks(model), selection, hidden=SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("layer_type", ["self_attn", "mlp"])
+def test_parts_are_moved_by_exactly_the_direction_in_their_own_dtype(model: Any, layer_type: Any) -> None:
+    vector = SteeringVector(some_vector(SIZES["hidden_size"]).layer_activations, layer_type)
+    runs = []
+    for multiplier in (0, 1):
+        with (
+            vector.apply(model, multiplier=multiplier),
+            record_activations(model, layer_type) as records,
+            torch.no_grad(),
+        ):
+            model(**INPUTS)
+        runs.append(records[LAYER][0])
+    assert runs[0].dtype is runs[1].dtype
+    assert torch.equal(runs[1], runs[0] + vector.layer_activations[LAYER].to(runs[0].dtype))
