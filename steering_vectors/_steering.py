@@ -195,8 +195,8 @@ def check_not_steered_by_row(model: nn.Module) -> None:
         selector = patch._selector
         if isinstance(selector, KnownSelector) and (selector.rows > 1 or selector.counts_from_end):
             raise ValueError(
-                f"the model is steered row by row or from a row's end, and training makes its own rows: take off {patch!r} "
-                f"first, or select tokens by their index, the same in each row"
+                f"the model is steered row by row or from a row's end, and training makes its own rows: take off "
+                f"{patch!r} first, or select tokens by their index, the same in each row"
             )
 
 

@@ -107,7 +107,7 @@ def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> li
 
 
 def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> int:
-    """How many modules :func:`collect_matching_layers` finds.
+    """How many modules ``collect_matching_layers`` finds.
 
     >>> get_num_matching_layers(model, "transformer.h.{num}")
     2
@@ -120,7 +120,7 @@ def guess_and_enhance_layer_config(
 ) -> ModelLayerConfig:
     """A copy of ``layer_config`` with matchers for the layer types that it lacks, or for ``layer_type`` alone.
 
-    Types that the model hasn't, or that can't be told, stay absent. Errors are those of :func:`find_layers` but for
+    Types that the model hasn't, or that can't be told, stay absent. Errors are those of ``find_layers`` but for
     that.
 
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")

@@ -16,7 +16,7 @@ PatchDeltaOperator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def addition_operator() -> PatchDeltaOperator:
-    """Add the direction: h + d. The default.
+    """Add the direction: ``h + d``. The default.
 
     Source: activation addition, arXiv 2308.10248; contrastive activation addition, arXiv 2312.06681.
 
@@ -27,7 +27,7 @@ def addition_operator() -> PatchDeltaOperator:
 
 
 def ablation_operator() -> PatchDeltaOperator:
-    """Take away the activation's part along the direction: h − (h·u)u with u = d / |d|.
+    """Take away the activation's part along the direction: ``h − (h·u)u`` with ``u = d / ‖d‖``.
 
     The length and sign of the direction do nothing here, and so neither does the size of the multiplier: it only
     matters whether it is 0. A direction of zeros changes nothing.
@@ -41,9 +41,9 @@ def ablation_operator() -> PatchDeltaOperator:
 
 
 def ablation_then_addition_operator() -> PatchDeltaOperator:
-    """Replace the activation's part along the direction by the direction: h − (h·u)u + d with u = d / |d|.
+    """Replace the activation's part along the direction by the direction: ``h − (h·u)u + d`` with ``u = d / ‖d‖``.
 
-    Afterwards the projection on u is |d|, whatever it was before. A direction of zeros changes nothing.
+    Afterwards the projection on ``u`` is ``‖d‖``, whatever it was before. A direction of zeros changes nothing.
 
     >>> ablation_then_addition_operator()(torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.0, 3.0]))
     tensor([[[0., 1.]]])

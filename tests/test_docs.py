@@ -1,7 +1,9 @@
 """The documentation's code runs, page by page as one script, and prints what the page says it prints."""
 
 import doctest
+import importlib
 import json
+import os
 import re
 import sys
 import textwrap
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,12 +30,18 @@ from steering_vectors import (
     record_activations,
 )
 from tests import tiny
+from tests.test_prompts import QWEN_3
 
 DOCS = Path(__file__).parent.parent / "docs"
+NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.rst"))]
 ON_SMOLLM2 = [page for page in PAGES if SMOLLM2 in (DOCS / page).read_text(encoding="utf-8")]
-ON_TINY_MODELS = [page for page in PAGES if page not in ON_SMOLLM2 and "code-block:: python" in (DOCS / page).read_text(encoding="utf-8")]
+ON_TINY_MODELS = [
+    page
+    for page in PAGES
+    if page not in ON_SMOLLM2 and "code-block:: python" in (DOCS / page).read_text(encoding="utf-8")
+]
 
 _BLOCK = re.compile(r"^( *)\.\. code-block:: (python|text)\n\n((?:\1 +.*\n|\s*\n)+)", re.MULTILINE)
 _FREE_WORDING = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -61,36 +69,107 @@ def run_page(page: str) -> None:
             assert fits, f"{page} says\n{output}\nand its code prints\n{printed.getvalue()}"
 
 
+class Lens(nn.Module):
+    """A model in the shape of a HookedTransformer: its blocks in ``blocks``, its input in ``input``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = tiny.tokenizer()
+        self.embed = nn.Embedding(tiny.VOCABULARY, tiny.HIDDEN)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(tiny.HIDDEN, tiny.HIDDEN), nn.Tanh()) for _ in range(12))
+        self.unembed = nn.Linear(tiny.HIDDEN, tiny.VOCABULARY)
+        self.eval()
+
+    def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # noqa: A002
+        stream = self.embed(input)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.unembed(stream)
+
+    def to_tokens(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+class Bridge:
+    """What a TransformerBridge has of its own: it calls a Hugging Face model."""
+
+    def __init__(self) -> None:
+        self.original_model, self.tokenizer = TINY["gpt2"]()
+
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self.original_model(input).logits
+
+    def to_tokens(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+def fake_modules() -> dict[str, Any]:
+    """Packages that pages show and the tests do without."""
+    return {
+        "transformer_lens": SimpleNamespace(HookedTransformer=SimpleNamespace(from_pretrained=lambda name: Lens())),
+        "transformer_lens.model_bridge": SimpleNamespace(
+            TransformerBridge=SimpleNamespace(boot_transformers=lambda name: Bridge())
+        ),
+        "sae_lens": SimpleNamespace(
+            SAE=SimpleNamespace(
+                from_pretrained=lambda release, sae_id: SimpleNamespace(
+                    W_dec=nn.Parameter(nn.functional.normalize(torch.randn(2000, tiny.HIDDEN), dim=1))
+                )
+            )
+        ),
+    }
+
+
+def thinking_tokenizer() -> Any:
+    tokenizer = tiny.tokenizer(chat_template=QWEN_3)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+# Tiny models of as many blocks as the real ones.
+TINY: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "gpt2": lambda: (tiny.build("gpt2", n_layer=12), tiny.tokenizer()),
+    "Qwen/Qwen3-0.6B": lambda: (
+        tiny.build("qwen3", num_hidden_layers=28, max_position_embeddings=512),
+        thinking_tokenizer(),
+    ),
+}
+
+
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """What ``from_pretrained`` gives by name; afterwards the models must be as they were."""
-    models: dict[str, tuple[Any, Any]] = {}
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: models[name][0])
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: models[name][1])
+def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, tuple[Any, Any]]]:
+    """What ``from_pretrained`` gives by name; afterwards each model must be as it was."""
+    loaded: dict[str, tuple[Any, Any]] = {}
+
+    def load(name: str) -> tuple[Any, Any]:
+        if name not in loaded:
+            loaded[name] = TINY[name]()
+        return loaded[name]
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: load(name)[0])
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: load(name)[1])
+    for name, module in fake_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        yield models
-    for model, _tokenizer in models.values():
-        assert not model.training
-        assert not active_patches(model)
+        yield loaded
+    for model, tokenizer in loaded.values():
+        tokenizer.padding_side = "right"
         model.requires_grad_(True)
+        assert not model.training
+        assert active_patches(model) == []
 
 
 @pytest.mark.parametrize("page", ON_SMOLLM2)
-def test_the_page_runs_on_smollm2(page: str, smollm2: tuple[Any, Any], stand_ins: dict[str, Any]) -> None:
-    model, tokenizer = smollm2
-    side = tokenizer.padding_side
-    stand_ins[SMOLLM2] = (model, tokenizer)
+def test_the_page_runs_on_smollm2(page: str, smollm2: tuple[Any, Any], models: dict[str, tuple[Any, Any]]) -> None:
+    models[SMOLLM2] = smollm2
     run_page(page)
-    tokenizer.padding_side = side
 
 
+@pytest.mark.usefixtures("models")
 @pytest.mark.parametrize("page", ON_TINY_MODELS)
-def test_the_page_runs_on_tiny_models(
-    page: str, stand_ins: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_ins["gpt2"] = (tiny.build("gpt2", n_layer=12), tiny.tokenizer())
+def test_the_page_runs_on_tiny_models(page: str) -> None:
     run_page(page)
 
 
@@ -132,16 +211,80 @@ def drawing() -> str:
     """What each selection steers, drawn: the prompt's columns, then one for each decoding step."""
     _, inputs = steered_columns(SELECTIONS["all tokens"])
     mask = inputs["attention_mask"]
-    numbers = [[str(n) if is_token else "-" for n, is_token in zip(row, own, strict=True)]
-               for row, own in zip((mask.cumsum(1) - 1).tolist(), mask.tolist(), strict=True)]
-    lines = ["            prefill      decoding", "own tokens"]
+    numbers = [
+        [str(n) if is_token else "-" for n, is_token in zip(row, own, strict=True)]
+        for row, own in zip((mask.cumsum(1) - 1).tolist(), mask.tolist(), strict=True)
+    ]
+    lines = ["            prefill        decoding", "own tokens"]
     for row, (own, length) in enumerate(zip(numbers, mask.sum(1).tolist(), strict=True)):
-        lines.append(f"  row {row}     {' '.join(own)}    {'   '.join(str(length + step) for step in range(3))}")
+        lines.append(f"  row {row}     {' '.join(own)}  |  {'   '.join(str(length + step) for step in range(3))}")
     for name, tokens in SELECTIONS.items():
         passes, _ = steered_columns(tokens)
         lines += ["", name]
         for row in range(2):
-            cells = [["#" if steered else "." if is_token else "-" for steered, is_token in zip(p[row].tolist(), own, strict=True)]
-                     for p, own in zip(passes, [mask[row].tolist(), *[[1]] * 3], strict=True)]
-            lines.append(f"  row {row}     {' '.join(cells[0])}    {'   '.join(step[0] for step in cells[1:])}")
+            cells = [
+                [
+                    "#" if steered else "." if is_token else "-"
+                    for steered, is_token in zip(p[row].tolist(), own, strict=True)
+                ]
+                for p, own in zip(passes, [mask[row].tolist(), *[[1]] * 3], strict=True)
+            ]
+            lines.append(f"  row {row}     {' '.join(cells[0])}  |  {'   '.join(step[0] for step in cells[1:])}")
     return "\n".join(lines)
+
+
+def test_the_drawing_of_selections_is_what_runs() -> None:
+    page = (DOCS / "concepts" / "tokens.rst").read_text(encoding="utf-8")
+    assert textwrap.indent(drawing(), "    ", lambda line: line.strip() != "") in page, drawing()
+
+
+def families() -> str:
+    """The table of what is tested of each architecture, in reStructuredText."""
+    lists = (
+        [name for name in tiny.ARCHITECTURES if name not in tiny.IGNORE_PADDING],
+        tiny.WITH_BEAMS,
+        tiny.WITH_STATIC_CACHE,
+    )
+    rows = [["``model_type``", "left padding", "beams", "static cache"]]
+    rows += [[f"``{name}``", *("yes" if name in tested else "" for tested in lists)] for name in tiny.ARCHITECTURES]
+    lines = [f"    {'*' if n == 0 else ' '} - {cell}".rstrip() for row in rows for n, cell in enumerate(row)]
+    return "\n".join([".. list-table::", "    :header-rows: 1", "", *lines])
+
+
+@pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="the table is that of the newest transformers")
+def test_the_table_of_families_is_what_is_tested() -> None:
+    assert families() in (DOCS / "architectures.rst").read_text(encoding="utf-8"), families()
+
+
+def test_the_notebook_is_committed_without_outputs() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 4
+    for cell in cells:
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Jupyter; the notebook's own show in its outputs
+@pytest.mark.usefixtures("smollm2")  # which keeps the model where the notebook's process finds it
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbclient
+    import nbformat
+
+    monkeypatch.syspath_prepend(DOCS)
+    local_hub = importlib.import_module("local_hub")
+    environment = {**os.environ, **local_hub.offline_environment(tmp_path), "OMP_NUM_THREADS": "1"}
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(DOCS.parent)}})
+    client.execute(env=environment)
+    outputs = {cell["id"]: cell.get("outputs", []) for cell in notebook.cells}
+    printed = {name: "".join(output.get("text", "") for output in group) for name, group in outputs.items()}
+    assert "SteeringVector(layers=[0-29]" in outputs["train"][0]["data"]["text/plain"]
+    assert "monstrosity" in printed["apply"]
+    trained, random = (
+        [float(effect) for effect in line.split()[1:]] for line in printed["control"].splitlines() if line.strip()
+    )
+    assert trained == sorted(trained)
+    assert trained[-1] - trained[0] > 4 * abs(random[-1] - random[0])
+    for name in ("control", "layers"):
+        assert any("image/png" in output.get("data", {}) for output in outputs[name])

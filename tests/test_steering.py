@@ -597,6 +597,22 @@ class TestDtype:
             if operator is None and tokens is None:
                 assert same_bits(steered, plain + vector().layer_activations[1].to(dtype))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_learned_direction_of_float32_does_not_widen_the_stream(self, dtype: torch.dtype) -> None:
+        model = half(dtype)
+        direction = vector().layer_activations[1].requires_grad_()
+        with unchanged(model), SteeringVector({1: direction}).apply(model):
+            assert recorded(model).dtype is dtype
+            model(IDS).logits.float().sum().backward()
+        assert direction.grad is not None
+        assert direction.grad.dtype is torch.float32
+        model.zero_grad()
+
+    def test_an_operator_that_gives_float32_does_not_widen_the_stream(self) -> None:
+        model = half(torch.bfloat16)
+        with unchanged(model), vector().apply(model, operator=lambda h, d: (h.float() + d.float()) / 2):
+            assert recorded(model).dtype is torch.bfloat16
+
     def test_a_direction_that_overflows_in_the_model_s_dtype_is_an_error(self) -> None:
         model = half(torch.float16)
         with (

@@ -20,7 +20,9 @@ def main() -> None:
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1, "bad": 2, "day": 3}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+    ).eval()
     vector = train_steering_vector(model, tokenizer, [("good day", "bad day"), ("good", "bad")], batch_size=2)
     inputs = {"input_ids": torch.tensor([[1, 3]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     with vector.apply(model, multiplier=5, tokens=generated(inputs)):

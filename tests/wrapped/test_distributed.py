@@ -177,12 +177,11 @@ def steered_logits_are_those_of_one_process(model: Any, bare: Any) -> None:
         with steered_by_hand(tiny.blocks(bare), vector, first_column):
             expected = answer_by_hand(bare)
         before = recorded(model, model)
-        with unchanged(model):
-            with vector.apply(model, tokens=tokens):
-                after = recorded(model, model)
-                assert_close(answer_by_hand(model), expected)
-                assert_close(answer(model, use_cache=True), expected)
-                assert_close(answer(model, use_cache=False), expected)
+        with unchanged(model), vector.apply(model, tokens=tokens):
+            after = recorded(model, model)
+            assert_close(answer_by_hand(model), expected)
+            assert_close(answer(model, use_cache=True), expected)
+            assert_close(answer(model, use_cache=False), expected)
         assert_moved(before, after, vector, first_column)
 
 

@@ -1,6 +1,5 @@
 """PEFT's adapters: on, off, merged; a model given as its wrapper or as what the wrapper holds."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -90,9 +89,7 @@ class TestTraining:
         check_trained(GIVEN[given](model), model, tiny.blocks(inner))
 
     @pytest.mark.parametrize("given", GIVEN)
-    def test_with_the_adapter_off_gives_the_bare_models_vector(
-        self, model: Any, architecture: str, given: str
-    ) -> None:
+    def test_with_the_adapter_off_gives_the_bare_models_vector(self, model: Any, architecture: str, given: str) -> None:
         bare = tiny.shared(architecture)
         with model.disable_adapter():
             vector = train_steering_vector(GIVEN[given](model), tiny.tokenizer(), SAMPLES)
