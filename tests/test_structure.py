@@ -102,7 +102,7 @@ def lines_of_code(path: Path) -> set[int]:
 class TestImports:
     @pytest.mark.parametrize("module", FILES)
     def test_point_to_modules_of_a_lower_or_the_same_rank(self, module: str) -> None:
-        assert part_of(module) in {*RANK, FRONT_DOOR}, f"{module} has no rank in DESIGN.md section 3"
+        assert part_of(module) in {*RANK, FRONT_DOOR}, f"{module} has no rank in the map of CONTRIBUTING.rst"
         for imported in imports_of(module):
             if imported == FRONT_DOOR:
                 assert RANK[part_of(module)] not in BEHIND_THE_FRONT_DOOR, f"{module} imports the package itself"
