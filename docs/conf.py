@@ -44,13 +44,13 @@ _ELSEWHERE = [
 nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
 nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|collections\.OrderedDict")]
 
-# Type aliases by the names under which they are documented; autodoc sees only what they stand for.
+# Type aliases and their modules; autodoc sees only what they stand for.
 _ALIASES = {
-    "layer_matching": ["ModelLayerConfig", "LayerMatcher", "LayerType"],
-    "token_selection": ["Selector"],
-    "steering_operators": ["PatchDeltaOperator"],
-    "aggregators": ["Aggregator"],
-    "train_steering_vector": ["TrainingSample", "ReadTokenIndex", "Prompt"],
+    **dict.fromkeys(["ModelLayerConfig", "LayerMatcher", "LayerType"], "layer_matching"),
+    **dict.fromkeys(["TrainingSample", "ReadTokenIndex", "Prompt"], "train_steering_vector"),
+    "Aggregator": "aggregators",
+    "PatchDeltaOperator": "steering_operators",
+    "Selector": "token_selection",
 }
 
 # Notebooks are shown with their outputs where their model is, or can be made from a package that is installed.
@@ -62,6 +62,7 @@ nb_execution_mode = "force" if local_hub.FOLDER.exists() else "off"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and warnings that tell of this machine alone
 nb_render_text_lexer = "none"
 if local_hub.FOLDER.exists():
     _hub = tempfile.TemporaryDirectory()
@@ -71,15 +72,15 @@ if local_hub.FOLDER.exists():
 def name_aliases(
     _app: Sphinx, _what: str, _name: str, documented: Any, _options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Write a signature with the names of those aliases that the documented object's own module uses."""
-    own_names = vars(sys.modules[documented.__module__])
-    for module, names in _ALIASES.items():
-        for name in names:
-            if name in own_names:
-                alias = getattr(importlib.import_module(f"steering_vectors.{module}"), name)
-                text = stringify_annotation(alias, "smart")
-                path = f"~steering_vectors.{name}" if name in steering_vectors.__all__ else name
-                signature, returns = (part and part.replace(text, path) for part in (signature, returns))
+    """Write a signature with the aliases' names; where two stand for the same, that which its own module uses."""
+    own_names = dir(sys.modules.get(getattr(documented, "__module__", "")))
+    texts = {
+        name: stringify_annotation(getattr(importlib.import_module(f"steering_vectors.{module}"), name), "smart")
+        for name, module in _ALIASES.items()
+    }
+    for name in sorted(texts, key=lambda name: (name not in own_names, -len(texts[name]))):
+        path = f"~steering_vectors.{name}" if name in steering_vectors.__all__ else name
+        signature, returns = (part and part.replace(texts[name], path) for part in (signature, returns))
     return signature, returns
 
 
