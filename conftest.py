@@ -17,6 +17,7 @@ torch.set_num_threads(1)  # two processes of tests share two cores
 transformers.logging.set_verbosity_error()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
@@ -64,5 +65,8 @@ def unpack_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         plain.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        os.replace(beside, folder)
+        try:
+            os.replace(beside, folder)
+        except OSError:  # another process of tests was first
+            return
         Path(beside).mkdir()  # for the context manager to remove
