@@ -167,6 +167,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
         kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
         if kinds:
             raise ValueError(f"a chat message holds {', '.join(kinds)}: samples are text only for now")
+        if not all(isinstance(part.get("text"), str) for part in parts):
+            raise ValueError(f"a text part of a chat message's content has a text, got {content!r}")
 
 
 def _with_text(message: Message, text: str) -> dict[str, Any]:
