@@ -22,7 +22,7 @@ test: $(VENV)/.installed ## all tests, on the newest transformers
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
 
 test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the oldest transformers, with tiny models
-	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2"
+	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
