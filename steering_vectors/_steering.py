@@ -84,6 +84,9 @@ class SteeringPatchHandle:
         self._detach(quiet=sys.exc_info()[0] is not None)
 
     def __enter__(self) -> "SteeringPatchHandle":
+        """Raises RuntimeError if the steering was removed: the block would run unsteered."""
+        if not self._hooks:
+            raise RuntimeError("this steering was removed from its model: make a new one by vector.patch(model)")
         return self
 
     def __exit__(

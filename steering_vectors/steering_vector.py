@@ -146,7 +146,8 @@ class SteeringVector:
         """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
         A slice means the layer numbers in it, the last one excluded; where an end is open, the lowest or highest layer
-        of this vector. Directions are shared, not copied. Raises LookupError for a layer that isn't there.
+        of this vector. Directions are shared, not copied. Raises LookupError for a layer that isn't there, and
+        TypeError for what is no layer number.
         """
         wanted = self._numbers(layers)
         missing = [layer for layer in wanted if layer not in self.layer_activations]
@@ -160,7 +161,8 @@ class SteeringVector:
             start = first if layers.start is None else layers.start
             stop = last + 1 if layers.stop is None else layers.stop
             return list(range(start, stop, 1 if layers.step is None else layers.step))
-        return [int(layers)] if is_layer_number(layers) else [int(layer) for layer in dict.fromkeys(layers)]
+        numbers = [layers] if is_layer_number(layers) else list(layers)
+        return [_layer_number(layer) for layer in dict.fromkeys(numbers)]
 
     # The signatures of torch.Tensor.to.
     @overload

@@ -1570,3 +1570,10 @@ class TestUnchangedScripts:
         assert len(active_patches(model)) == tiny.LAYERS
         for handle in handles:
             handle.remove()
+
+
+def test_a_removed_handle_can_not_be_entered_again(model: PreTrainedModel) -> None:
+    handle = vector().patch(model)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="this steering was removed"), handle:
+        pass

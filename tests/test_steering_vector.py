@@ -313,3 +313,9 @@ class TestUnchangedScripts:
         model = tiny.shared("llama")
         names = collect_matching_layers(model, "model.layers.{num}.mlp")
         assert [get_module(model, name) for name in names] == [block.mlp for block in tiny.blocks(model)]
+
+
+@pytest.mark.parametrize("layers", ["12", [1.7], 1.0])
+def test_what_is_no_layer_number_is_no_index(layers: Any) -> None:
+    with pytest.raises(TypeError):
+        SteeringVector({1: torch.ones(2), 2: torch.ones(2)})[layers]
