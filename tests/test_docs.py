@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import steering_vectors
 from steering_vectors import (
     SteeringVector,
     active_patches,
@@ -120,19 +121,18 @@ def fake_modules() -> dict[str, Any]:
     }
 
 
-def thinking_tokenizer() -> Any:
+def thinking_model() -> tuple[Any, Any]:
     tokenizer = tiny.tokenizer(chat_template=QWEN_3)
     tokenizer.add_tokens(["<think>", "</think>"])
-    return tokenizer
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids by default
+    sizes = {"num_hidden_layers": 28, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
+    return tiny.build("qwen2" if tiny.ON_TRANSFORMERS_4 else "qwen3", **sizes), tokenizer
 
 
 # Tiny models of as many blocks as the real ones.
 TINY: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gpt2": lambda: (tiny.build("gpt2", n_layer=12), tiny.tokenizer()),
-    "Qwen/Qwen3-0.6B": lambda: (
-        tiny.build("qwen3", num_hidden_layers=28, max_position_embeddings=512),
-        thinking_tokenizer(),
-    ),
+    "Qwen/Qwen3-0.6B": thinking_model,
 }
 
 
@@ -254,6 +254,12 @@ def families() -> str:
 @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="the table is that of the newest transformers")
 def test_the_table_of_families_is_what_is_tested() -> None:
     assert families() in (DOCS / "architectures.rst").read_text(encoding="utf-8"), families()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.rst"))
+    documented = re.findall(r"^\.\. (?:auto\w+|py:type):: (\w+)", pages, re.MULTILINE)
+    assert set(steering_vectors.__all__) <= set(documented)
 
 
 def test_the_notebook_is_committed_without_outputs() -> None:
