@@ -1,7 +1,7 @@
 """Run a model over prompts and yield, layer by layer, the rows that were asked for."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._hooks import activation_of, attach_all, remove_all
+from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
 from steering_vectors._model_structure import call_once, input_device, virtual_tokens
 from steering_vectors._positions import by_tokens
 
@@ -85,11 +85,9 @@ def _run(model: nn.Module, modules: Mapping[int, nn.Module], prompts: Sequence[R
         activation = by_tokens(activation_of(output), batch, before + seq)
         rows[layer] = _gather(activation[:, before:], prompts)
 
-    handles = attach_all(
-        partial(module.register_forward_hook, partial(read, layer)) for layer, module in modules.items()
-    )
+    handles = attach_all(partial(after_forward, module, partial(read, layer)) for layer, module in modules.items())
     try:
-        with _evaluation(model), torch.no_grad():
+        with _evaluation(model), torch.no_grad(), _uncompiled():
             call_once(model, inputs)
     finally:
         remove_all(handles)
@@ -137,3 +135,11 @@ def _evaluation(model: nn.Module) -> Generator[None, None, None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """The model's own code, also where it was compiled: passes of many lengths, and hooks, would compile it anew."""
+    if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
+        return nullcontext()
+    eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return eager

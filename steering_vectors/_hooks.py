@@ -1,16 +1,61 @@
 """Read or replace a module's output; attach all hooks or none."""
 
 import copy
+import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Removable(Protocol):
     """What takes a hook off again; a second call does nothing."""
 
     def remove(self) -> None: ...
+
+
+def before_forward(
+    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], *, traceable: bool = False
+) -> Removable:
+    """Call ``hook`` with the module's arguments before each of its passes.
+
+    Code that torch.compile makes calls it too: as a part of itself if the hook is ``traceable``, which it is only if
+    nothing that it closes over ever changes, and else in between.
+    """
+    own = hook if traceable else never_compiled(hook)
+    return _attach(module, lambda: module.register_forward_pre_hook(own, with_kwargs=True))
+
+
+def after_forward(
+    module: nn.Module,
+    hook: Callable[[nn.Module, tuple[Any, ...], Any], Any],
+    *,
+    first: bool = False,
+    always: bool = False,
+    traceable: bool = False,
+) -> Removable:
+    """Call ``hook`` with the module's output after each of its passes; what it returns replaces the output.
+
+    With ``first`` it comes before the hooks that are there, with ``always`` also where the pass raises; ``traceable``
+    is that of :func:`before_forward`.
+    """
+    own = hook if traceable else never_compiled(hook)
+    return _attach(module, lambda: module.register_forward_hook(own, prepend=first, always_call=always))
+
+
+def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, for torch.compile to call between two pieces of code instead of making it a part of one."""
+    own: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    own._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # disable(reason=…) came with PyTorch 2.7
+        "steering some of the tokens, or recording, goes on between two pieces of compiled code: compile the model "
+        "without fullgraph=True, or steer all tokens"
+    )
+    return own
 
 
 def activation_of(output: Any) -> Tensor:
@@ -55,6 +100,65 @@ def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removab
 def remove_all(handles: Iterable[Removable]) -> None:
     for handle in handles:
         handle.remove()
+
+
+class _OwnForward:
+    """Gives a module a ``forward`` of its own as long as it has hooks of ours.
+
+    Code that torch.compile made of a module without hooks doesn't look for hooks again. What it does look at, each
+    time that it runs, is whether ``forward`` is the class's own method: so that code is left aside while the hooks are
+    there, and used again afterwards. (``guard_to_detect_forward_monkeypatching`` in PyTorch's
+    ``torch/_dynamo/variables/nn_module.py``.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        before = module.__dict__.get("forward")
+        # A method again where it can be: code that was compiled with it then serves all later ones.
+        own = module.forward if before is None else functools.partial(before)
+        module.__dict__["forward"] = own
+        self._own = weakref.ref(own)  # the module must not be kept alive
+        self.hooks = 0
+
+    def remove(self, module: nn.Module) -> None:
+        own = module.__dict__.get("forward")
+        if own is None or own is not self._own():  # somebody else's by now
+            return
+        del module.__dict__["forward"]
+        if isinstance(own, functools.partial):
+            module.__dict__["forward"] = own.func
+
+
+_OWN_FORWARDS: "weakref.WeakKeyDictionary[nn.Module, _OwnForward]" = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Attached:
+    """A hook, with its share in the module's own ``forward``."""
+
+    module: "weakref.ref[nn.Module]"
+    handle: RemovableHandle
+
+    def remove(self) -> None:
+        module = self.module()
+        with _LOCK:
+            if module is None or self.handle.id not in (self.handle.hooks_dict_ref() or {}):
+                return
+            self.handle.remove()
+            own = _OWN_FORWARDS[module]
+            own.hooks -= 1
+            if own.hooks == 0:
+                _OWN_FORWARDS.pop(module).remove(module)
+
+
+def _attach(module: nn.Module, register: Callable[[], RemovableHandle]) -> Removable:
+    with _LOCK:
+        handle = register()
+        own = _OWN_FORWARDS.get(module)
+        if own is None:
+            own = _OWN_FORWARDS[module] = _OwnForward(module)
+        own.hooks += 1
+    return _Attached(weakref.ref(module), handle)
 
 
 def _activation_key(output: Mapping[str, Any]) -> str:

@@ -59,13 +59,14 @@ def pass_modules(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
 
 
-def layer_width(model: nn.Module) -> int | None:
-    """The width of the text decoder, as its config says; None where it doesn't.
+def layer_widths(model: nn.Module) -> list[int]:
+    """The widths that the config allows the text decoder's layers; none where it doesn't say.
 
-    A few models stream several times that width from block to block.
+    A few models stream several times their width from block to block.
     """
-    width = getattr(_text_config(_configured(model)), "hidden_size", None)
-    return width if isinstance(width, int) else None
+    config = _text_config(_configured(model))
+    width = getattr(config, "hidden_size", None)
+    return [width, width * getattr(config, "hc_count", 1)] if isinstance(width, int) else []
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._hooks import Removable
+from steering_vectors._hooks import Removable, after_forward, before_forward
 from steering_vectors._positions import (
     CACHE_NAMES,
     Fed,
@@ -68,7 +68,8 @@ class PassTracker:
     """Notes each forward pass through a model.
 
     A pass belongs to the thread that runs it. With ``need_positions`` each pass's arguments are kept until it ends;
-    without ``need_prompt_length`` the positions leave it out.
+    without ``need_prompt_length`` the positions leave it out. ``completed`` counts the passes that did not run as
+    compiled code.
     """
 
     def __init__(self, *, need_positions: bool, need_prompt_length: bool = True) -> None:
@@ -88,10 +89,15 @@ class PassTracker:
 
     def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
         names = _positional_names(module)
+        # Without positions a pass is only counted, which compiled code needn't do; to call a hook after errors too, it
+        # would be made anew for each hook.
+        traceable = self._memory is None
 
         # Plain functions: a copy of the model made by deepcopy shares them.
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_dynamo_compiling():
+                return
             current = self.current
             # A module that was entered already belongs to a new pass: the old one was abandoned.
             if current is None or depth <= current.depth:
@@ -100,6 +106,8 @@ class PassTracker:
             current.enter(depth, known)
 
         def end(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if torch.compiler.is_dynamo_compiling():
+                return
             current = self.current
             if current is None or current.begun_by is not module:
                 return
@@ -109,8 +117,8 @@ class PassTracker:
                 current.remember(output)
 
         return [
-            lambda: module.register_forward_pre_hook(begin, with_kwargs=True),
-            lambda: module.register_forward_hook(end, always_call=True),
+            lambda: before_forward(module, begin, traceable=traceable),
+            lambda: after_forward(module, end, always=not traceable, traceable=traceable),
         ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering_vectors._hooks import activation_of, attach_all, remove_all
+from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 
@@ -47,9 +47,7 @@ def record_activations(
         records[number].append(activation.detach().clone() if clone_activations else activation)
 
     modules = {number: model.get_submodule(found.names[number]) for number in numbers}
-    handles = attach_all(
-        partial(module.register_forward_hook, partial(record, number)) for number, module in modules.items()
-    )
+    handles = attach_all(partial(after_forward, module, partial(record, number)) for number, module in modules.items())
     try:
         yield records
     finally:

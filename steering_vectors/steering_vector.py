@@ -7,14 +7,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._model_structure import layer_width
-from steering_vectors._steering import (
-    Steering,
-    SteeringContext,
-    SteeringPatchHandle,
-    as_multiplier,
-    width_message,
-)
+from steering_vectors._changes import width_message
+from steering_vectors._model_structure import layer_widths
+from steering_vectors._steering import Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import (
     LayerType,
@@ -23,7 +18,7 @@ from steering_vectors.layer_matching import (
     find_layers,
     is_layer_number,
 )
-from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator
 
 __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
@@ -93,7 +88,7 @@ class SteeringVector:
             return _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector)
 
         steering()  # a mistake shows here, before the block
-        return SteeringContext(lambda: steering().attach())
+        return SteeringContext(lambda: SteeringPatchHandle(steering()))
 
     def patch(
         self,
@@ -114,7 +109,7 @@ class SteeringVector:
         >>> handle.remove()
         """
         selector = one_selection(min_token_index, token_indices, tokens)
-        return _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector).attach()
+        return SteeringPatchHandle(_steering(self, model, layer_config, operator, as_multiplier(multiplier), selector))
 
     patch_activations = patch
 
@@ -224,7 +219,8 @@ def _steering(
     """The vector's steering of a model, with all that can be checked before the model runs."""
     check_layer_type(vector.layer_type)
     found = find_layers(model, vector.layer_type, layer_config)
-    if operator is not None and not callable(operator):
+    operator = addition_operator() if operator is None else operator
+    if not callable(operator):
         raise TypeError(f"operator must be callable, such as ablation_operator(), got {type(operator).__name__}")
     directions = _checked(vector.layer_activations)
     if not directions:
@@ -236,9 +232,9 @@ def _steering(
             same = [key for key in directions if found.number(key) == number]
             raise ValueError(f"the vector's layers {same} are one layer of this model, number {number}")
         by_number[number] = direction
-    width = None if layer_config and vector.layer_type in layer_config else layer_width(model)
-    if width is not None and vector.hidden_size % width:
-        raise ValueError(width_message(vector.hidden_size, min(by_number), width))
+    widths = [] if layer_config and vector.layer_type in layer_config else layer_widths(model)
+    if widths and vector.hidden_size not in widths:
+        raise ValueError(width_message(vector.hidden_size, min(by_number), widths[0]))
     modules = {number: model.get_submodule(found.names[number]) for number in sorted(by_number)}
     if len(set(modules.values())) < len(modules):
         raise ValueError(

@@ -303,6 +303,7 @@ class TestCallables:
 
             def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
                 assert len(rows) == len(samples)
+                assert rows.dtype is torch.float32
                 self.rows[side] = rows[-1]
 
             def merge(self, other: Any) -> None:
@@ -320,8 +321,9 @@ class TestCallables:
                 raise AssertionError("its accumulator is asked")
 
         samples = [("good", "bad!")]
-        vector = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), samples, layers=1, aggregator=Streams())
-        expected = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), samples, layers=1)
+        model = tiny.build("llama").to(torch.bfloat16)
+        vector = train_steering_vector(model, tiny.tokenizer(), samples, layers=1, aggregator=Streams())
+        expected = train_steering_vector(model, tiny.tokenizer(), samples, layers=1)
         torch.testing.assert_close(vector.layer_activations[1], expected.layer_activations[1])
 
 

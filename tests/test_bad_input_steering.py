@@ -53,6 +53,11 @@ class TestLayers:
         got = refused(way, SteeringVector({1: torch.ones(16)}), model)
         assert got == "ValueError: the vector's directions have 16 numbers, the model's layer 1 has 32"
 
+    @pytest.mark.parametrize("times", [2, 3])
+    def test_a_width_that_is_a_multiple_of_the_model_s(self, model: PreTrainedModel, way: str, times: int) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(times * tiny.HIDDEN)}), model)
+        assert got == f"ValueError: the vector's directions have {32 * times} numbers, the model's layer 1 has 32"
+
     def test_a_width_that_would_broadcast(self, model: PreTrainedModel, way: str) -> None:
         got = refused(way, SteeringVector({1: torch.ones(1)}), model)
         assert got == "ValueError: the vector's directions have 1 numbers, the model's layer 1 has 32"

@@ -52,9 +52,9 @@ MISSING: dict[str, list[str]] = {
 
 
 @cache
-def llava() -> PreTrainedModel:
-    """A vision tower of five blocks beside a text model of three."""
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+def llava(depth: int = 5) -> PreTrainedModel:
+    """A vision tower of so many blocks beside a text model of three."""
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4}
     config = LlavaConfig(
         text_config={"model_type": "llama", **_SIZES},
         vision_config={"model_type": "clip_vision_model", **vision, "image_size": 16, "patch_size": 8},
@@ -65,9 +65,9 @@ def llava() -> PreTrainedModel:
 
 
 @cache
-def t5() -> PreTrainedModel:
-    """An encoder of five blocks beside a decoder of three."""
-    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**_T5_SIZES, num_layers=5, num_decoder_layers=3))
+def t5(depth: int = 5) -> PreTrainedModel:
+    """An encoder of so many blocks beside a decoder of three."""
+    model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**_T5_SIZES, num_layers=depth, num_decoder_layers=3))
     return model.eval()
 
 
@@ -117,6 +117,11 @@ def found_modules(model: nn.Module, layer_type: LayerType = "decoder_block", **k
     return [model.get_submodule(names[number]) for number in sorted(names)]
 
 
+def found_modules_parent(model: nn.Module) -> nn.Module:
+    """The module whose list the blocks are."""
+    return model.get_submodule(find_layers(model).names[0].removesuffix(".layers.0"))
+
+
 def watch(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
     """Each module's input and output, ``(seq, hidden)``, in one pass over PROMPT."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -155,14 +160,16 @@ class TestBlocks:
         model = tiny.shared(architecture)
         assert found_modules(model.base_model) == found_modules(model) == tiny.blocks(model)
 
-    def test_are_never_those_of_a_vision_tower_that_is_deeper(self) -> None:
-        names = find_layers(llava()).names
+    @pytest.mark.parametrize("depth", [2, 3, 5])
+    def test_are_never_those_of_a_vision_tower_however_deep(self, depth: int) -> None:
+        names = find_layers(llava(depth)).names
         assert sorted(names) == [0, 1, 2]
         assert all("vision" not in name and "language_model" in name for name in names.values())
-        assert {type(module).__name__ for module in found_modules(llava())} == {"LlamaDecoderLayer"}
+        assert {type(module).__name__ for module in found_modules(llava(depth))} == {"LlamaDecoderLayer"}
 
-    def test_are_the_decoders_where_an_encoder_stands_beside_it(self) -> None:
-        assert find_layers(t5()).names == {n: f"decoder.block.{n}" for n in range(3)}
+    @pytest.mark.parametrize("depth", [2, 3, 5])
+    def test_are_the_decoders_where_an_encoder_stands_beside_it(self, depth: int) -> None:
+        assert find_layers(t5(depth)).names == {n: f"decoder.block.{n}" for n in range(3)}
 
     def test_are_the_encoders_where_it_stands_alone(self) -> None:
         model = T5EncoderModel(T5Config(**_T5_SIZES, num_layers=2))
@@ -304,7 +311,14 @@ class TestWrappers:
         wrapped = peft.get_peft_model(model, config)
         assert found_modules(wrapped, layer_type) == expected
         assert pass_modules(wrapped)[0] is wrapped
+        assert any(expected[0] is module for module in pass_modules(wrapped)[-1].modules())
         assert found_modules(Wrapper(wrapped), layer_type) == expected
+
+    def test_passes_go_from_the_wrapper_to_the_text_decoder(self) -> None:
+        model = tiny.shared("opt")
+        wrapped = Wrapper(model)
+        assert pass_modules(wrapped) == [wrapped, model, model.model, model.model.decoder]
+        assert pass_modules(llava())[-1] is found_modules_parent(llava())
 
     def test_a_wrapped_encoder_decoder_is_told(self) -> None:
         assert is_encoder_decoder(Wrapper(t5()))

@@ -27,7 +27,7 @@ RANKS: dict[int, list[str]] = {
         *("_prompt_tree", "_model_structure"),
     ],
     1: ["record_activations", "steering_operators", "_prompts", "_passes", "_token_indices"],
-    2: ["_steering", "_extraction", "aggregators", "ablate_everywhere"],
+    2: ["_changes", "_steering", "_extraction", "aggregators", "ablate_everywhere"],
     3: ["steering_vector"],
     4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
     5: ["evaluation", "export", "serving", "versions"],

@@ -166,6 +166,11 @@ class TestShippedSelectors:
         assert repr(selector) == shown
         assert selector == copy.deepcopy(selector) == pickle.loads(pickle.dumps(selector))
 
+    def test_selectors_of_the_same_prompts_are_equal(self) -> None:
+        assert generated(PROMPTS) == generated(copy.deepcopy(PROMPTS))
+        assert generated(PROMPTS) != prompted(PROMPTS)
+        assert repr(generated(PROMPTS)) == "generated([3, 5])"
+
     def test_the_repr_of_many_prompts_is_short(self) -> None:
         assert repr(generated([3] * 100)) == "generated(100 prompts)"
 
@@ -254,6 +259,7 @@ class TestMasks:
         mask = torch.tensor([1, 0, 1]).to(dtype)
         for given_mask in (mask, mask[None]):
             chosen = as_selector(given_mask)(whole_rows(3, 5).positions())
+            assert chosen.dtype is torch.bool
             assert chosen.tolist() == [[True, False, True, False, False]] * 3
 
     def test_rows_of_a_mask_serve_the_rows_that_each_was_expanded_to(self) -> None:
@@ -469,7 +475,9 @@ class TestWeights:
     def test_bool_and_float_pass_as_they_are_and_whole_numbers_become_float(self) -> None:
         for dtype in (torch.bool, torch.float32, torch.bfloat16, torch.float64):
             assert selected(lambda p: torch.ones(2, 3, dtype=dtype), self.positions).dtype is dtype  # noqa: B023
-        assert selected(lambda p: torch.full((2, 3), 2), self.positions).tolist() == [[2.0] * 3] * 2
+        whole = selected(lambda p: torch.full((2, 3), 2), self.positions)
+        assert whole.dtype is torch.float32
+        assert whole.tolist() == [[2.0] * 3] * 2
 
     def test_a_selector_that_gives_no_tensor_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"gave list, expected a tensor \(batch, seq\)"):

@@ -523,6 +523,17 @@ class TestLayers:
 
 
 class TestTheModelAndTokenizer:
+    @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+    @pytest.mark.parametrize("function", [train_steering_vector, extract_activations])
+    def test_batch_size_bounds_the_rows_of_a_pass(self, function: Any, batch_size: int) -> None:
+        model = tiny.build("gpt2")
+        rows: list[int] = []
+        tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+        function(model, tiny.tokenizer(), SAMPLES, batch_size=batch_size)
+        assert max(rows) <= 2 * batch_size
+        checking = 1  # a pass that tells decoders from encoders
+        assert len(rows) <= checking + -(-len(SAMPLES) // batch_size)
+
     def test_a_model_in_training_mode_is_read_without_dropout_and_put_back_module_by_module(self) -> None:
         model = tiny.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
         expected = by_hand(model, SAMPLES)

@@ -1,0 +1,179 @@
+"""Change a module's output: one steering at one layer, and the hook that runs all of a module's."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._hooks import activation_of, after_forward, never_compiled, with_activation
+from steering_vectors.steering_operators import PatchDeltaOperator
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Change:
+    """One steering at one layer: activation → steered activation.
+
+    ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it; None means all.
+    ``owner`` is whose change it is. ``ran`` is set once the layer has run.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        layer: int,
+        direction: Tensor,
+        operator: PatchDeltaOperator,
+        multiplier: float | Tensor,
+        weights_for: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.owner = owner
+        self.layer = layer
+        self.ran = False
+        self._direction = direction
+        self._operator = operator
+        self._multiplier = multiplier
+        self._weights_for = None if weights_for is None else never_compiled(weights_for)
+        # Compiled code is made anew for other booleans, and not for another multiplier.
+        self._learns_multiplier = isinstance(multiplier, Tensor)
+        self._changes_nothing = not self._learns_multiplier and float(multiplier) == 0
+        # Where gradients flow to the direction or the multiplier, their values may change between passes.
+        self._is_live = direction.requires_grad or self._learns_multiplier
+        with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
+            wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
+            self._scaled = direction if self._is_live else (multiplier * wide).detach()
+            largest = float(self._scaled.detach().abs().max())
+        self._too_large_for = {dtype for dtype in _DTYPES if largest > torch.finfo(dtype).max}
+        self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        self.ran = True
+        weights = None if self._weights_for is None else self._weights_for(activation)
+        if self._changes_nothing:
+            return activation
+        if activation.shape[-1] != self._direction.shape[-1]:
+            raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
+        delta = self._delta(activation)
+        if weights is not None and weights.dtype is not torch.bool:
+            delta = weights.to(activation.dtype) * delta
+            weights = weights != 0
+        steered = activation + delta
+        if self._learns_multiplier:
+            is_zero = torch.as_tensor(self._multiplier, device=steered.device) == 0
+            steered = torch.where(is_zero, _only_gradients(activation, delta), steered)
+        # What is not selected stays bit for bit: to add zero would change a negative zero.
+        return steered if weights is None else torch.where(weights, steered, activation)
+
+    def _delta(self, activation: Tensor) -> Tensor:
+        """What is to be added, broadcastable to ``activation``."""
+        delta = self._operator(activation, self._direction_for(activation))
+        if not isinstance(delta, Tensor) or not _broadcasts_to(delta, activation):
+            got = f"shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else type(delta).__name__
+            raise ValueError(
+                f"the operator {self._operator!r} gave {got} for an activation of shape {tuple(activation.shape)}; "
+                f"expected what is to be added to it, of a shape that broadcasts to it"
+            )
+        return delta.to(activation.dtype)
+
+    def _direction_for(self, activation: Tensor) -> Tensor:
+        """The direction times the multiplier, in the activation's dtype, on its device: ``(1, 1, hidden)``.
+
+        For an activation ``(batch * seq, hidden)`` it has one axis less.
+        """
+        shape = [1] * min(activation.ndim - 1, 2) + [-1]
+        if self._is_live:
+            scaled = self._multiplier * self._direction.to(activation.device)
+            return scaled.to(activation.dtype).reshape(shape)
+        if activation.dtype in self._too_large_for:
+            raise ValueError(
+                f"layer {self.layer}: the direction times the multiplier is too large for the model's "
+                f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
+            )
+        if torch.compiler.is_dynamo_compiling():
+            return self._scaled.to(activation.device, activation.dtype).reshape(shape)
+        key = (activation.device, activation.dtype, len(shape))
+        if key not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[key] = self._scaled.to(activation.device, activation.dtype).reshape(shape)
+        return self._copies[key]
+
+
+def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
+    """``activation`` bit for bit, with the gradients of ``activation + delta``: for a multiplier learned from 0."""
+    return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
+
+
+class _Steered:
+    """What is done to a module's output: the changes, in the order in which they were entered.
+
+    It stands on the module itself, where torch.compile sees what compiled code depends on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.changes: tuple[Change, ...] = ()
+        # First, so that whoever captures the output later sees what was steered. A copy of a steered model has it.
+        is_copy = _steer in module._forward_hooks.values()
+        self.hook = None if is_copy else after_forward(module, _steer, first=True, traceable=True)
+
+    def __deepcopy__(self, _memo: Any) -> "_Steered":
+        return self  # a copy of the model is steered no longer than the model
+
+
+def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
+    activation = steered = activation_of(output)
+    for change in changes_of(module):
+        steered = change(steered)
+    return output if steered is activation else with_activation(output, steered)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attached:
+    """What takes a change off its module, and the module's hook with the last one."""
+
+    module: "weakref.ref[nn.Module]"
+    change: Change
+
+    def remove(self) -> None:
+        with _LOCK:
+            module = self.module()
+            steered = None if module is None else module.__dict__.get(_ATTRIBUTE)
+            if module is None or steered is None:
+                return
+            steered.changes = tuple(change for change in steered.changes if change is not self.change)
+            if not steered.changes:
+                if steered.hook is not None:
+                    steered.hook.remove()
+                del module.__dict__[_ATTRIBUTE]
+
+
+_ATTRIBUTE = "_steering_vectors"
+_LOCK = threading.Lock()
+
+
+def attach_change(module: nn.Module, change: Change) -> _Attached:
+    with _LOCK:
+        steered = module.__dict__.get(_ATTRIBUTE)
+        if steered is None or steered.module() is not module:
+            steered = module.__dict__[_ATTRIBUTE] = _Steered(module)
+        steered.changes = (*steered.changes, change)
+    return _Attached(weakref.ref(module), change)
+
+
+def changes_of(module: nn.Module) -> tuple[Change, ...]:
+    """The changes that are made to the module's output, in the order in which they were entered."""
+    steered: _Steered | None = module.__dict__.get(_ATTRIBUTE)
+    return () if steered is None else steered.changes
+
+
+def width_message(width: int, layer: int, layer_width: int) -> str:
+    return f"the vector's directions have {width} numbers, the model's layer {layer} has {layer_width}"
+
+
+def _broadcasts_to(delta: Tensor, activation: Tensor) -> bool:
+    sizes = zip(reversed(delta.shape), reversed(activation.shape), strict=False)
+    return delta.ndim <= activation.ndim and all(own in (1, size) for own, size in sizes)
