@@ -191,10 +191,15 @@ def known_templates(model: nn.Module, layer_type: str) -> list[str]:
     return [".".join(filter(None, (outer, inside))) for inside in (path, path.partition(".")[2])]
 
 
+def learns_prompts(model: nn.Module) -> bool:
+    """Whether a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def virtual_tokens(model: nn.Module) -> int:
     """How many columns a PEFT wrapper puts before the prompt, in prompt tuning."""
     config = getattr(model, "active_peft_config", None)
-    if not getattr(config, "is_prompt_learning", False) or "PREFIX" in str(getattr(config, "peft_type", "")):
+    if not learns_prompts(model) or "PREFIX" in str(getattr(config, "peft_type", "")):
         return 0
     return int(getattr(config, "num_virtual_tokens", 0))
 

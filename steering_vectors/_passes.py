@@ -102,7 +102,10 @@ class PassTracker:
             # A module that was entered already belongs to a new pass: the old one was abandoned.
             if current is None or depth <= current.depth:
                 current = self._thread.current = ForwardPass(module, self._memory)
-            known = None if self._memory is None else pass_arguments({**dict(zip(names, args, strict=False)), **kwargs})
+            known = None
+            if self._memory is not None:
+                default = {"use_cache": getattr(getattr(module, "config", None), "use_cache", None)}
+                known = pass_arguments({**default, **dict(zip(names, args, strict=False)), **kwargs}, names)
             current.enter(depth, known)
 
         def end(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

@@ -1,7 +1,7 @@
 """What one forward pass's arguments say about its tokens: padding, cached tokens, the pass's shape."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +15,10 @@ CACHE_NAMES = (
     *("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state"),
     "past_buckets_states",
 )
-# Arguments of XLNet's with which a pass computes some of its row's tokens again, and one that is no token.
-_REORDERING_NAMES = ("mems", "perm_mask", "target_mapping")
+# Arguments that tell of rows whose tokens don't stand in their order: XLNet computes some again, and its activations
+# are (seq, batch, hidden); generate_batch of transformers runs the tokens of many prompts as one row.
+REORDERING_PARAMETERS = ("perm_mask",)
+_PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +50,10 @@ class PassArguments:
         return None if given is None or given.ndim < 2 else (given.shape[0], given.shape[1])
 
 
-def pass_arguments(arguments: Mapping[str, Any]) -> PassArguments:
-    """What the named arguments of a forward method say."""
+def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = ()) -> PassArguments:
+    """What the named arguments of a forward method with these ``parameters`` say."""
     # Encoder-decoder models give the plain names to the encoder.
-    prefix = "decoder_" if "decoder_input_ids" in arguments else ""
+    prefix = "decoder_" if "decoder_input_ids" in {*arguments, *parameters} else ""
     cache = _first(arguments.get(name) for name in CACHE_NAMES)
     masks = arguments.get(f"{prefix}attention_mask")
     return PassArguments(
@@ -64,7 +66,8 @@ def pass_arguments(arguments: Mapping[str, Any]) -> PassArguments:
         cache=cache,
         cached=cached_columns(cache),
         makes_cache=cache is None and arguments.get("use_cache") is True,
-        reorders=any(arguments.get(name) is not None for name in _REORDERING_NAMES),
+        reorders=any(name in parameters for name in REORDERING_PARAMETERS)
+        or any(arguments.get(name) is not None for name in _PACKING_NAMES),
     )
 
 
@@ -117,8 +120,8 @@ def token_index(call: PassArguments, fed: Fed) -> tuple[Tensor, Tensor]:
     """
     if call.reorders:
         raise ValueError(
-            f"can't tell where the tokens stand in a pass that is given {' or '.join(_REORDERING_NAMES)}; "
-            f"steer all tokens"
+            "can't tell where the tokens stand in a pass that takes some of them again, or many prompts in one row "
+            "(as XLNet and generate_batch do); steer all tokens"
         )
     assert call.shape is not None
     batch, seq = call.shape
@@ -127,7 +130,7 @@ def token_index(call: PassArguments, fed: Fed) -> tuple[Tensor, Tensor]:
     past = fed.columns if call.cached is None else call.cached
     # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
     column = torch.arange(seq, device=given.device) + past if call.columns is None else call.columns.to(given.device)
-    if call.mask is not None and (seen := _index_from_mask(call.mask, past, batch, seq)) is not None:
+    if call.mask is not None and (seen := _index_from_mask(call.mask, past, column, batch)) is not None:
         return seen.to(given.device), column
     tokens = _is_token(call, column, batch)
     before = past if fed.tokens is None else fed.tokens[:, None].to(given.device)
@@ -192,15 +195,17 @@ def by_tokens(activation: Tensor, batch: int, seq: int) -> Tensor:
     )
 
 
-def _index_from_mask(mask: Tensor, past: int | Tensor, batch: int, seq: int) -> Tensor | None:
+def _index_from_mask(mask: Tensor, past: int | Tensor, column: Tensor, batch: int) -> Tensor | None:
     """The own index of the pass's columns from a mask that reaches back to the first one; None if it doesn't."""
-    columns = mask.shape[1]
-    start = past if isinstance(past, int) else columns - seq
-    if columns < start + seq:
+    columns, seq = mask.shape[1], column.shape[0]
+    if isinstance(past, int) and columns < past + seq:
         return None
     tokens = mask != 0
     index = torch.where(tokens, tokens.cumsum(dim=1) - 1, -1)
-    return index[:, start : start + seq].expand(batch, seq)
+    if isinstance(past, int):
+        return index[:, past : past + seq].expand(batch, seq)
+    # The mask may be as long as a static cache.
+    return index[:, column.to(index.device).clamp(max=columns - 1)].expand(batch, seq)
 
 
 def _is_token(call: PassArguments, column: Tensor, batch: int) -> Tensor:

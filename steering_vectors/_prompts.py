@@ -36,7 +36,8 @@ class PromptTokenizer:
         if isinstance(tokenizer, (str, nn.Module)) or not callable(tokenizer):
             raise TypeError(f"tokenizer must be a Hugging Face tokenizer or processor, got {type(tokenizer).__name__}")
         self._template_owner = tokenizer
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        inner = getattr(tokenizer, "tokenizer", None)  # a processor's, unless it is some other library's
+        self._tokenizer = inner if callable(inner) and hasattr(inner, "bos_token_id") else tokenizer
         self._template_kwargs = dict(chat_template_kwargs or {})
         taken = [name for name in _TEMPLATE_ARGUMENTS if name in self._template_kwargs]
         if taken:
@@ -49,6 +50,8 @@ class PromptTokenizer:
 
         Raises TypeError unless ``prompt`` is a text or chat messages, and ValueError for what can't be read.
         """
+        if prompt == "":  # some tokenizers would still put a token before it
+            raise ValueError("the prompt is empty: it has no text")
         if isinstance(prompt, str):
             encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
         elif is_chat(prompt):
@@ -159,7 +162,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
         raise ValueError("the prompt is empty: it has no messages")
     for message in messages:
         if "role" not in message or message.get("content") is None:
-            raise ValueError(f"a chat message has a role and a content, got the keys {sorted(message)}")
+            empty = ", and no content" if "content" in message else ""
+            raise ValueError(f"a chat message has a role and a content, got the keys {sorted(message)}{empty}")
         content = message["content"]
         parts = [] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):

@@ -1,5 +1,6 @@
 """Change activations at layers and tokens while a model runs."""
 
+import inspect
 import itertools
 import math
 import sys
@@ -166,6 +167,15 @@ class SteeringContext(ContextDecorator):
     ) -> None:
         self._handles.pop()._detach(quiet=kind is not None)
 
+    def __call__(self, function: Any) -> Any:
+        """Raises TypeError for functions that do their work after they have returned: they would run unsteered."""
+        if any(kind(function) for kind in _DEFERRED):
+            raise TypeError(
+                f"{getattr(function, '__name__', function)} is a generator or a coroutine, which runs after it has "
+                f"returned: use `with vector.apply(…):` inside it"
+            )
+        return super().__call__(function)
+
     def _recreate_cm(self) -> "SteeringContext":
         return SteeringContext(self._attach)  # each call of a decorated function steers for itself
 
@@ -213,6 +223,7 @@ def as_multiplier(multiplier: Any) -> float | Tensor:
     return multiplier if is_learned else number
 
 
+_DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _ORDER = itertools.count()
 
 

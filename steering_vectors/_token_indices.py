@@ -1,21 +1,28 @@
 """Which tokens, told by a list of indices, a slice or a mask instead of by a selector."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from steering_vectors._hooks import check_takes
 from steering_vectors.token_selection import (
     KnownSelector,
     Selector,
     TokenPositions,
+    at,
+    completion,
     expand_rows,
     from_index,
+    generated,
     integer,
     is_one_of,
+    prompted,
 )
+
+_FACTORIES: tuple[Callable[..., Selector], ...] = (at, completion, from_index, generated, prompted)
 
 TokenSelection: TypeAlias = Selector | Sequence[int] | slice | Tensor
 
@@ -31,7 +38,11 @@ def as_selector(tokens: TokenSelection) -> Selector:
     """
     if isinstance(tokens, Tensor):
         return _column_mask(tokens)
+    name = next((factory.__name__ for factory in _FACTORIES if id(factory) == id(tokens)), None)
+    if name is not None:
+        raise TypeError(f"{name} is no selector itself: did you mean {name}(…), what it gives?")
     if callable(tokens):
+        check_takes(tokens, 1, "a selector", "from_index(1)")
         return tokens
     if isinstance(tokens, slice):
         start, stop = (None if n is None else integer(n, "a slice of tokens") for n in (tokens.start, tokens.stop))

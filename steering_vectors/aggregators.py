@@ -85,7 +85,8 @@ def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggr
     ``sklearn_kwargs`` go to scikit-learn's ``LogisticRegression``. Activations have norms in the tens to the
     thousands, so a multiplier of 1 is seldom visible.
 
-    Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``.
+    Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``. The
+    aggregator raises ValueError if all differences are zero.
 
     >>> direction = logistic_aggregator({"C": 10.0})(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
     >>> direction.round()
@@ -170,6 +171,8 @@ class _Logistic:
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         half = (_wide(positive) - _wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
+        if not bool(half.any()):
+            raise ValueError("all differences between the sides are zero: there is nothing to tell them apart by")
         rows = torch.cat([half, -half]).detach().cpu().numpy()
         labels = [1] * len(half) + [-1] * len(half)
         regression = _logistic_regression()(**{"fit_intercept": False, **self.sklearn_kwargs}).fit(rows, labels)

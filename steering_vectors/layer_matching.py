@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any, Literal, TypeAlias, get_args
@@ -168,7 +169,10 @@ def _checked_config(layer_config: object) -> Mapping[LayerType, LayerMatcher]:
     if layer_config is None:
         return {}
     if not isinstance(layer_config, Mapping):
-        hint = f"; did you mean multiplier={layer_config}?" if isinstance(layer_config, (int, float)) else ""
+        hint = ""
+        if not isinstance(layer_config, str):
+            with suppress(TypeError, ValueError, RuntimeError):
+                hint = f"; did you mean multiplier={float(layer_config)}?"  # type: ignore[arg-type]
         raise TypeError(f"layer_config must be a mapping from layer types to matchers, got {layer_config!r}{hint}")
     for layer_type in layer_config:
         check_layer_type(layer_type)

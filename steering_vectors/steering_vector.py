@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._changes import width_message
-from steering_vectors._model_structure import layer_widths
+from steering_vectors._hooks import check_takes
+from steering_vectors._model_structure import layer_widths, learns_prompts
 from steering_vectors._steering import Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import (
@@ -132,10 +133,8 @@ class SteeringVector:
         >>> SteeringVector({1: [3.0, 4.0]}).norms()
         {1: 5.0}
         """
-        return {
-            layer: float(torch.linalg.vector_norm(self.layer_activations[layer].detach().cpu().double()))
-            for layer in self.layers
-        }
+        directions = {layer: torch.as_tensor(self.layer_activations[layer]).detach() for layer in self.layers}
+        return {layer: float(direction.cpu().double().norm()) for layer, direction in directions.items()}
 
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
@@ -220,8 +219,12 @@ def _steering(
     check_layer_type(vector.layer_type)
     found = find_layers(model, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
-    if not callable(operator):
-        raise TypeError(f"operator must be callable, such as ablation_operator(), got {type(operator).__name__}")
+    check_takes(operator, 2, "operator", "ablation_operator()")
+    if selector is not None and learns_prompts(model):
+        raise ValueError(
+            "prompt learning puts virtual tokens before the prompt's own, so which tokens to steer can't be told "
+            "exactly; steer all tokens"
+        )
     directions = _checked(vector.layer_activations)
     if not directions:
         raise ValueError("this steering vector has no directions")

@@ -374,7 +374,13 @@ def _isinteger(value: object) -> bool:
 
 
 def _rows_tensor(rows: Any) -> Tensor:
-    tensor = torch.as_tensor(rows).detach()
+    try:
+        tensor = torch.as_tensor(rows).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "inputs must hold tensors, or lists of rows of one length: call the tokenizer with padding=True and "
+            "return_tensors='pt'"
+        ) from error
     return tensor[None] if tensor.ndim == 1 else tensor
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors._hooks import check_takes
 from steering_vectors._model_structure import is_encoder_decoder
 from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._steering import check_not_steered_by_row
@@ -117,8 +118,7 @@ def train_steering_vector(
     >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
-    if not callable(aggregator):
-        raise TypeError(f"aggregator must be callable, such as mean_aggregator(), got {aggregator!r}")
+    check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
     accumulators: dict[int, Accumulator] = {}
     reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
     source = _Source(model, layers, layer_type, layer_config, batch_size)
@@ -190,8 +190,11 @@ def aggregate_activations(
         raise ValueError(
             f"the sides have different layers: {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}"
         )
+    check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
     directions = {}
     for layer, positive_rows in pos_acts_by_layer.items():
+        if not len(positive_rows) or not len(neg_acts_by_layer[layer]):
+            raise ValueError(f"layer {layer} has no rows: give at least one for each side")
         positive, negative = torch.cat(list(positive_rows)), torch.cat(list(neg_acts_by_layer[layer]))
         if positive.shape != negative.shape:
             raise ValueError(

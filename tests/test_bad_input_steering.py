@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, pipeline
 
-from steering_vectors import SteeringVector, active_patches, at, from_index, generated
+from steering_vectors import (
+    SteeringVector,
+    ablation_operator,
+    active_patches,
+    addition_operator,
+    at,
+    completion,
+    from_index,
+    generated,
+    prompted,
+)
 from tests import tiny
 from tests.test_steering import IDS, logits, shown, unchanged, vector
 
@@ -348,3 +358,24 @@ class TestOperator:
 def test_what_is_no_parameter_is_refused_before_anything_is_attached(model: PreTrainedModel, way: str) -> None:
     assert refused(way, vector(), model, scale=2).startswith("TypeError: ")
     assert refused(way, vector(), model, None, None, 1.0, None, None, [1]).startswith("TypeError: ")
+
+
+class TestWhatMakesAThingInTheThingSPlace:
+    """A factory that was not called: its mistake shows where it is given, not in the model's pass."""
+
+    @pytest.mark.parametrize("operator", [ablation_operator, addition_operator, lambda a: a, lambda: 0])
+    def test_as_operator(self, model: PreTrainedModel, way: str, operator: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=operator)
+        assert got.startswith("TypeError: operator must be callable with 2 arguments, such as ablation_operator()")
+
+    @pytest.mark.parametrize("tokens", [at, completion, from_index, generated, prompted])
+    def test_as_selector(self, model: PreTrainedModel, way: str, tokens: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, tokens=tokens)
+        assert got == (
+            f"TypeError: {tokens.__name__} is no selector itself: did you mean {tokens.__name__}(…), what it gives?"
+        )
+
+    @pytest.mark.parametrize("number", [torch.tensor(2.0), np.float32(2), 2])
+    def test_a_multiplier_in_layer_config_s_place(self, model: PreTrainedModel, way: str, number: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, layer_config=number)
+        assert got.endswith("did you mean multiplier=2.0?")

@@ -19,11 +19,14 @@ from transformers import (
 from steering_vectors import (
     SteeringVector,
     SteeringVectorTrainingSample,
+    aggregate_activations,
     at,
     completion,
     extract_activations,
     from_index,
+    logistic_aggregator,
     mean_aggregator,
+    pca_aggregator,
     train_steering_vector,
 )
 from tests import tiny
@@ -388,3 +391,25 @@ class TestModels:
         with pytest.raises(ValueError, match="row"), steering.apply(watched.model, tokens=from_index(first)):
             function(watched.model, watched.tokenizer, long, batch_size=batch_size)
         watched.assert_untouched()
+
+
+class TestWhatIsNoAggregator:
+    @pytest.mark.parametrize("aggregator", [mean_aggregator, pca_aggregator, logistic_aggregator, lambda rows: rows])
+    def test_a_factory_that_was_not_called(self, aggregator: Any) -> None:
+        with pytest.raises(TypeError, match="aggregator must be callable with 2 arguments, such as mean_aggregator()"):
+            train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), [("a", "b")], aggregator=aggregator)
+        with pytest.raises(TypeError, match="aggregator must be callable with 2 arguments"):
+            aggregate_activations({0: [torch.ones(1, 2)]}, {0: [torch.ones(1, 2)]}, aggregator)
+
+    def test_no_rows(self) -> None:
+        with pytest.raises(ValueError, match="layer 0 has no rows"):
+            aggregate_activations({0: []}, {0: []})
+
+    def test_equal_sides_have_no_logistic_direction(self) -> None:
+        with pytest.raises(ValueError, match="all differences between the sides are zero"):
+            logistic_aggregator()(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_an_empty_text_is_an_empty_prompt_even_where_the_tokenizer_begins_each_text() -> None:
+    with pytest.raises(ValueError, match="sample 0, positive side: the prompt is empty"):
+        train_steering_vector(tiny.shared("llama"), tiny.tokenizer(bos=True), [("", "b")])

@@ -22,6 +22,7 @@ from steering_vectors import (
     train_steering_vector,
 )
 from tests import tiny
+from tests.test_layer_matching import llava
 
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33]]
 STEPS = 4
@@ -376,6 +377,62 @@ class TestRoundTrips:
         with vector.apply(model, multiplier=3), vector.apply(model, multiplier=-3):
             _, logits = generate(model, inputs)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-3)
+
+
+class TestTheRealModel:
+    """Laws 1 to 3 on SmolLM2-135M-Instruct, whose activations are those of a trained model."""
+
+    LAYER = 16
+
+    @pytest.mark.parametrize("selection", ["all", "generated(inputs)", "prompted(inputs)", "from_index(1)"])
+    def test_cached_padded_generation_is_a_loop_without_cache_steered_by_hand(
+        self, smollm2: tuple[Any, Any], selection: str
+    ) -> None:
+        model, tokenizer = smollm2
+        select, is_selected = SELECTIONS[selection]
+        texts = ["The weather in the mountains was", "I think"]
+        direction = 20 * torch.nn.functional.normalize(torch.linspace(-1, 1, model.config.hidden_size), dim=0)
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        with SteeringVector({self.LAYER: direction}).apply(model, tokens=select(inputs)):
+            _, got = generate(model, inputs)
+        for row, text in enumerate(texts):
+            ids = tokenizer(text)["input_ids"]
+            length = len(ids)
+
+            def add(_m: nn.Module, _a: Any, output: Any, length: int = length) -> Any:
+                state = output if isinstance(output, Tensor) else output[0]
+                mask = torch.tensor([is_selected(n, length) for n in range(state.shape[1])])
+                return state + mask[:, None] * direction
+
+            for step in range(STEPS):
+                handle = model.model.layers[self.LAYER].register_forward_hook(add)
+                with torch.no_grad():
+                    expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                handle.remove()
+                torch.testing.assert_close(got[row, step], expected, atol=2e-3, rtol=1e-3)
+                ids = [*ids, int(expected.argmax())]
+
+    def test_rows_of_a_batch_are_what_each_prompt_alone_gives(self, smollm2: tuple[Any, Any]) -> None:
+        model, tokenizer = smollm2
+        pairs = [("I love it.", "I hate every single bit of it!"), ("Good", "Bad."), ("It was fun to be there.", "no")]
+        one, three = (
+            train_steering_vector(model, tokenizer, pairs, layers=[3, -1], batch_size=size).layer_activations
+            for size in (1, 3)
+        )
+        for layer, direction in one.items():
+            torch.testing.assert_close(three[layer], direction, atol=1e-5 * float(direction.norm()), rtol=1e-5)
+
+
+class TestAVisionLanguageModel:
+    def test_layers_are_the_text_decoder_s_and_are_moved_by_the_direction(self) -> None:
+        model = llava(depth=5)
+        vector = random_vector([1])
+        with record_activations(model) as plain, torch.no_grad():
+            model(torch.tensor([PROMPTS[1]]))
+        with vector.apply(model), record_activations(model) as steered, torch.no_grad():
+            model(torch.tensor([PROMPTS[1]]))
+        assert sorted(plain) == [0, 1, 2]
+        assert torch.equal(steered[1][0], plain[1][0] + vector.layer_activations[1])
 
 
 class TestParity:

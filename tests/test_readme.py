@@ -32,4 +32,4 @@ def test_the_readme_runs_as_one_script(
 def test_the_readme_opens_with_eight_lines_of_code() -> None:
     (first, *_) = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README.read_text())
     code = [line for line in first.splitlines() if line.strip()]
-    assert len([line for line in code if "import" not in line]) <= 8
+    assert len(code) == 8

@@ -21,6 +21,10 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
     pipeline,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -28,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from steering_vectors import (
     SteeringPatchHandle,
     SteeringVector,
+    TokenPositions,
     ablation_operator,
     ablation_then_addition_operator,
     active_patches,
@@ -1486,17 +1491,109 @@ class TestWrappersAndInnerModels:
                 assert len(active_patches(wrapped)) == len(active_patches(wrapped.base_model.model)) == 1
 
     @pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore:.*deprecated.*:FutureWarning")
-    def test_prompt_tuning_counts_its_own_tokens_in_front(self) -> None:
+    @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+    def test_prompt_learning_takes_no_selection_of_tokens(self, kind: str) -> None:
         peft = pytest.importorskip("peft")
         torch.manual_seed(0)
-        config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
         wrapped = peft.get_peft_model(tiny.build("llama"), config).eval()
         with unchanged(wrapped):
             plain = recorded(wrapped)
-            with vector().apply(wrapped, tokens=from_index(3)):
-                steered = recorded(wrapped)
-            changed = (steered != plain).any(dim=-1)
-            assert changed.tolist() == [[False] * 3 + [True] * 5]
+            for tokens in (from_index(3), generated(3), [1]):
+                with pytest.raises(ValueError, match="virtual tokens before the prompt's own"):
+                    vector().apply(wrapped, tokens=tokens)
+            with vector().apply(wrapped):
+                assert (recorded(wrapped) != plain).any(dim=-1).all()
+
+
+class TestPassesThatDeceive:
+    def test_labels_alone_make_the_decoder_s_row_and_the_encoder_s_mask_is_not_its_own(self) -> None:
+        config = T5Config(
+            vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0
+        )
+        seq2seq = T5ForConditionalGeneration(config).eval()
+        ids = torch.tensor([[0, 0, 5, 6, 7, 8]])
+        inputs = {"attention_mask": (ids != 0).long(), "labels": torch.tensor([[9, 8, 7, 6, 5, 4]])}
+        plain = recorded_with(seq2seq, ids, **inputs)
+        with vector().apply(seq2seq, tokens=from_index(1)):
+            steered = recorded_with(seq2seq, ids, **inputs)
+        assert (steered != plain).any(dim=-1).tolist() == [[False] + [True] * 5]
+
+    def test_a_mask_as_long_as_a_static_cache_counts_from_its_first_column(self, model: PreTrainedModel) -> None:
+        columns = 12
+        mask = torch.ones(1, columns, dtype=torch.long)
+        cache = StaticCache(config=model.config, max_cache_len=columns, **OLD_CACHE_ARGUMENTS)
+        seen: list[list[int]] = []
+
+        def note(positions: TokenPositions) -> Tensor:
+            seen.extend(positions.index.tolist())
+            return positions.index >= 0
+
+        with vector().apply(model, tokens=note), torch.no_grad():
+            model(torch.tensor([PROMPT[:4]]), attention_mask=mask, **{CACHE: cache}, **at_columns(0, 4))
+            for column in (4, 5):
+                model(torch.tensor([[9]]), attention_mask=mask, **{CACHE: cache}, **at_columns(column, 1))
+        assert seen == [[0, 1, 2, 3], [4], [5]]
+
+    def test_a_row_of_many_prompts_is_refused_but_for_all_tokens(self, model: PreTrainedModel) -> None:
+        packed = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 2, 5])}
+        with vector().apply(model), torch.no_grad():
+            model(torch.tensor([PROMPT[:5]]), **packed)
+        with (
+            vector().apply(model, tokens=from_index(1)),
+            torch.no_grad(),
+            pytest.raises(ValueError, match="many prompts in one row"),
+        ):
+            model(torch.tensor([PROMPT[:5]]), **packed)
+
+    @pytest.mark.parametrize("batch", [1, 2, 5])
+    def test_xlnet_takes_no_selection(self, batch: int) -> None:
+        xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=320, d_model=32, n_layer=3, n_head=4, d_inner=48)).eval()
+        ids = torch.arange(5 * batch).reshape(batch, 5)
+        with vector().apply(xlnet):
+            logits(xlnet, ids)
+        with vector().apply(xlnet, tokens=from_index(1)), pytest.raises(ValueError, match="XLNet"):
+            logits(xlnet, ids)
+
+    def test_a_loop_by_hand_over_the_model_s_own_cache_is_a_generation(self, model: PreTrainedModel) -> None:
+        seen: list[list[bool]] = []
+        selector = generated()
+
+        def note(positions: TokenPositions) -> Tensor:
+            mask = selector(positions)
+            seen.extend(mask.tolist())
+            return mask
+
+        with vector().apply(model, tokens=note), torch.no_grad():
+            out = model(torch.tensor([PROMPT[:3]]))
+            model(torch.tensor([[9]]), **{CACHE: out[CACHE]})
+        assert seen == [[False, False, True], [True]]
+
+
+def recorded_with(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
+    with record_activations(model, layers=1) as records, torch.no_grad():
+        model(input_ids=ids, **kwargs)
+    return records[1][0]
+
+
+OLD_CACHE_ARGUMENTS: dict[str, Any] = {"batch_size": 1, "max_batch_size": 1} if tiny.ON_TRANSFORMERS_4 else {}
+
+
+def at_columns(first: int, count: int) -> dict[str, Tensor]:
+    """The columns that transformers 4 must be told."""
+    return {"cache_position": torch.arange(first, first + count)} if tiny.ON_TRANSFORMERS_4 else {}
+
+
+class TestDecoratedFunctions:
+    def test_that_run_after_they_return_are_refused(self, model: PreTrainedModel) -> None:
+        def yields() -> Any:
+            yield 1
+
+        async def waits() -> None: ...
+
+        for function in (yields, waits):
+            with pytest.raises(TypeError, match="is a generator or a coroutine"):
+                vector().apply(model)(function)
 
 
 @pytest.fixture(scope="module")
