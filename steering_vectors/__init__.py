@@ -16,6 +16,7 @@ from steering_vectors.layer_matching import (
     get_num_matching_layers,
     guess_and_enhance_layer_config,
 )
+from steering_vectors.read_activations import read_activations
 from steering_vectors.record_activations import record_activations
 from steering_vectors.steering_operators import (
     PatchDeltaOperator,
@@ -72,6 +73,7 @@ __all__ = [
     "mean_aggregator",
     "pca_aggregator",
     "prompted",
+    "read_activations",
     "record_activations",
     "show_versions",
     "train_steering_vector",

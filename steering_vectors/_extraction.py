@@ -1,20 +1,33 @@
-"""Run a model over prompts and yield, layer by layer, the rows that were asked for."""
+"""Run a model over prompts and yield, layer by layer, the rows that were asked for.
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+Each row is what its prompt alone gives. The model may compute it together with other prompts: in packs, in which each
+distinct prefix stands once, or else in padded rows. Whether it gives the same then is checked, not assumed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
-from steering_vectors._model_structure import call_once, input_device, virtual_tokens
+from steering_vectors._attention import (
+    MaskKinds,
+    attention_masks,
+    critical_lengths,
+    depends_on_length,
+    mask_kinds,
+)
+from steering_vectors._model_structure import configured, learns_prompts, pass_modules, text_config
 from steering_vectors._positions import by_tokens
+from steering_vectors._prompt_tree import PACK_SIZE, Pack, chains, pack_prompts, visible
+from steering_vectors._running import input_device, is_sharded, read_pass, virtual_tokens
+from steering_vectors._steering import is_steered_by_token
 
 # How far two results for the same tokens may be apart, as a share of their norm, by the model's dtype.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Packs must save so much of the tokens to be worth their masks.
+_WORTH_PACKING = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +37,7 @@ class ReadPrompt:
     ``weights``, one per position, sum to 1; None for a single position, whose row keeps the model's dtype.
     """
 
-    input_ids: Sequence[int]
+    input_ids: list[int]
     positions: Sequence[int]
     weights: Sequence[float] | None = None
 
@@ -38,62 +51,250 @@ class LayerRows:
     prompts: Sequence[int]
 
 
-def extract_rows(
-    model: nn.Module, modules: Mapping[int, nn.Module], prompts: Sequence[ReadPrompt], *, rows_per_pass: int
-) -> Iterator[LayerRows]:
-    """Each prompt's row at each layer of ``modules``, in no promised order, layer after layer for each pass.
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """A way to run prompts: the module that is called, on packs with masks of these kinds, or on rows."""
 
-    Every row is what the prompt alone gives. The model is in evaluation mode while it runs, and afterwards, module by
-    module, as it was.
+    module: nn.Module
+    stop_early: bool
+    kinds: MaskKinds | None = None
+
+
+class Extractor:
+    """Runs a model over prompts, and keeps what it has learnt of the model.
+
+    A pass takes at most the tokens of ``batch_size`` pairs of the longest prompts, or one pack.
     """
-    # Prompts of about one length share a pass, so that little is padded.
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].input_ids))
-    for start in range(0, len(order), rows_per_pass):
-        numbers = order[start : start + rows_per_pass]
-        rows = _run(model, modules, [prompts[n] for n in numbers])
-        for layer in modules:
-            yield LayerRows(layer, rows.pop(layer), numbers)
+
+    def __init__(self, model: nn.Module, modules: Mapping[int, nn.Module], *, batch_size: int) -> None:
+        self._model = configured(model)  # no wrapper that talks to other processes
+        self.layers = sorted(modules)
+        self._modules = modules
+        self._batch_size = batch_size
+        self._config = text_config(model)
+        self._depends_on_length = depends_on_length(self._config)
+        self._ways = self._find_ways()
+        self._checked: set[Any] = set()  # the milestones at which the present way was compared
+        self._most_packs: int | None = None  # in a pass, since the memory was full once
+
+    def __call__(self, prompts: Sequence[ReadPrompt]) -> Iterator[LayerRows]:
+        """Each prompt's row at each layer, in no promised order, layer after layer for each pass.
+
+        The model is in evaluation mode while it runs, and afterwards, module by module, as it was.
+        """
+        # What follows the last token to read is not run.
+        prompts = [replace(prompt, input_ids=prompt.input_ids[: max(prompt.positions) + 1]) for prompt in prompts]
+        left = set(range(len(prompts)))
+        while left:
+            try:
+                for packs in self._passes(prompts, sorted(left)):
+                    for numbers, rows in self._run(packs, prompts):
+                        left.difference_update(numbers)
+                        yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._modules)
+            except _UnlikeError:
+                self._ways.pop(0)
+                self._checked.clear()
+
+    def check_causal(self, input_ids: Sequence[int]) -> None:
+        """Raise ValueError if what follows a token changes its activation, as in encoders.
+
+        ``input_ids`` are some prompt's; its first tokens are run alone and with those that follow.
+        """
+        ids = [*input_ids, input_ids[-1]][:16]  # a prompt of one token is followed by itself
+        half, before = len(ids) // 2, virtual_tokens(self._model)
+        inputs = _right_padded([ids[:half], ids[: 2 * half]], input_device(self._model))
+
+        def read(activation: Tensor) -> Tensor:
+            return by_tokens(activation, 2, before + 2 * half)[:, before : before + half]
+
+        layer = max(self._modules)
+        states = read_pass(self._model, {layer: self._modules[layer]}, inputs, read, stop_early=False)[layer]
+        if not _alike(states[0], states[1]):
+            raise ValueError(
+                f"{type(self._model).__name__} is no decoder-only language model: an activation changes with the "
+                f"tokens that follow it. For a BERT-like model, set is_decoder=True in its config."
+            )
+
+    def _find_ways(self) -> list[_Way]:
+        """The ways to try, the cheapest first; the last one is the model itself, run as its user would."""
+        whole = _Way(self._model, stop_early=False)
+        decoder = pass_modules(self._model)[-1]
+        inside = set(decoder.modules())
+        if (
+            learns_prompts(self._model)
+            or is_sharded(self._model)
+            or is_steered_by_token(self._model)
+            or not all(module in inside for module in self._modules.values())
+        ):
+            return [whole]
+        is_offloaded = any(parameter.device.type == "meta" for parameter in decoder.parameters())
+        stop_early = not is_offloaded and len(set(self._modules.values())) == len(self._modules)
+        kinds = [] if self._depends_on_length else mask_kinds(self._config)
+        return [*(_Way(decoder, stop_early, kind) for kind in kinds), _Way(decoder, stop_early), whole]
+
+    def _passes(self, prompts: Sequence[ReadPrompt], numbers: Sequence[int]) -> Iterator[list[Pack]]:
+        """The packs of each pass."""
+        ids, positions = [prompt.input_ids for prompt in prompts], [prompt.positions for prompt in prompts]
+        rows = list(chains(ids, positions, numbers, share=not self._depends_on_length))
+        passes = list(self._in_passes(rows, 2 * self._batch_size))
+        if self._ways[0].kinds is not None:
+            packs = list(pack_prompts(ids, positions, numbers))
+            if sum(map(len, packs)) < _WORTH_PACKING * sum(len(group) * len(group[-1]) for group in passes):
+                tokens = 2 * self._batch_size * len(rows[-1])
+                passes = list(self._in_passes(packs, max(1, tokens // PACK_SIZE)))
+        yield from passes
+
+    def _in_passes(self, packs: Sequence[Pack], most: int) -> Iterator[list[Pack]]:
+        group: list[Pack] = []
+        for pack in packs:
+            apart = self._depends_on_length and bool(group) and len(group[0]) != len(pack)
+            if len(group) == min(most, self._most_packs or most) or apart:
+                yield group
+                group = []
+            group.append(pack)
+        if group:
+            yield group
+
+    def _run(self, packs: list[Pack], prompts: Sequence[ReadPrompt]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+        """The prompts' numbers and their rows by layer, of one pass; of more and smaller ones if the memory is full."""
+        try:
+            result = self._run_at_once(packs, prompts)
+        except RuntimeError as error:
+            smaller = _halves(packs, prompts)
+            if not _is_out_of_memory(error) or len(smaller) < 2:
+                raise
+            self._most_packs = max(1, len(packs) // 2)
+        else:
+            yield result
+            return
+        for half in smaller:
+            yield from self._run(half, prompts)
+
+    def _run_at_once(self, packs: list[Pack], prompts: Sequence[ReadPrompt]) -> tuple[list[int], dict[int, Tensor]]:
+        """Raises _UnlikeError where the model gives something else for a prompt alone."""
+        numbers = [number for pack in packs for number in pack.nodes]
+        reads = _Reads()
+        for row, pack in enumerate(packs):
+            for number, nodes in pack.nodes.items():
+                reads.add(row, nodes, prompts[number].weights)
+        milestones = self._milestones(packs) - self._checked
+        probes = _probes(packs) if milestones and len(self._ways) > 1 else []
+        for row, node in probes:
+            reads.add(row, [node], None)
+        rows = self._read(packs, reads)
+        for n, (row, node) in enumerate(probes, start=len(numbers)):
+            alone = self._alone(packs[row].path(node))
+            if not all(_alike(part[n], alone[layer]) for layer, part in rows.items()):
+                raise _UnlikeError
+        self._checked |= milestones
+        return numbers, {layer: part[: len(numbers)] for layer, part in rows.items()}
+
+    def _milestones(self, packs: list[Pack]) -> set[Any]:
+        """What the model may do otherwise than in the passes before, so that it is compared anew."""
+        longest, deepest = max(map(len, packs)), max(max(pack.depths) for pack in packs)
+        reached: set[Any] = {("branches", any(pack.branches for pack in packs))}
+        reached.add(("skipped", any(any(pack.skipped) for pack in packs)))
+        for length in critical_lengths(self._config):
+            reached |= {("columns", length)} if longest > length else set()
+            reached |= {("depth", length)} if deepest >= length else set()
+        return reached
+
+    def _read(self, packs: list[Pack], reads: "_Reads") -> dict[int, Tensor]:
+        """One pass over the packs: the rows, by layer. Raises _UnlikeError where the model can't be run so."""
+        way = self._ways[0]
+        device, before = input_device(way.module), virtual_tokens(way.module)
+        inputs = _right_padded([pack.input_ids for pack in packs], device)
+        if way.kinds is not None and any(pack.branches for pack in packs):
+            inputs = {**inputs, **self._packed(packs, way.kinds, device)}
+        batch, seq = inputs["input_ids"].shape
+
+        def read(activation: Tensor) -> Tensor:
+            return reads(by_tokens(activation, batch, before + seq)[:, before:])
+
+        try:
+            return read_pass(way.module, self._modules, inputs, read, stop_early=way.stop_early)
+        except Exception as error:  # a model that can't be run so raises what it likes
+            if len(self._ways) == 1 or _is_out_of_memory(error):
+                raise
+            raise _UnlikeError from error
+
+    def _packed(self, packs: list[Pack], kinds: MaskKinds, device: torch.device) -> dict[str, Any]:
+        seq = max(map(len, packs))
+        padding = [range(len(pack), seq) for pack in packs]
+        # A column of padding sees itself alone, and no other sees it.
+        ends = torch.tensor([[*pack.ends, *rest] for pack, rest in zip(packs, padding, strict=True)], device=device)
+        depths = torch.tensor([[*pack.depths, *(0 for _ in rest)] for pack, rest in zip(packs, padding, strict=True)])
+        depths = depths.to(device)
+        dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
+        masks = attention_masks(kinds, self._config, visible(ends), depths, dtype)
+        return {"attention_mask": masks, "position_ids": depths}
+
+    def _alone(self, input_ids: list[int]) -> dict[int, Tensor]:
+        """The activation ``(hidden,)`` of a prompt's last token at each layer, with the prompt run alone."""
+        inputs = _right_padded([input_ids], input_device(self._model))
+
+        def read(activation: Tensor) -> Tensor:
+            return by_tokens(activation, 1, len(input_ids))[0, -1]
+
+        return read_pass(self._model, self._modules, inputs, read, stop_early=False)
 
 
-def check_causal(model: nn.Module, modules: Mapping[int, nn.Module], input_ids: Sequence[int]) -> None:
-    """Raise ValueError if what follows a token changes its activation, as in encoders.
+class _UnlikeError(Exception):
+    """The model gives something else for a prompt alone."""
 
-    ``input_ids`` are some prompt's; its first tokens are run alone and with those that follow.
+
+class _Reads:
+    """Which tokens of an activation ``(batch, seq, hidden)`` make which rows: weighted sums of some tokens each."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._tokens: list[tuple[int, int, int]] = []  # row of the result, row of the batch, column
+        self._weights: list[float] = []
+        self._any_weights = False
+
+    def add(self, batch_row: int, columns: Sequence[int], weights: Sequence[float] | None) -> None:
+        self._tokens.extend((self._rows, batch_row, column) for column in columns)
+        self._weights.extend(weights or [1.0] * len(columns))
+        self._any_weights |= weights is not None
+        self._rows += 1
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        """``(rows, hidden)``, in float32 or wider if there are weights."""
+        device = activation.device
+        owners, batch_rows, columns = torch.tensor(self._tokens, device=device).unbind(dim=1)
+        tokens = activation[batch_rows, columns]  # (tokens, hidden)
+        if not self._any_weights:
+            return tokens
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        weighted = wide * torch.tensor(self._weights, device=device, dtype=wide.dtype)[:, None]
+        return wide.new_zeros(self._rows, wide.shape[-1]).index_add_(0, owners, weighted)
+
+
+def _probes(packs: list[Pack]) -> list[tuple[int, int]]:
+    """Some tokens, as (pack, node), that would tell if a pass gave something else than the prompts alone.
+
+    The deepest one; the deepest of those that must not see all tokens before them; and of these the one with most
+    others between its ancestors, or else before them.
     """
-    input_ids = [*input_ids, input_ids[-1]][:16]  # a prompt of one token is followed by itself
-    half = len(input_ids) // 2
-    last = {max(modules): modules[max(modules)]}
-    alone = ReadPrompt(input_ids[:half], range(half), [1 / half] * half)
-    followed = ReadPrompt(input_ids[: 2 * half], range(half), [1 / half] * half)
-    (rows,) = _run(model, last, [alone, followed]).values()
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if (rows[0] - rows[1]).norm() > _ROUNDING.get(dtype, 5e-2) * rows[0].norm():
-        raise ValueError(
-            f"{type(model).__name__} is no decoder-only language model: an activation changes with the tokens that "
-            f"follow it. For a BERT-like model, set is_decoder=True in its config."
-        )
+    nodes = [
+        (row, node, depth, skipped)
+        for row, pack in enumerate(packs)
+        for node, (depth, skipped) in enumerate(zip(pack.depths, pack.skipped, strict=True))
+    ]
+    apart = [probe for probe in nodes if probe[1] > probe[2]]
+    chosen = [max(nodes, key=lambda probe: probe[2])]
+    if apart:
+        chosen.append(max(apart, key=lambda probe: probe[2]))
+        chosen.append(max(apart, key=lambda probe: (probe[3], probe[1] - probe[2])))
+    return list(dict.fromkeys(probe[:2] for probe in chosen))
 
 
-def _run(model: nn.Module, modules: Mapping[int, nn.Module], prompts: Sequence[ReadPrompt]) -> dict[int, Tensor]:
-    """One pass over ``prompts``: each prompt's row, ``(n, hidden)``, by layer."""
-    inputs = _right_padded([prompt.input_ids for prompt in prompts], input_device(model))
-    batch, seq = inputs["input_ids"].shape
-    before = virtual_tokens(model)
-    rows: dict[int, Tensor] = {}
-
-    def read(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        activation = by_tokens(activation_of(output), batch, before + seq)
-        rows[layer] = _gather(activation[:, before:], prompts)
-
-    handles = attach_all(partial(after_forward, module, partial(read, layer)) for layer, module in modules.items())
-    try:
-        with _evaluation(model), torch.no_grad(), _uncompiled():
-            call_once(model, inputs)
-    finally:
-        remove_all(handles)
-    if missing := sorted(modules.keys() - rows.keys()):
-        raise RuntimeError(f"layers {missing} of {type(model).__name__} did not run in a pass of the model")
-    return rows
+def _halves(packs: list[Pack], prompts: Sequence[ReadPrompt]) -> list[list[Pack]]:
+    """The same prompts in two passes, or in smaller packs of their own passes."""
+    if len(packs) > 1:
+        return [packs[: len(packs) // 2], packs[len(packs) // 2 :]]
+    ids, positions = [prompt.input_ids for prompt in prompts], [prompt.positions for prompt in prompts]
+    return [[pack] for pack in pack_prompts(ids, positions, list(packs[0].nodes), len(packs[0]) // 2)]
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -110,36 +311,10 @@ def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[s
     }
 
 
-def _gather(activation: Tensor, prompts: Sequence[ReadPrompt]) -> Tensor:
-    """The prompts' rows ``(n, hidden)`` out of an activation ``(batch, seq, hidden)``."""
-    device = activation.device
-    owners = torch.tensor([n for n, prompt in enumerate(prompts) for _ in prompt.positions], device=device)
-    columns = torch.tensor([column for prompt in prompts for column in prompt.positions], device=device)
-    tokens = activation[owners, columns]  # (tokens, hidden)
-    if all(prompt.weights is None for prompt in prompts):
-        return tokens
-    weights = [weight for prompt in prompts for weight in prompt.weights or [1.0]]
-    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    weighted = wide * torch.tensor(weights, device=device, dtype=wide.dtype)[:, None]
-    return wide.new_zeros(len(prompts), wide.shape[-1]).index_add_(0, owners, weighted)
+def _alike(some: Tensor, other: Tensor) -> bool:
+    """Whether two results for the same tokens are equal up to rounding."""
+    return bool((some - other).norm() <= _ROUNDING.get(some.dtype, 5e-2) * other.norm())
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode for the length of the block; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    """The model's own code, also where it was compiled: passes of many lengths, and hooks, would compile it anew."""
-    if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
-        return nullcontext()
-    eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return eager
+def _is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()

@@ -1,13 +1,12 @@
-"""How Hugging Face's models are built: where the text decoder, its blocks and their parts stand, and how to call it."""
+"""How Hugging Face's models are built: where the text decoder, its blocks and their parts stand."""
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Where a block keeps its parts, by the names that transformers' models use, the most telling ones first.
 _PART_PATHS = {
@@ -64,51 +63,26 @@ def layer_widths(model: nn.Module) -> list[int]:
 
     A few models stream several times their width from block to block.
     """
-    config = _text_config(_configured(model))
+    config = _text_config(configured(model))
     width = getattr(config, "hidden_size", None)
     return [width, width * getattr(config, "hc_count", 1)] if isinstance(width, int) else []
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the text decoder; None where there is none."""
+    return _text_config(configured(model))
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model's config says so."""
-    return bool(getattr(getattr(_configured(model), "config", None), "is_encoder_decoder", False))
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """The device that the model's input belongs on."""
-    get_embeddings = getattr(_configured(model), "get_input_embeddings", None)
-    embeddings = get_embeddings() if callable(get_embeddings) else None
-    modules = [module for module in (embeddings, model) if isinstance(module, nn.Module)]
-    devices = (parameter.device for module in modules for parameter in module.parameters())
-    # Weights that are offloaded stand on no device; the hooks that bring them move the input too.
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-
-
-def call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """One pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
-
-    Arguments that the model's forward method doesn't know are left out.
-    """
-    known: set[str] = set()
-    for module in pass_modules(_configured(model)):
-        parameters = inspect.signature(module.forward).parameters
-        known |= parameters.keys()
-        # A wrapper such as PEFT's hands on what it doesn't know itself.
-        if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
-            break
-    options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
-    kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}
-    if "input_ids" in kwargs:
-        model(**kwargs)
-    else:
-        model(inputs["input_ids"], **kwargs)
+    return bool(getattr(getattr(configured(model), "config", None), "is_encoder_decoder", False))
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path in ``model`` and the list of the text decoder's blocks. Raises ValueError where it is not sure."""
     decoder = _text_decoder(model)
     candidates = [(path, blocks) for path, blocks in _block_lists(model) if _contains(decoder, blocks)]
-    counts = _layer_counts(_text_config(_configured(model)))
+    counts = _layer_counts(_text_config(configured(model)))
     fitting = next((found for n in counts if (found := [c for c in candidates if len(c[1]) == n])), candidates)
     named = [candidate for candidate in fitting if candidate[0].rpartition(".")[2] in _BLOCK_LIST_NAMES]
     fitting = named or fitting
@@ -123,7 +97,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _text_decoder(model: nn.Module) -> nn.Module:
     """The innermost module that holds the text decoder: no vision or audio tower, no encoder beside a decoder."""
-    decoder = _configured(model)
+    decoder = configured(model)
     while (inner := next(_inner_decoders(decoder), None)) is not None:
         decoder = inner
     return decoder
@@ -147,7 +121,7 @@ def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
             yield inner
 
 
-def _configured(model: nn.Module) -> nn.Module:
+def configured(model: nn.Module) -> nn.Module:
     """The outermost module with a config of its own, inside wrappers such as DistributedDataParallel; else the
     model.
     """
@@ -182,26 +156,23 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 def known_templates(model: nn.Module, layer_type: str) -> list[str]:
     """Where the table says that the layers are, seen from a causal model and from its base model."""
-    configured = _configured(model)
-    by_layer_type = _TEMPLATES.get(getattr(getattr(configured, "config", None), "model_type", ""), {})
+    inner = configured(model)
+    by_layer_type = _TEMPLATES.get(getattr(getattr(inner, "config", None), "model_type", ""), {})
     if layer_type not in by_layer_type:
         return []
-    outer = next((name for name, module in model.named_modules() if module is configured), "")
+    outer = next((name for name, module in model.named_modules() if module is inner), "")
     path = by_layer_type[layer_type]
     return [".".join(filter(None, (outer, inside))) for inside in (path, path.partition(".")[2])]
+
+
+def takes_tokens_again(model: nn.Module) -> bool:
+    """Whether a pass may compute some tokens of a row again, and in another order: XLNet."""
+    return any("perm_mask" in inspect.signature(module.forward).parameters for module in pass_modules(model))
 
 
 def learns_prompts(model: nn.Module) -> bool:
     """Whether a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
-
-
-def virtual_tokens(model: nn.Module) -> int:
-    """How many columns a PEFT wrapper puts before the prompt, in prompt tuning."""
-    config = getattr(model, "active_peft_config", None)
-    if not learns_prompts(model) or "PREFIX" in str(getattr(config, "peft_type", "")):
-        return 0
-    return int(getattr(config, "num_virtual_tokens", 0))
 
 
 def list_paths(model: nn.Module) -> list[str]:

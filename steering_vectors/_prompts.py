@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[Message]
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 
 # What no text holds and no template takes apart; the space shows whether the template strips the text.
 _MARK = "\ue000steering-vectors\ue001"
@@ -48,16 +48,18 @@ class PromptTokenizer:
     def __call__(self, prompt: Prompt, *, find_completion: bool = False) -> TokenizedPrompt:
         """A prompt's tokens; with ``find_completion``, where a chat's last assistant turn begins too.
 
-        Raises TypeError unless ``prompt`` is a text or chat messages, and ValueError for what can't be read.
+        Raises TypeError unless ``prompt`` is a text, chat messages or token ids, and ValueError for what can't be read.
         """
         if prompt == "":  # some tokenizers would still put a token before it
             raise ValueError("the prompt is empty: it has no text")
         if isinstance(prompt, str):
             encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
+        elif is_token_ids(prompt):
+            encoded = TokenizedPrompt(list(prompt), "", None)
         elif is_chat(prompt):
             encoded = self._chat(prompt, find_completion)
         else:
-            raise TypeError(f"expected a text or a list of chat messages, got {type(prompt).__name__}")
+            raise TypeError(f"expected a text, a list of chat messages or token ids, got {type(prompt).__name__}")
         if not encoded.input_ids:
             raise ValueError("the prompt is empty: it has no tokens")
         return encoded
@@ -152,9 +154,14 @@ class PromptTokenizer:
         return added + _shared(list(before), ids[added:])
 
 
-def is_chat(prompt: object) -> bool:
+def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
     """Whether ``prompt`` is a sequence of messages."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(m, Mapping) for m in prompt)
+
+
+def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
+    """Whether ``prompt`` is a sequence of whole numbers, with at least one."""
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(type(n) is int for n in prompt)
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

@@ -193,6 +193,11 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
     return [handles[order] for order in sorted(handles)]
 
 
+def is_steered_by_token(model: nn.Module) -> bool:
+    """Whether some steering selects tokens, so that it matters how they are laid out in a pass."""
+    return any(patch._selector is not None for patch in active_patches(model))
+
+
 def check_not_steered_by_row(model: nn.Module) -> None:
     """Raise ValueError if a steering depends on the rows of a batch or their padding: in training they aren't the
     caller's.

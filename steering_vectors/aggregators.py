@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from steering_vectors._statistics import RunningMean
+from steering_vectors._statistics import RunningMean, SecondMoment
 
 Aggregator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Side: TypeAlias = Literal["positive", "negative"]
@@ -44,7 +44,7 @@ class Accumulator(Protocol):
 class StreamingAggregator(Protocol):
     """An aggregator that needs no row kept until the end.
 
-    >>> isinstance(mean_aggregator(), StreamingAggregator), isinstance(pca_aggregator(), StreamingAggregator)
+    >>> isinstance(mean_aggregator(), StreamingAggregator), isinstance(logistic_aggregator(), StreamingAggregator)
     (True, False)
     """
 
@@ -154,15 +154,42 @@ class _MeanAccumulator:
 @dataclass(frozen=True)
 class _PCA:
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        differences = _wide(positive) - _wide(negative)  # (n, hidden)
-        if not bool(differences.any()):
-            raise ValueError("all differences between the sides are zero, and have no principal component")
-        component = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-        points_away = (differences @ component).mean() < 0
-        return torch.where(points_away, -component, component)
+        accumulator = self.accumulator(positive.shape[-1])
+        accumulator.add(positive, "positive", range(len(positive)))
+        accumulator.add(negative, "negative", range(len(negative)))
+        return accumulator.direction()
+
+    def accumulator(self, hidden: int) -> "_PCAAccumulator":
+        return _PCAAccumulator()
 
     def __repr__(self) -> str:
         return "pca_aggregator()"
+
+
+class _PCAAccumulator:
+    """The differences' second moment; a row is kept until its partner has come."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
+        self._moment = SecondMoment()
+
+    def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
+        partners, sign = (self._waiting["negative"], 1) if side == "positive" else (self._waiting["positive"], -1)
+        paired = [n for n, sample in enumerate(samples) if sample in partners]
+        if paired:
+            others = torch.stack([partners.pop(samples[n]) for n in paired])
+            self._moment.add(sign * (_wide(rows[paired]) - _wide(others)))
+        alone = set(range(len(samples))).difference(paired)
+        self._waiting[side].update((samples[n], rows[n]) for n in sorted(alone))
+
+    def merge(self, other: "_PCAAccumulator") -> None:
+        self._moment.merge(other._moment)
+
+    def direction(self) -> Tensor:
+        component = self._moment.principal_component()
+        if component is None:
+            raise ValueError("all differences between the sides are zero, and have no principal component")
+        return component.float()
 
 
 @dataclass(frozen=True)
@@ -189,6 +216,9 @@ class _KeptRows:
     def __init__(self, aggregator: Aggregator) -> None:
         self._aggregator = aggregator
         self._rows: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_aggregator": None, "_rows": self._rows}  # another process has the aggregator, which may not be sent
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
         self._rows[side].update(zip(samples, rows, strict=True))

@@ -1,21 +1,21 @@
 """Train a steering vector from contrasting prompts, in one call or in its two halves."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
-from operator import index as as_index
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors._extraction import LayerRows, ReadPrompt
 from steering_vectors._hooks import check_takes
-from steering_vectors._model_structure import is_encoder_decoder
-from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
-from steering_vectors._steering import check_not_steered_by_row
-from steering_vectors._token_indices import TokenSelection, as_selector
+from steering_vectors._processes import ElsewhereError, Processes
+from steering_vectors._prompts import Prompt, PromptTokenizer
+from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, Source
+from steering_vectors._token_indices import TokenSelection
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -24,15 +24,8 @@ from steering_vectors.aggregators import (
     aggregate,
     mean_aggregator,
 )
-from steering_vectors.layer_matching import (
-    LayerType,
-    ModelLayerConfig,
-    check_model,
-    find_layers,
-    is_layer_number,
-)
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 from steering_vectors.steering_vector import SteeringVector
-from steering_vectors.token_selection import TokenPositions, selected
 
 __all__ = [
     "LayerType",
@@ -42,9 +35,6 @@ __all__ = [
     "extract_activations",
     "train_steering_vector",
 ]
-
-# How many pairs are tokenized, and run in the order that suits the model, at a time.
-WINDOW = 4096
 
 _SIDES: tuple[Side, Side] = ("positive", "negative")
 
@@ -67,7 +57,6 @@ class SteeringVectorTrainingSample:
 
 
 TrainingSample: TypeAlias = SteeringVectorTrainingSample | tuple[Prompt, Prompt] | list[Prompt]
-ReadTokenIndex: TypeAlias = int | Callable[[str], int]
 
 
 def train_steering_vector(
@@ -86,6 +75,7 @@ def train_steering_vector(
     *,
     tokens: TokenSelection | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    process_group: Any = None,
 ) -> SteeringVector:
     """The steering vector that contrasting prompts give: a direction ``(hidden,)`` in float32 for each layer.
 
@@ -104,10 +94,15 @@ def train_steering_vector(
     ``tokens`` selects: ``from_index(1)`` all but the first, whose norm is often a hundred times that of others, and
     ``completion()`` the last assistant message's.
 
-    ``aggregator`` makes a direction of the rows of a layer. ``batch_size`` is the number of pairs in a pass; each
-    row is the same as if its prompt were run alone, up to rounding. Statistics are in float32 or wider, on the
-    device where the layer runs, or on the CPU with ``move_to_cpu``. The model runs in evaluation mode, without
-    gradients, and is afterwards as it was.
+    ``aggregator`` makes a direction of the rows of a layer. Each row is the same as if its prompt were run alone, up to
+    rounding. What prompts begin with together is computed once where the model allows it, in packs of 512 tokens, no
+    layer after the last one asked for runs, and ``batch_size`` bounds a pass: to the tokens of so many pairs, or one
+    pack; where the memory is full, a pass is halved. Statistics are in float32 or wider, on the device where the layer
+    runs, or on the CPU with ``move_to_cpu``. The model runs in evaluation mode, without gradients, and is afterwards as
+    it was. An iterator is consumed in windows of 4,096 pairs.
+
+    With ``process_group``, such as ``torch.distributed.group.WORLD``, each process of the group makes the same call,
+    runs its share of the pairs, and returns the same vector; without it each works alone.
 
     Raises TypeError for arguments of a wrong kind. Raises ValueError for layers that the model hasn't, for models that
     aren't decoder-only, and for samples that can't be read: none at all, no pair, an empty prompt, a position outside
@@ -119,18 +114,25 @@ def train_steering_vector(
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
     check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
-    accumulators: dict[int, Accumulator] = {}
-    reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
-    source = _Source(model, layers, layer_type, layer_config, batch_size)
-    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None):
-        rows = part.rows.to("cpu") if move_to_cpu else part.rows
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        accumulator = accumulators.get(part.layer)
-        if accumulator is None:
-            accumulator = accumulators[part.layer] = accumulator_for(aggregator, rows.shape[-1])
-        for side, own in part.by_side():
-            accumulator.add(rows[own], side, [part.samples[n] for n in own])
-    return SteeringVector({layer: accumulators[layer].direction() for layer in sorted(accumulators)}, layer_type)
+    processes = Processes(process_group, model)
+    accumulators = _Accumulators(aggregator)
+    error = None
+    try:
+        reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+        source = Source(model, layers, layer_type, layer_config, batch_size)
+        for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None, processes):
+            accumulators.add(replace(part, rows=part.rows.to("cpu") if move_to_cpu or process_group else part.rows))
+    except BaseException as raised:
+        if process_group is None or isinstance(raised, ElsewhereError):
+            raise
+        error = raised
+    if process_group is not None:
+        parts = processes.exchange(accumulators.by_layer, error)
+        accumulators = _Accumulators(aggregator)
+        for own in parts:  # in the same order in each process
+            accumulators.merge(own)
+    directions = {layer: accumulator.direction() for layer, (_, accumulator) in sorted(accumulators.by_layer.items())}
+    return SteeringVector(directions, layer_type)
 
 
 def extract_activations(
@@ -162,9 +164,10 @@ def extract_activations(
     torch.Size([1, 32])
     """
     found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in _SIDES}
-    reading = _Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
-    source = _Source(model, layers, layer_type, layer_config, batch_size)
-    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None):
+    reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+    source = Source(model, layers, layer_type, layer_config, batch_size)
+    alone = Processes(None, model)
+    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None, alone):
         rows = part.rows.to("cpu") if move_to_cpu else part.rows
         for side, own in part.by_side():
             found[side].setdefault(part.layer, {}).update((part.samples[n], rows[n]) for n in own)
@@ -205,94 +208,6 @@ def aggregate_activations(
 
 
 @dataclass(frozen=True, eq=False)
-class _Source:
-    """Where activations come from: a model's layers, so many pairs at a time."""
-
-    model: nn.Module
-    layers: int | Iterable[int] | None
-    layer_type: LayerType
-    layer_config: ModelLayerConfig | None
-    batch_size: int
-
-    def modules(self) -> dict[int, nn.Module]:
-        """The layers' modules by number, ascending."""
-        check_model(self.model)
-        check_not_steered_by_row(self.model)
-        if is_encoder_decoder(self.model):
-            raise ValueError(
-                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on "
-                f"decoder-only ones"
-            )
-        if not is_layer_number(self.batch_size) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
-        found = find_layers(self.model, self.layer_type, self.layer_config)
-        return {n: self.model.get_submodule(found.names[n]) for n in found.numbers(self.layers)}
-
-
-class _Reading:
-    """How a sample's prompts are read: which tokens, after which tokenization."""
-
-    def __init__(
-        self, tokenize: PromptTokenizer, read_token_index: ReadTokenIndex, tokens: TokenSelection | None
-    ) -> None:
-        if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
-            raise ValueError("read_token_index and tokens were given: choose one of them")
-        self._tokenize = tokenize
-        self._index = read_token_index
-        self._selector = None if tokens is None else as_selector(tokens)
-
-    def prompts(self, number: int, sample: Any) -> list[ReadPrompt]:
-        """The positive and the negative prompt of the sample with this number. Errors name it."""
-        pair = _as_sample(number, sample)
-        texts = (pair.positive_str, pair.negative_str)
-        indices = (pair.read_positive_token_index, pair.read_negative_token_index)
-        prompts = []
-        for side, text, index in zip(_SIDES, texts, indices, strict=True):
-            try:
-                prompts.append(self._prompt(text, index))
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"sample {number}, {side} side: {error}") from error
-        return prompts
-
-    def _prompt(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
-        encoded = self._tokenize(prompt, find_completion=self._selector is not None)
-        if self._selector is not None:
-            if own_index is not None:
-                raise ValueError("the sample's own read index and tokens were given: choose one of them")
-            return self._mean_over_tokens(encoded)
-        index: Any = self._index if own_index is None else own_index
-        if callable(index):
-            index = index(encoded.text)
-        if not is_layer_number(index):
-            raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
-        position, length = as_index(index), len(encoded.input_ids)
-        if not -length <= position < length:
-            raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
-        return ReadPrompt(encoded.input_ids, [position % length])
-
-    def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
-        assert self._selector is not None
-        length = len(encoded.input_ids)
-        places = torch.arange(length)
-        start = encoded.completion_start
-        positions = TokenPositions(
-            index=places[None],
-            column=places,
-            input_ids=torch.tensor(encoded.input_ids)[None],
-            prompt_length=None if start is None else torch.tensor([start]),
-            begins_sequence=True,
-        )
-        weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError(f"tokens={self._selector!r} gave weights that are negative or not finite")
-        chosen = weights.nonzero().squeeze(1).tolist()
-        if not chosen:
-            raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")
-        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist())
-
-
-@dataclass(frozen=True, eq=False)
 class _PairedRows:
     """Rows ``(n, hidden)`` of one layer, each of one side of a sample."""
 
@@ -309,27 +224,63 @@ class _PairedRows:
                 yield side, own
 
 
+class _Accumulators:
+    """An accumulator for each layer, with the width of its rows."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self._aggregator = aggregator
+        self.by_layer: dict[int, tuple[int, Accumulator]] = {}
+
+    def add(self, part: _PairedRows) -> None:
+        rows = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
+        accumulator = self._at(part.layer, rows.shape[-1])
+        for side, own in part.by_side():
+            accumulator.add(rows[own], side, [part.samples[n] for n in own])
+
+    def merge(self, by_layer: Mapping[int, tuple[int, Accumulator]]) -> None:
+        for layer, (hidden, accumulator) in by_layer.items():
+            self._at(layer, hidden).merge(accumulator)
+
+    def _at(self, layer: int, hidden: int) -> Accumulator:
+        if layer not in self.by_layer:
+            self.by_layer[layer] = (hidden, accumulator_for(self._aggregator, hidden))
+        return self.by_layer[layer][1]
+
+
 def _paired_rows(
-    source: _Source, reading: _Reading, training_samples: Iterable[TrainingSample], description: str | None
+    source: Source,
+    reading: Reading,
+    training_samples: Iterable[TrainingSample],
+    description: str | None,
+    processes: Processes,
 ) -> Iterator[_PairedRows]:
-    """Every sample's two rows at every layer, in the order in which the model runs; a description brings a bar."""
-    modules = source.modules()
+    """The two rows of each of this process's samples at every layer, in the order in which the model runs.
+
+    A description brings a bar.
+    """
+    extract = source.extractor()
     if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
     total = len(training_samples) if isinstance(training_samples, Sequence) else None
     samples = enumerate(training_samples)
     first = 0
-    with tqdm(total=total, desc=description, unit="pair", disable=description is None) as bar:
+    with tqdm(total=total, desc=description, unit="pair", disable=description is None or processes.rank > 0) as bar:
         while window := list(islice(samples, WINDOW)):
-            prompts = [prompt for number, sample in window for prompt in reading.prompts(number, sample)]
+            prompts = [prompt for number, sample in window for prompt in _prompts_of(reading, number, sample)]
+            if processes.count > 1 and len({*processes.exchange(_digest(prompts))}) > 1:
+                raise ElsewhereError(
+                    "the processes of the group were given different samples: each must make the same call"
+                )
             if first == 0:
-                check_causal(source.model, modules, max((prompt.input_ids for prompt in prompts), key=len))
+                extract.check_causal(max((prompt.input_ids for prompt in prompts), key=len))
+            own = processes.share(range(len(window)))
             done = 0
-            for part in extract_rows(source.model, modules, prompts, rows_per_pass=2 * source.batch_size):
-                yield _paired(part, first)
-                if part.layer == max(modules):
+            for part in extract(prompts[2 * own[0] : 2 * own[-1] + 2] if own else []):
+                yield _paired(part, first + own[0])
+                if part.layer == max(extract.layers):
                     bar.update((done + len(part.prompts)) // 2 - done // 2)
                     done += len(part.prompts)
+            bar.update(len(window) - len(own))  # the other processes' pairs
             first += len(window)
     if first == 0:
         raise ValueError("training_samples is empty: give at least one pair (positive, negative)")
@@ -339,6 +290,27 @@ def _paired(part: LayerRows, first: int) -> _PairedRows:
     """Prompt 2n of a window is the positive side of its n-th sample, prompt 2n + 1 the negative one."""
     sides = [_SIDES[prompt % 2] for prompt in part.prompts]
     return _PairedRows(part.layer, part.rows, sides, [first + prompt // 2 for prompt in part.prompts])
+
+
+def _digest(prompts: Sequence[ReadPrompt]) -> str:
+    """A hash of what is run and read, the same in every process that was given the same."""
+    said = repr([(prompt.input_ids, list(prompt.positions), prompt.weights) for prompt in prompts])
+    return sha256(said.encode()).hexdigest()
+
+
+def _prompts_of(reading: Reading, number: int, sample: Any) -> list[ReadPrompt]:
+    """The positive and the negative prompt of the sample with this number. Errors name it."""
+    pair = _as_sample(number, sample)
+    texts = (pair.positive_str, pair.negative_str)
+    indices = (pair.read_positive_token_index, pair.read_negative_token_index)
+    prompts = []
+    for side, text, index in zip(_SIDES, texts, indices, strict=True):
+        try:
+            prompts.append(reading(text, index))
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"sample {number}, {side} side: {error}") from error
+    return prompts
 
 
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:

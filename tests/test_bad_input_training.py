@@ -140,7 +140,7 @@ class TestSamples:
 
     @pytest.mark.parametrize("prompt", [None, 3, 2.0, b"bytes", ["a", "b"]])
     def test_a_prompt_of_another_kind(self, function: Callable[..., Any], prompt: Any) -> None:
-        message = "^sample 0, negative side: expected a text or a list of chat messages, got"
+        message = "^sample 0, negative side: expected a text, a list of chat messages or token ids, got"
         refused(function, TypeError, message, [("x", prompt)])
         refused(function, TypeError, message, [SteeringVectorTrainingSample("x", prompt)])
 

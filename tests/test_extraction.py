@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from steering_vectors import SteeringVector
-from steering_vectors._extraction import LayerRows, ReadPrompt, check_causal, extract_rows
+from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -53,6 +53,16 @@ def states_of(model: PreTrainedModel, input_ids: list[int]) -> list[Tensor]:
 def modules_of(model: nn.Module, layers: list[int] | None = None, **kwargs: Any) -> dict[int, nn.Module]:
     found = find_layers(model, **kwargs)
     return {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
+
+
+def extract_rows(
+    model: nn.Module, modules: dict[int, nn.Module], prompts: list[ReadPrompt], *, rows_per_pass: int
+) -> Iterator[LayerRows]:
+    return Extractor(model, modules, batch_size=max(1, rows_per_pass // 2))(prompts)
+
+
+def check_causal(model: nn.Module, modules: dict[int, nn.Module], input_ids: list[int]) -> None:
+    Extractor(model, modules, batch_size=1).check_causal(input_ids)
 
 
 def rows_by_prompt(parts: Iterator[LayerRows]) -> dict[tuple[int, int], Tensor]:
@@ -278,3 +288,181 @@ class TestCausality:
         model = (BertLMHeadModel if with_head else BertModel)(BertConfig(**_BERT_SIZES)).eval()
         with pytest.raises(ValueError, match=r"is no decoder-only language model.*is_decoder=True"):
             check_causal(model, modules_of(model), PROMPTS[1][:length])
+
+
+# Each shares beginnings, goes beyond a sliding window, and some begin others.
+SHARING = [
+    [*range(11, 31), 40, 41, 42],
+    [*range(11, 31), 50],
+    [*range(11, 31), 50, 51],
+    [*range(11, 25)],
+    [7, 8, 9],
+    [7, 8, 10, 11],
+]
+PACKED_ON_TRANSFORMERS_5 = {
+    *("gpt2", "llama", "gpt_neox", "opt", "qwen2", "gptj", "mixtral", "stablelm", "phi", "gemma2", "gemma3", "mistral"),
+    *("falcon", "qwen3"),
+}
+PACKED_ON_TRANSFORMERS_4 = {
+    *("llama", "gpt_neox", "qwen2", "gptj", "mixtral", "stablelm", "phi"),
+    "falcon",
+    "mistral",
+    "gemma2",
+}
+
+
+def ways_of(extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Fills with whether each pass that counted ran packs."""
+    ways: list[bool] = []
+    run = Extractor._run_at_once
+
+    def noted(self: Extractor, packs: Any, prompts: Any) -> Any:
+        result = run(self, packs, prompts)
+        ways.append(self._ways[0].kinds is not None and any(pack.branches for pack in packs))
+        return result
+
+    monkeypatch.setattr(Extractor, "_run_at_once", noted)
+    return ways
+
+
+class TestPacks:
+    @pytest.mark.parametrize("batch_size", [1, 8])
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_are_exact_or_left(
+        self, architecture: str, batch_size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = tiny.shared(architecture)
+        extractor = Extractor(model, modules_of(model), batch_size=batch_size)
+        ways = ways_of(extractor, monkeypatch)
+        rows = rows_by_prompt(extractor(last(SHARING)))
+        for number, prompt in enumerate(SHARING):
+            for layer, expected in enumerate(tiny.hidden_states(model, prompt)):
+                torch.testing.assert_close(rows[layer, number], expected[-1], atol=2e-5, rtol=1e-4)
+        with capsys.disabled():
+            print(f"{architecture}: {'packs' if ways[-1] else 'rows'}", end=" ")
+        packed = PACKED_ON_TRANSFORMERS_4 if tiny.ON_TRANSFORMERS_4 else PACKED_ON_TRANSFORMERS_5
+        assert ways[-1] == (architecture in packed)
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+    def test_a_mask_that_is_left_out_is_noticed(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With it left out the walk's first prompt would be right all the same."""
+        import steering_vectors._extraction as extraction
+
+        model = tiny.shared(architecture)
+        masks = extraction.attention_masks
+
+        def causal(kinds: Any, config: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
+            return masks(kinds, config, torch.ones_like(visible).tril(), depths, dtype)
+
+        monkeypatch.setattr(extraction, "attention_masks", causal)
+        extractor = Extractor(model, modules_of(model), batch_size=8)
+        ways = ways_of(extractor, monkeypatch)
+        rows = rows_by_prompt(extractor(last(SHARING)))
+        assert not any(ways)
+        for number, prompt in enumerate(SHARING):
+            torch.testing.assert_close(rows[2, number], tiny.hidden_states(model, prompt)[2][-1], atol=2e-5, rtol=1e-4)
+
+    def test_a_window_that_later_prompts_pass_is_noticed_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Within the window a mask for full attention is right, beyond it it isn't."""
+        import steering_vectors._attention as attention
+
+        monkeypatch.setattr(attention, "_window", lambda config: None)
+        model = tiny.build("mistral", sliding_window=12)
+        extractor = Extractor(model, modules_of(model), batch_size=8)
+        short = [prompt[-5:] for prompt in SHARING] + [[7, 8, 9, 1], [7, 8, 9, 2]]
+        for prompts in (short, [*short, *SHARING]):
+            rows = rows_by_prompt(extractor(last(prompts)))
+            for number, prompt in enumerate(prompts):
+                expected = tiny.hidden_states(model, prompt)[2][-1]
+                torch.testing.assert_close(rows[2, number], expected, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_the_deepest_of_a_wide_tree_is_exact(self, batch_size: int) -> None:
+        model = tiny.shared("llama")
+        stem = [n % 300 + 5 for n in range(60)]
+        prompts = [[*stem[:depth], 310 + depth % 9, *range(20, 20 + depth % 5)] for depth in range(60)]
+        rows = rows_by_prompt(Extractor(model, modules_of(model, [2]), batch_size=batch_size)(last(prompts)))
+        for number, prompt in enumerate(prompts):
+            expected = tiny.hidden_states(model, prompt)[2][-1]
+            torch.testing.assert_close(rows[2, number], expected, atol=2e-5, rtol=1e-4)
+
+    def test_what_follows_the_last_position_is_not_run(self) -> None:
+        model = tiny.build("llama")
+        lengths: list[int] = []
+        tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
+        prompts = [ReadPrompt([n, *range(11, 100)], [2]) for n in (5, 6, 7)]
+        list(Extractor(model, modules_of(model), batch_size=4)(prompts))
+        assert lengths
+        assert max(lengths) <= 9
+
+    def test_no_later_layer_runs_and_no_logits(self) -> None:
+        model: Any = tiny.build("llama")
+        extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
+        list(extractor(last(SHARING)))  # compared with the whole model
+        ran: list[str] = []
+        for name in ("model.layers.0", "model.layers.2", "model.norm", "lm_head"):
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        list(extractor(last(SHARING)))
+        assert ran == ["model.layers.0"]
+
+    @pytest.mark.parametrize("limit", [1, 2])
+    @pytest.mark.parametrize("architecture", ["llama", "mamba"])
+    def test_full_memory_halves_a_pass_and_nothing_is_lost(self, architecture: str, limit: int) -> None:
+        model = tiny.build(architecture)
+        expected = rows_by_prompt(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+        full = 0
+
+        def refuse(_module: nn.Module, args: Any) -> None:
+            nonlocal full
+            if args[0].shape[0] * args[0].shape[1] > 23 + limit:
+                full += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        tiny.blocks(model)[1].register_forward_pre_hook(refuse)
+        rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+        assert full
+        assert rows.keys() == expected.keys()
+        for key, row in expected.items():
+            torch.testing.assert_close(rows[key], row, atol=2e-5, rtol=1e-4)
+
+    def test_memory_that_is_too_small_for_one_prompt_is_an_error(self) -> None:
+        model = tiny.build("llama")
+
+        def refuse(_module: nn.Module, args: Any) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        tiny.blocks(model)[1].register_forward_pre_hook(refuse)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            list(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+
+
+class TestRopeThatDependsOnLength:
+    @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+    @pytest.mark.parametrize("batch_size", [1, 8])
+    def test_rows_are_what_each_prompt_alone_gives(self, kind: str, batch_size: int) -> None:
+        model = scaled_rope(kind)
+        prompts = [*SHARING, [*range(11, 60)], [*range(11, 60), 7], [*range(80, 100)]]
+        rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=batch_size)(last(prompts)))
+        for number, prompt in enumerate(prompts):
+            expected = tiny.hidden_states(scaled_rope(kind), prompt)
+            for layer in range(tiny.LAYERS):
+                torch.testing.assert_close(rows[layer, number], expected[layer][-1], atol=2e-5, rtol=1e-4)
+
+
+def scaled_rope(kind: str) -> PreTrainedModel:
+    """A new model whose rotary frequencies change beyond 16 tokens."""
+    settings: dict[str, Any] = {"rope_type": kind}
+    if kind == "longrope":
+        settings |= {"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        overrides: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    else:
+        settings |= {"factor": 4.0}
+        overrides = {"max_position_embeddings": 16}
+    if tiny.ON_TRANSFORMERS_4:
+        settings.pop("rope_type" if kind == "longrope" else "type", None)
+        rope = {"rope_scaling": settings}
+    else:
+        settings |= {"rope_theta": 10000.0}
+        settings |= {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+        rope = {"rope_parameters": settings}
+    return tiny.build("phi3" if kind == "longrope" else "llama", **rope, **overrides)

@@ -583,7 +583,7 @@ class TestWhatCannotBeRead:
 
     @pytest.mark.parametrize("prompt", [None, 3, b"hi", {"role": "user", "content": "Hi"}, ["hi", "ho"]])
     def test_other_kinds_are_refused(self, prompt: Any) -> None:
-        with pytest.raises(TypeError, match="expected a text or a list of chat messages, got"):
+        with pytest.raises(TypeError, match="expected a text, a list of chat messages or token ids, got"):
             PromptTokenizer(made(CHATML))(prompt)
 
     @pytest.mark.parametrize("tokenizer", [None, "gpt2", 3])

@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering_vectors._statistics import RunningMean
+from steering_vectors._statistics import RunningMean, SecondMoment
 
 HIDDEN = 5
 
@@ -92,3 +92,35 @@ def test_no_rows_have_no_mean(rows: Tensor | None) -> None:
         running.add(rows)
     with pytest.raises(ValueError, match="no rows"):
         _ = running.mean
+
+
+class TestSecondMoment:
+    @given(rows=st.integers(1, 40), hidden=st.integers(1, 12), portion=st.integers(1, 15), seed=st.integers(0, 9))
+    def test_its_component_is_that_of_all_rows_whatever_the_portions(
+        self, rows: int, hidden: int, portion: int, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        everything = torch.randn(rows, hidden, generator=generator) + 2
+        moments = [SecondMoment(), SecondMoment()]
+        for number, part in enumerate(everything.split(portion)):
+            moments[number % 2].add(part)
+        if moments[1]._mean.count:
+            moments[0].merge(moments[1])
+        _, values, vectors = torch.linalg.svd(everything.double(), full_matrices=False)
+        assume(len(values) == 1 or values[0] > 1.05 * values[1])
+        expected = vectors[0] * torch.sign(everything.double().mean(dim=0) @ vectors[0])
+        component = moments[0].principal_component()
+        assert component is not None
+        torch.testing.assert_close(component, expected, atol=1e-5, rtol=1e-5)
+
+    def test_rows_of_zeros_have_none(self) -> None:
+        for count in (1, 5):
+            moment = SecondMoment()
+            moment.add(torch.zeros(count, 3))
+            assert moment.principal_component() is None
+
+    def test_no_more_rows_are_kept_than_they_are_wide(self) -> None:
+        moment = SecondMoment()
+        for _ in range(50):
+            moment.add(torch.randn(7, 8))
+            assert sum(map(len, moment._rows)) < 8

@@ -24,11 +24,11 @@ MOST_LINES_OF_A_FUNCTION = 40
 RANKS: dict[int, list[str]] = {
     0: [
         *("layer_matching", "token_selection", "_positions", "_hooks", "torch_utils", "_storage", "_statistics"),
-        *("_prompt_tree", "_model_structure"),
+        *("_prompt_tree", "_model_structure", "_attention"),
     ],
-    1: ["record_activations", "steering_operators", "_prompts", "_passes", "_token_indices"],
-    2: ["_changes", "_steering", "_extraction", "aggregators", "ablate_everywhere"],
-    3: ["steering_vector"],
+    1: ["record_activations", "steering_operators", "_prompts", "_passes", "_running", "_token_indices"],
+    2: ["_changes", "_steering", "_extraction", "_processes", "aggregators", "ablate_everywhere"],
+    3: ["steering_vector", "_reading"],
     4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
     5: ["evaluation", "export", "serving", "versions"],
     6: ["plots", "cli", "demo", "__main__"],
@@ -46,7 +46,7 @@ PUBLIC_SINCE_0_12_2 = {
 }
 PUBLIC_SINCE_1_0 = {
     *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
-    *("at", "completion", "from_index", "generated", "prompted"),
+    *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
 }
 
 

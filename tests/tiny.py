@@ -71,6 +71,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", {**_SIZES, "num_key_value_heads": 2}),
 }
 
+# Built by some tests only.
+_MORE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("Phi3Config", {**_SIZES, "num_key_value_heads": 2}),
+}
+
 ARCHITECTURES = [name for name, (config, _) in _CONFIGS.items() if hasattr(transformers, config)]
 # Their states take padding in, whoever steers them.
 IGNORE_PADDING = {"rwkv"}
@@ -83,7 +88,7 @@ WITH_STATIC_CACHE = _STATIC_ON_TRANSFORMERS_4 if ON_TRANSFORMERS_4 else _STATIC
 
 def build(architecture: str, **overrides: Any) -> PreTrainedModel:
     """A new model of the architecture, in evaluation mode, with weights large enough that tokens differ."""
-    class_name, settings = _CONFIGS[architecture]
+    class_name, settings = {**_CONFIGS, **_MORE_CONFIGS}[architecture]
     config = getattr(transformers, class_name)(**{**settings, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

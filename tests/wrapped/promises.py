@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from steering_vectors import SteeringVector, active_patches, generated, record_activations, train_steering_vector
@@ -188,6 +189,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parts_of(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return

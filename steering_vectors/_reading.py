@@ -1,0 +1,105 @@
+"""What to read of a model, and of prompts: layers, and tokens."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import index as as_index
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from steering_vectors._extraction import Extractor, ReadPrompt
+from steering_vectors._model_structure import is_encoder_decoder, takes_tokens_again
+from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
+from steering_vectors._steering import check_not_steered_by_row
+from steering_vectors._token_indices import TokenSelection, as_selector
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_model, find_layers, is_layer_number
+from steering_vectors.token_selection import TokenPositions, selected
+
+# How many pairs are tokenized, and run in the order that suits the model, at a time.
+WINDOW = 4096
+
+ReadTokenIndex: TypeAlias = int | Callable[[str], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where activations come from: a model's layers, so many pairs at a time."""
+
+    model: nn.Module
+    layers: int | Iterable[int] | None
+    layer_type: LayerType
+    layer_config: ModelLayerConfig | None
+    batch_size: int
+
+    def extractor(self) -> Extractor:
+        """Raises TypeError or ValueError for what can't be read of."""
+        check_model(self.model)
+        check_not_steered_by_row(self.model)
+        if is_encoder_decoder(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on "
+                f"decoder-only ones"
+            )
+        if not is_layer_number(self.batch_size) or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+        found = find_layers(self.model, self.layer_type, self.layer_config)
+        modules = {n: self.model.get_submodule(found.names[n]) for n in found.numbers(self.layers)}
+        if takes_tokens_again(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} doesn't take a row's tokens in their order; it can't be read"
+            )
+        return Extractor(self.model, modules, batch_size=self.batch_size)
+
+
+class Reading:
+    """How prompts are read: which tokens, after which tokenization."""
+
+    def __init__(
+        self, tokenize: PromptTokenizer, read_token_index: ReadTokenIndex, tokens: TokenSelection | None
+    ) -> None:
+        if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
+            raise ValueError("read_token_index and tokens were given: choose one of them")
+        self._tokenize = tokenize
+        self._index = read_token_index
+        self._selector = None if tokens is None else as_selector(tokens)
+
+    def __call__(self, prompt: Prompt, own_index: int | None = None) -> ReadPrompt:
+        """What is read of a prompt; ``own_index`` takes the place of the index for all.
+
+        Raises TypeError or ValueError for what can't be read.
+        """
+        encoded = self._tokenize(prompt, find_completion=self._selector is not None)
+        if self._selector is not None:
+            if own_index is not None:
+                raise ValueError("the sample's own read index and tokens were given: choose one of them")
+            return self._mean_over_tokens(encoded)
+        index: Any = self._index if own_index is None else own_index
+        if callable(index):
+            index = index(encoded.text)
+        if not is_layer_number(index):
+            raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
+        position, length = as_index(index), len(encoded.input_ids)
+        if not -length <= position < length:
+            raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
+        return ReadPrompt(encoded.input_ids, [position % length])
+
+    def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
+        assert self._selector is not None
+        length = len(encoded.input_ids)
+        places = torch.arange(length)
+        start = encoded.completion_start
+        positions = TokenPositions(
+            index=places[None],
+            column=places,
+            input_ids=torch.tensor(encoded.input_ids)[None],
+            prompt_length=None if start is None else torch.tensor([start]),
+            begins_sequence=True,
+        )
+        weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise ValueError(f"tokens={self._selector!r} gave weights that are negative or not finite")
+        chosen = weights.nonzero().squeeze(1).tolist()
+        if not chosen:
+            raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")
+        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist())

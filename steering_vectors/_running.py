@@ -1,0 +1,116 @@
+"""Run a model, or its text decoder alone, over tokens, and read layers on the way."""
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
+from steering_vectors._model_structure import configured, learns_prompts, pass_modules
+
+
+class _AllRead(BaseException):
+    """Ends a pass whose layers have all been read."""
+
+
+def read_pass(
+    module: nn.Module,
+    layers: Mapping[int, nn.Module],
+    inputs: Mapping[str, Any],
+    read: Callable[[Tensor], Tensor],
+    *,
+    stop_early: bool,
+) -> dict[int, Tensor]:
+    """What ``read`` makes of each layer's activation in one pass of ``module``, by layer number.
+
+    The pass runs without gradients, in evaluation mode, and not as compiled code, which would be made anew for each
+    length. With ``stop_early`` it ends after the last of the layers.
+
+    Raises RuntimeError if a layer did not run.
+    """
+    found: dict[int, Tensor] = {}
+
+    def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        found[layer] = read(activation_of(output))
+        if stop_early and len(found) == len(layers):
+            raise _AllRead
+
+    handles = attach_all(partial(after_forward, part, partial(note, layer)) for layer, part in layers.items())
+    try:
+        with _evaluation(module), torch.no_grad(), _uncompiled():
+            _call_once(module, inputs)
+    except _AllRead:
+        pass
+    finally:
+        remove_all(handles)
+    if missing := sorted(layers.keys() - found.keys()):
+        raise RuntimeError(f"layers {missing} of {type(module).__name__} did not run in a pass of the model")
+    return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's state depends on its passes being run as a whole: FSDP, DeepSpeed."""
+    names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return bool(names & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many columns a PEFT wrapper puts before the prompt, in prompt tuning."""
+    config = getattr(model, "active_peft_config", None)
+    if not learns_prompts(model) or "PREFIX" in str(getattr(config, "peft_type", "")):
+        return 0
+    return int(getattr(config, "num_virtual_tokens", 0))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that the model's input belongs on."""
+    get_embeddings = getattr(configured(model), "get_input_embeddings", None)
+    embeddings = get_embeddings() if callable(get_embeddings) else None
+    modules = [module for module in (embeddings, model) if isinstance(module, nn.Module)]
+    devices = (parameter.device for module in modules for parameter in module.parameters())
+    # Weights that are offloaded stand on no device; the hooks that bring them move the input too.
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """One pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
+
+    Arguments that the model's forward method doesn't know are left out.
+    """
+    known: set[str] = set()
+    for module in pass_modules(configured(model)):
+        parameters = inspect.signature(module.forward).parameters
+        known |= parameters.keys()
+        # A wrapper such as PEFT's hands on what it doesn't know itself.
+        if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
+            break
+    options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
+    kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}
+    if "input_ids" in kwargs:
+        model(**kwargs)
+    else:
+        model(inputs["input_ids"], **kwargs)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Generator[None, None, None]:
+    """Evaluation mode for the length of the block; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
+        return nullcontext()
+    eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return eager

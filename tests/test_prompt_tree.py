@@ -1,0 +1,83 @@
+"""Packs: each distinct prefix once, each prompt whole in one pack, and each token sees its own prefix alone."""
+
+import time
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steering_vectors._prompt_tree import Pack, chains, pack_prompts, shared_prefix, visible
+
+# Few tokens, so that prompts share much.
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12)
+
+
+def everywhere(prompts: list[list[int]]) -> list[list[int]]:
+    return [list(range(len(prompt))) for prompt in prompts]
+
+
+def check(packs: list[Pack], prompts: list[list[int]]) -> None:
+    """Each prompt stands in one pack, where its tokens see what stands before them in the prompt and nothing else."""
+    assert sorted(number for pack in packs for number in pack.nodes) == list(range(len(prompts)))
+    for pack in packs:
+        sees = visible(torch.tensor([pack.ends]))[0]
+        for number, nodes in pack.nodes.items():
+            for position, node in enumerate(nodes):
+                prefix = prompts[number][: position + 1]
+                assert [pack.input_ids[n] for n in sees[node].nonzero().flatten()] == prefix == pack.path(node)
+                assert pack.depths[node] == position
+                assert pack.skipped[node] == node - sees[node].nonzero()[0] - position
+
+
+@given(PROMPTS, st.integers(1, 30))
+def test_each_token_sees_its_own_prefix_alone(prompts: list[list[int]], size: int) -> None:
+    packs = list(pack_prompts(prompts, everywhere(prompts), range(len(prompts)), size))
+    check(packs, prompts)
+    assert all(len(pack) <= max(size, max(pack.depths) + 1) for pack in packs)
+    assert [pack.branches for pack in packs] == [sorted(pack.depths) != list(range(len(pack))) for pack in packs]
+
+
+@given(PROMPTS)
+def test_one_pack_holds_each_distinct_prefix_once(prompts: list[list[int]]) -> None:
+    (pack,) = pack_prompts(prompts, everywhere(prompts), range(len(prompts)), 1000)
+    assert len(pack) == len({tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)})
+
+
+@given(PROMPTS, st.booleans())
+def test_chains_are_prompts_that_hold_those_that_they_begin_with(prompts: list[list[int]], share: bool) -> None:
+    packs = list(chains(prompts, everywhere(prompts), range(len(prompts)), share=share))
+    check(packs, prompts)
+    assert not any(pack.branches for pack in packs)
+    lengths = [len(pack) for pack in packs]
+    assert lengths == sorted(lengths)
+    distinct = {tuple(prompt) for prompt in prompts}
+    if share:
+        begun = {
+            prompt
+            for prompt in distinct
+            if any(other != prompt and other[: len(prompt)] == prompt for other in distinct)
+        }
+        distinct -= begun
+    assert sorted(tuple(pack.input_ids) for pack in packs) == sorted(distinct)
+
+
+@given(st.lists(st.integers(0, 1), max_size=8), st.lists(st.integers(0, 1), max_size=8))
+def test_a_shared_prefix_is_the_longest(some: list[int], other: list[int]) -> None:
+    length = shared_prefix(some, other)
+    assert some[:length] == other[:length]
+    assert length == min(len(some), len(other)) or some[length] != other[length]
+
+
+def test_only_the_prompts_that_are_named_are_packed_and_only_their_positions_are_told() -> None:
+    prompts = [[1, 2, 3], [1, 2, 4], [9]]
+    (pack,) = pack_prompts(prompts, [[2], [0, 2], [0]], [0, 1])
+    assert pack.input_ids == [1, 2, 3, 4]
+    assert pack.nodes == {0: [2], 1: [0, 3]}
+
+
+def test_ten_thousand_prompts_take_seconds_at_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, 50_000, (10_000, 200), generator=generator).tolist()
+    start = time.perf_counter()
+    assert sum(len(pack) for pack in pack_prompts(prompts, [[199]] * 10_000, range(10_000))) > 1_990_000
+    assert time.perf_counter() - start < 10  # a quadratic walk would take minutes

@@ -1,0 +1,66 @@
+"""Rows of single prompts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from steering_vectors import SteeringVector, extract_activations, from_index, read_activations
+from tests import tiny
+
+TEXTS = ["I love it", "I hate it", "I", "You"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mamba"])
+def test_rows_are_each_prompt_s_last_token_in_their_order(architecture: str) -> None:
+    model, tokenizer = tiny.shared(architecture), tiny.tokenizer()
+    rows = read_activations(model, tokenizer, TEXTS)
+    assert sorted(rows) == list(range(tiny.LAYERS))
+    for number, text in enumerate(TEXTS):
+        for layer, expected in enumerate(tiny.hidden_states(model, tokenizer(text)["input_ids"])):
+            torch.testing.assert_close(rows[layer][number], expected[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_texts_and_their_token_ids_are_read_alike() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for kwargs in ({}, {"read_token_index": 0}, {"tokens": from_index(0)}):
+        by_text = read_activations(model, tokenizer, iter(TEXTS), layers=[1], **kwargs)
+        by_ids = read_activations(model, tokenizer, ids, layers=[1], batch_size=3, **kwargs)
+        torch.testing.assert_close(by_text[1], by_ids[1], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_those_that_training_reads_also_under_a_steering() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])]
+    for tokens in (None, from_index(1)):
+        with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=tokens):
+            positive, negative = extract_activations(model, tokenizer, pairs, layers=[1])
+            rows = read_activations(model, tokenizer, [*(p for p, _ in pairs), *(n for _, n in pairs)], layers=[1])
+        expected = torch.cat([*positive[1], *negative[1]])
+        torch.testing.assert_close(rows[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_gives_float32() -> None:
+    model = tiny.build("llama").to(torch.bfloat16)
+    assert read_activations(model, tiny.tokenizer(), TEXTS, layers=[0])[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind", "message"),
+    [
+        ([], ValueError, "prompts is empty"),
+        ("I love it", TypeError, "prompts must be texts, chats or lists of token ids, got str"),
+        (["a", ""], ValueError, "prompt 1: the prompt is empty"),
+        (["a", 3], TypeError, "prompt 1: expected a text, a list of chat messages or token ids, got int"),
+        ([[{"role": "user", "content": "Hi"}]], ValueError, "prompt 0: the tokenizer has no chat template"),
+    ],
+)
+def test_what_cannot_be_read(prompts: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        read_activations(tiny.shared("llama"), tiny.tokenizer(), prompts)
+
+
+def test_a_position_outside_names_the_prompt() -> None:
+    with pytest.raises(ValueError, match="prompt 2: read_token_index 3 is outside the prompt, which has 1 tokens"):
+        read_activations(tiny.shared("llama"), tiny.tokenizer(), TEXTS, read_token_index=3)

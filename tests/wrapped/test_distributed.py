@@ -1,0 +1,379 @@
+"""DistributedDataParallel, and Hugging Face's tensor parallelism, in processes that talk over gloo."""
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from steering_vectors import (
+    SteeringVector,
+    mean_aggregator,
+    pca_aggregator,
+    record_activations,
+    train_steering_vector,
+)
+from tests import tiny
+from tests.wrapped.promises import (
+    INPUTS,
+    LAYER,
+    SAMPLES,
+    SELECTIONS,
+    answer,
+    answer_by_hand,
+    assert_close,
+    assert_moved,
+    assert_vectors_close,
+    check_steered,
+    check_trained,
+    recorded,
+    some_vector,
+    steered_by_hand,
+    unchanged,
+    vector_by_hand,
+)
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+GIVEN = {"as the wrapper": lambda ddp: ddp, "as its module": lambda ddp: ddp.module}
+# Hidden size, heads and feed-forward width can be cut in three.
+IN_THREE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+}
+
+
+class TestDistributedDataParallelInOneProcess:
+    @pytest.fixture
+    def ddp(self, tmp_path: Path) -> Iterator[Any]:
+        join(tmp_path, 0, 1)
+        yield DistributedDataParallel(tiny.build("llama")).eval()
+        torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize("given", GIVEN)
+    def test_training_gives_the_bare_models_vector(self, ddp: Any, given: str) -> None:
+        check_trained(GIVEN[given](ddp), tiny.shared("llama"), tiny.blocks(tiny.shared("llama")))
+
+    @pytest.mark.parametrize("selection", SELECTIONS)
+    @pytest.mark.parametrize("entered", GIVEN)
+    def test_steering_is_as_by_hand_whichever_is_entered(self, ddp: Any, entered: str, selection: str) -> None:
+        check_steered(GIVEN[entered](ddp), ddp, ddp.module, tiny.blocks(ddp.module), selection)
+
+    def test_training_mode_comes_back(self, ddp: Any) -> None:
+        ddp.train()
+        ddp.module.model.layers[0].eval()
+        with unchanged(ddp):
+            train_steering_vector(ddp, tiny.tokenizer(), SAMPLES)
+
+
+def every_rank_trains_the_bare_models_vector(ddp: Any) -> None:
+    bare = tiny.shared("llama")
+    check_trained(ddp, bare, tiny.blocks(bare))
+
+
+def every_rank_is_steered_as_by_hand(ddp: Any) -> None:
+    for selection in SELECTIONS:
+        check_steered(ddp, ddp, ddp.module, tiny.blocks(ddp.module), selection)
+
+
+def a_rank_is_steered_while_the_other_is_not(ddp: Any) -> None:
+    plain = answer_by_hand(ddp)
+    with steered_by_hand(tiny.blocks(ddp.module), some_vector(), 0):
+        steered = answer_by_hand(ddp)
+    with some_vector().apply(ddp, multiplier=torch.distributed.get_rank()):
+        assert_close(answer_by_hand(ddp), steered if torch.distributed.get_rank() else plain)
+
+
+def gradients_under_steering_are_averaged_over_the_ranks(ddp: Any) -> None:
+    rank = torch.distributed.get_rank()
+    rows = [{name: values[row : row + 1] for name, values in INPUTS.items()} for row in range(2)]
+    bare = tiny.build("llama")
+    with steered_by_hand(tiny.blocks(bare), some_vector(), 0):
+        for row in rows:
+            (bare(**row, labels=row["input_ids"]).loss / 2).backward()
+    with some_vector().apply(ddp):
+        ddp(**rows[rank], labels=rows[rank]["input_ids"]).loss.backward()
+    for mine, expected in zip(ddp.module.parameters(), bare.parameters(), strict=True):
+        assert_close(mine.grad, expected.grad)
+
+
+def ranks_train_on_samples_of_their_own(ddp: Any) -> None:
+    """One rank runs more passes than the other: none waits for a partner."""
+    step(ddp)
+    bare, rank = tiny.shared("llama"), torch.distributed.get_rank()
+    own = SAMPLES[: 1 + 2 * rank]
+    vector = train_steering_vector(ddp, tiny.tokenizer(), own)
+    expected = train_steering_vector(bare, tiny.tokenizer(), own)
+    assert_vectors_close(vector, expected.layer_activations)
+
+
+def one_rank_trains_alone(ddp: Any) -> None:
+    """After a step the wrapper's next pass sends the buffers of rank 0 to the others, and waits for them."""
+    step(ddp)
+    bare = tiny.shared("llama")
+    if torch.distributed.get_rank() == 0:
+        vector = train_steering_vector(ddp, tiny.tokenizer(), SAMPLES)
+        assert_vectors_close(vector, vector_by_hand(bare, tiny.blocks(bare)))
+    torch.distributed.barrier()
+
+
+def step(ddp: Any) -> None:
+    ddp(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    ddp.zero_grad()
+
+
+WITH_DATA_PARALLELISM = (
+    every_rank_trains_the_bare_models_vector,
+    every_rank_is_steered_as_by_hand,
+    a_rank_is_steered_while_the_other_is_not,
+    gradients_under_steering_are_averaged_over_the_ranks,
+    # From here on the ranks are not in step.
+    ranks_train_on_samples_of_their_own,
+    one_rank_trains_alone,
+)
+
+
+@pytest.fixture(scope="module")
+def errors_with_data_parallelism(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("ddp"), 2, wrapped_for_data_parallelism, WITH_DATA_PARALLELISM)
+
+
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize("check", WITH_DATA_PARALLELISM, ids=lambda check: check.__name__)
+def test_distributed_data_parallel_in_two_processes(
+    errors_with_data_parallelism: dict[str, str], check: Callable[..., None]
+) -> None:
+    assert errors_with_data_parallelism[check.__name__] == ""
+
+
+PAIRS: list[Any] = [(f"I love number {n}, it is {'so ' * (n % 3)}good", f"I hate number {n}") for n in range(7)]
+SHARED: dict[str, Any] = {"layers": [0, -1], "batch_size": 2}
+
+
+def together(samples: Any, model: Any = None, **kwargs: Any) -> SteeringVector:
+    group = torch.distributed.group.WORLD
+    model = tiny.shared("llama") if model is None else model
+    return train_steering_vector(model, tiny.tokenizer(), samples, **{**SHARED, "process_group": group, **kwargs})
+
+
+def processes_together_give_one_processes_vector(_ddp: Any) -> None:
+    for aggregator in (mean_aggregator(), pca_aggregator(), lambda p, n: (p - n).median(dim=0).values):
+        alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), PAIRS, aggregator=aggregator, **SHARED)
+        for samples in (PAIRS, iter(PAIRS)):
+            assert_vectors_close(
+                together(samples, aggregator=aggregator), alone.layer_activations, atol=1e-6, rtol=1e-5
+            )
+
+
+def fewer_pairs_than_processes_are_no_matter(_ddp: Any) -> None:
+    alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), PAIRS[:1], **SHARED)
+    assert_vectors_close(together(PAIRS[:1]), alone.layer_activations, atol=1e-6, rtol=1e-5)
+
+
+def each_process_runs_its_share_alone(_ddp: Any) -> None:
+    model, ran = tiny.build("llama"), []
+    model.model.layers[0].register_forward_pre_hook(lambda _m, args: ran.append(args[0].shape[1]))
+    together(PAIRS, model, batch_size=64)
+    alone = tiny.build("llama"), []  # type: ignore[var-annotated]
+    alone[0].model.layers[0].register_forward_pre_hook(lambda _m, args: alone[1].append(args[0].shape[1]))
+    train_steering_vector(alone[0], tiny.tokenizer(), PAIRS, layers=[0, -1], batch_size=64)
+    assert max(ran) < max(alone[1])
+
+
+def other_samples_in_one_process_are_an_error_in_all(_ddp: Any) -> None:
+    rank = torch.distributed.get_rank()
+    for samples in (PAIRS[rank:], PAIRS[: 7 - rank], [*PAIRS[:-1], ("good", f"bad {rank}")]):
+        with pytest.raises(RuntimeError, match="were given different samples"):
+            together(samples)
+
+
+def a_failure_in_one_process_fails_all_with_its_words(_ddp: Any) -> None:
+    rank = torch.distributed.get_rank()
+
+    def failing(_module: Any, _args: Any) -> None:
+        raise ValueError("the model of this process is broken")
+
+    model = tiny.build("llama")
+    if rank == 1:
+        model.model.layers[1].register_forward_pre_hook(failing)
+    kind, words = (ValueError, "is broken") if rank == 1 else (RuntimeError, "another process.*is broken")
+    with pytest.raises(kind, match=words):
+        together(PAIRS, model)
+    with pytest.raises((ValueError, RuntimeError), match="layer 9 of a model"):
+        together(PAIRS, layers=9 if rank == 1 else 0)
+
+
+WITH_A_PROCESS_GROUP = (
+    processes_together_give_one_processes_vector,
+    fewer_pairs_than_processes_are_no_matter,
+    each_process_runs_its_share_alone,
+    other_samples_in_one_process_are_an_error_in_all,
+    a_failure_in_one_process_fails_all_with_its_words,
+)
+
+
+@pytest.fixture(scope="module")
+def errors_with_a_process_group(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_checks(tmp_path_factory.mktemp("group"), 2, wrapped_for_data_parallelism, WITH_A_PROCESS_GROUP)
+
+
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize("check", WITH_A_PROCESS_GROUP, ids=lambda check: check.__name__)
+def test_training_in_two_processes(errors_with_a_process_group: dict[str, str], check: Callable[..., None]) -> None:
+    assert errors_with_a_process_group[check.__name__] == ""
+
+
+def block_outputs_are_whole_on_each_rank(model: Any, bare: Any) -> None:
+    for layer_type in ("decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+        found = []
+        for each in (model, bare):
+            with record_activations(each, layer_type) as records, torch.no_grad():
+                each(**INPUTS)
+            found.append(records)
+        mine, whole = found
+        assert sorted(mine) == sorted(whole) == [0, 1, 2]
+        for layer, (activation,) in whole.items():
+            assert type(mine[layer][0]) is Tensor
+            assert_close(mine[layer][0], activation)
+
+
+def weights_are_sharded(model: Any, bare: Any) -> None:
+    """Else the other checks would say nothing."""
+    weight = model.model.layers[LAYER].mlp.up_proj.weight
+    assert weight.to_local().shape[0] == bare.model.layers[LAYER].mlp.up_proj.weight.shape[0] // 3
+
+
+def steered_logits_are_those_of_one_process(model: Any, bare: Any) -> None:
+    vector = some_vector(IN_THREE["hidden_size"])
+    for tokens, first_column in SELECTIONS.values():
+        with steered_by_hand(tiny.blocks(bare), vector, first_column):
+            expected = answer_by_hand(bare)
+        before = recorded(model, model)
+        with unchanged(model), vector.apply(model, tokens=tokens):
+            after = recorded(model, model)
+            assert_close(answer_by_hand(model), expected)
+            assert_close(answer(model, use_cache=True), expected)
+            assert_close(answer(model, use_cache=False), expected)
+        assert_moved(before, after, vector, first_column)
+
+
+def parts_are_steered_once_and_not_by_each_rank(model: Any, bare: Any) -> None:
+    """Parts end in a sum over the ranks: a direction added before it would be added three times."""
+    for layer_type in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+        vector = SteeringVector(some_vector(IN_THREE["hidden_size"]).layer_activations, layer_type)
+        logits = []
+        for each in (model, bare):
+            with vector.apply(each), torch.no_grad():
+                logits.append(each(**INPUTS).logits)
+        assert_close(*logits)
+
+
+def training_gives_one_processes_vector(model: Any, bare: Any) -> None:
+    for batch_size in (1, 3):
+        with unchanged(model):
+            vector = train_steering_vector(model, tiny.tokenizer(), SAMPLES, batch_size=batch_size)
+        assert all(type(direction) is Tensor for direction in vector.layer_activations.values())
+        assert_vectors_close(vector, vector_by_hand(bare, tiny.blocks(bare)))
+
+
+def a_sharded_model_is_not_shared_by_a_process_group(model: Any, _bare: Any) -> None:
+    with pytest.raises(ValueError, match="is sharded over processes"):
+        together(SAMPLES, model)
+
+
+WITH_TENSOR_PARALLELISM = (
+    weights_are_sharded,
+    block_outputs_are_whole_on_each_rank,
+    steered_logits_are_those_of_one_process,
+    parts_are_steered_once_and_not_by_each_rank,
+    training_gives_one_processes_vector,
+    a_sharded_model_is_not_shared_by_a_process_group,
+)
+
+
+@pytest.fixture(scope="module")
+def errors_with_tensor_parallelism(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tensor_parallel")
+    tiny.build("llama", **IN_THREE).save_pretrained(folder / "model")
+    return run_checks(folder, 3, sharded_and_whole, WITH_TENSOR_PARALLELISM)
+
+
+@pytest.mark.xdist_group("three processes")
+@pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="transformers 4.46 shards no Llama on CPUs")
+@pytest.mark.parametrize("check", WITH_TENSOR_PARALLELISM, ids=lambda check: check.__name__)
+def test_tensor_parallelism_in_three_processes(
+    errors_with_tensor_parallelism: dict[str, str], check: Callable[..., None]
+) -> None:
+    assert errors_with_tensor_parallelism[check.__name__] == ""
+
+
+def wrapped_for_data_parallelism(_folder: Path) -> list[Any]:
+    return [DistributedDataParallel(tiny.build("llama")).eval()]
+
+
+def sharded_and_whole(folder: Path) -> list[Any]:
+    """The model in ``folder``, shared among the ranks, and the whole of it in each."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    models = []
+    for settings in ({"distributed_config": DistributedConfig(tp_plan="auto")}, {}):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", **settings)
+        model.generation_config.eos_token_id = None
+        models.append(model)
+    return models
+
+
+def run_checks(
+    folder: Path, ranks: int, build: Callable[[Path], list[Any]], checks: tuple[Callable[..., None], ...]
+) -> dict[str, str]:
+    """What went wrong in each check, in so many processes that each call it with what ``build`` gives."""
+    torch.multiprocessing.spawn(_rank, args=(folder, ranks, build, checks), nprocs=ranks)
+    return {
+        check.__name__: "\n".join(
+            f"rank {rank}: {error}" for rank in range(ranks) if (error := errors_file(folder, check, rank).read_text())
+        )
+        for check in checks
+    }
+
+
+def _rank(rank: int, folder: Path, ranks: int, build: Callable[[Path], list[Any]], checks: Any) -> None:
+    torch.set_num_threads(1)
+    for check in checks:
+        errors_file(folder, check, rank).write_text("was not reached")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))  # where transformers looks
+    join(folder, rank, ranks)
+    models = build(folder)
+    for check in checks:
+        try:
+            check(*models)
+            error = ""
+        except Exception:
+            error = traceback.format_exc()
+        errors_file(folder, check, rank).write_text(error)
+    torch.distributed.destroy_process_group()
+
+
+def join(folder: Path, rank: int, ranks: int) -> None:
+    """Make this process one of so many that find each other by a file."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=20),
+    )
+
+
+def errors_file(folder: Path, check: Callable[..., None], rank: int) -> Path:
+    return folder / f"{check.__name__}.{rank}"
