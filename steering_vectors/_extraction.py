@@ -138,7 +138,7 @@ class Extractor:
         rows = list(chains(ids, positions, numbers, share=not self._depends_on_length))
         passes = list(self._in_passes(rows, 2 * self._batch_size))
         if self._ways[0].kinds is not None:
-            packs = list(pack_prompts(ids, positions, numbers))
+            packs = sorted(pack_prompts(ids, positions, numbers), key=len)  # neighbours are padded least
             if sum(map(len, packs)) < _WORTH_PACKING * sum(len(group) * len(group[-1]) for group in passes):
                 tokens = 2 * self._batch_size * len(rows[-1])
                 passes = list(self._in_passes(packs, max(1, tokens // PACK_SIZE)))

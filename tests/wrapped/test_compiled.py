@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -275,10 +276,9 @@ class TestGenerationThatTransformersCompiles:
 
 
 def on_cpus(backend: Backend) -> Any:
-    transformers_config = pytest.importorskip("transformers").CompileConfig
     if not hasattr(GenerationMixin, "_valid_auto_compile_criteria"):
         pytest.skip("this transformers compiles on GPUs only")
-    config = transformers_config(backend=backend, fullgraph=False)
+    config = transformers.CompileConfig(backend=backend, fullgraph=False)
     config._compile_all_devices = True
     return config
 
