@@ -108,7 +108,8 @@ class Extractor:
             return by_tokens(activation, 2, before + 2 * half)[:, before : before + half]
 
         layer = max(self._modules)
-        states = read_pass(self._model, {layer: self._modules[layer]}, inputs, read, stop_early=False)[layer]
+        stop_early = self._ways[0].stop_early
+        states = read_pass(self._model, {layer: self._modules[layer]}, inputs, read, stop_early=stop_early)[layer]
         if not _alike(states[0], states[1]):
             raise ValueError(
                 f"{type(self._model).__name__} is no decoder-only language model: an activation changes with the "
@@ -178,12 +179,13 @@ class Extractor:
             for number, nodes in pack.nodes.items():
                 reads.add(row, nodes, prompts[number].weights)
         milestones = self._milestones(packs) - self._checked
-        probes = _probes(packs) if milestones and len(self._ways) > 1 else []
+        probes = _probes(packs, critical_lengths(self._config)) if milestones and len(self._ways) > 1 else []
         for row, node in probes:
             reads.add(row, [node], None)
         rows = self._read(packs, reads)
         for n, (row, node) in enumerate(probes, start=len(numbers)):
-            alone = self._alone(packs[row].path(node))
+            # That nothing changes after an early stop is seen once; the others can stop there.
+            alone = self._alone(packs[row].path(node), stop_early=n > len(numbers) and self._ways[0].stop_early)
             if not all(_alike(part[n], alone[layer]) for layer, part in rows.items()):
                 raise _UnlikeError
         self._checked |= milestones
@@ -229,14 +231,14 @@ class Extractor:
         masks = attention_masks(kinds, self._config, visible(ends), depths, dtype)
         return {"attention_mask": masks, "position_ids": depths}
 
-    def _alone(self, input_ids: list[int]) -> dict[int, Tensor]:
+    def _alone(self, input_ids: list[int], *, stop_early: bool) -> dict[int, Tensor]:
         """The activation ``(hidden,)`` of a prompt's last token at each layer, with the prompt run alone."""
         inputs = _right_padded([input_ids], input_device(self._model))
 
         def read(activation: Tensor) -> Tensor:
             return by_tokens(activation, 1, len(input_ids))[0, -1]
 
-        return read_pass(self._model, self._modules, inputs, read, stop_early=False)
+        return read_pass(self._model, self._modules, inputs, read, stop_early=stop_early)
 
 
 class _UnlikeError(Exception):
@@ -270,11 +272,12 @@ class _Reads:
         return wide.new_zeros(self._rows, wide.shape[-1]).index_add_(0, owners, weighted)
 
 
-def _probes(packs: list[Pack]) -> list[tuple[int, int]]:
+def _probes(packs: list[Pack], lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Some tokens, as (pack, node), that would tell if a pass gave something else than the prompts alone.
 
-    The deepest one; the deepest of those that must not see all tokens before them; and of these the one with most
-    others between its ancestors, or else before them.
+    The deepest one; the deepest of those that must not see all tokens before them, which stands for it where it is
+    nearly as deep and beyond the same critical ``lengths``; and of these the one with most others between its
+    ancestors, or else before them.
     """
     nodes = [
         (row, node, depth, skipped)
@@ -282,9 +285,12 @@ def _probes(packs: list[Pack]) -> list[tuple[int, int]]:
         for node, (depth, skipped) in enumerate(zip(pack.depths, pack.skipped, strict=True))
     ]
     apart = [probe for probe in nodes if probe[1] > probe[2]]
-    chosen = [max(nodes, key=lambda probe: probe[2])]
+    chosen = [max(nodes, key=lambda probe: (probe[2], probe[1] > probe[2]))]
     if apart:
-        chosen.append(max(apart, key=lambda probe: probe[2]))
+        deepest = max(apart, key=lambda probe: probe[2])
+        nearly_as_deep = 10 * deepest[2] >= 9 * chosen[0][2]
+        is_beyond_the_same = not any(deepest[2] < length <= chosen[0][2] for length in lengths)
+        chosen = [deepest] if nearly_as_deep and is_beyond_the_same else [*chosen, deepest]
         chosen.append(max(apart, key=lambda probe: (probe[3], probe[1] - probe[2])))
     return list(dict.fromkeys(probe[:2] for probe in chosen))
 

@@ -1,0 +1,330 @@
+"""Time and memory of training, against a plain loop, the public library 0.12.2, and the bare decoder.
+
+    python benchmarks/training.py --model FOLDER [--caa FILE] [--public DIR] [--only NAME …]
+
+``--model`` is a folder with a causal language model and its tokenizer. ``--caa`` is a file of contrastive activation
+addition's data (question, answer_matching_behavior, answer_not_matching_behavior); without it, questions of the same
+shape are made up. ``--public`` is where ``pip install --no-deps --target DIR steering-vectors==0.12.2`` put it.
+
+Each ratio is the median over rounds in which both sides ran one after the other, in changing order.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steering_vectors import SteeringVector, train_steering_vector
+
+if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
+    from steering_vectors._extraction import Extractor
+    from steering_vectors._prompt_tree import PACK_SIZE, pack_prompts
+
+Pairs = list[tuple[str, str]]
+Layers = Sequence[int] | None
+BATCH_SIZES = (1, 4, 16)
+
+
+def choices(file: Path | None, tokenizer: Any, count: int) -> Pairs:
+    """Pairs that differ in their last token, the answer's letter."""
+    if file is not None:
+        items = json.loads(file.read_text())[:count]
+        asked = [(i["question"], i["answer_matching_behavior"], i["answer_not_matching_behavior"]) for i in items]
+    else:
+        draw = random.Random(0)
+        words = [
+            "I",
+            "think",
+            "that",
+            "people",
+            "who",
+            "read",
+            "old",
+            "books",
+            "about",
+            "ships",
+            "and",
+            "rivers",
+            "often",
+            "say",
+            "so",
+            "in",
+            "the",
+            "town",
+        ]
+        asked = []
+        for number in range(count):
+            claim = " ".join(draw.choices(words, k=60))
+            question = f"Person {number}: {claim}. Do you agree?\n\nChoices:\n (A) I agree\n (B) I do not"
+            asked.append((question, *draw.sample([" (A)", " (B)"], 2)))
+
+    def rendered(question: str, answer: str) -> str:
+        message = [{"role": "user", "content": question}]
+        asked = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        return asked + answer.strip()[:2]
+
+    return [(rendered(question, match), rendered(question, other)) for question, match, other in asked]
+
+
+def personas(_tokenizer: Any, count: int) -> Pairs:
+    """A persona in the request × the beginnings of sentences, word by word."""
+    draw = random.Random(1)
+    starts = ["I went to", "Last year the", "My friends say", "When it rains", "Nobody told me", "The house was"]
+    rest = [
+        "a",
+        "long",
+        "way",
+        "over",
+        "the",
+        "hill",
+        "until",
+        "we",
+        "found",
+        "what",
+        "had",
+        "been",
+        "lost",
+        "for",
+        "so",
+        "many",
+        "years",
+        "in",
+        "the",
+        "garden",
+    ]
+    pairs: Pairs = []
+    while len(pairs) < count:
+        sentence = [*draw.choice(starts).split(), *draw.choices(rest, k=draw.randint(4, 12))]
+        for end in range(1, len(sentence)):
+            said = " ".join(sentence[:end])
+            happy, sad = (f"[INST] Act as if you're extremely {mood}. [/INST] {said}" for mood in ("happy", "sad"))
+            pairs.append((happy, sad))
+    return pairs[:count]
+
+
+def unrelated(_tokenizer: Any, count: int) -> Pairs:
+    """Prompts that share nothing, of about one length."""
+    draw = random.Random(2)
+    texts = [" ".join(str(draw.randrange(10**6)) for _ in range(20)) for _ in range(2 * count)]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def ours(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_size: int) -> SteeringVector:
+    return train_steering_vector(model, tokenizer, pairs, layers=layers, batch_size=batch_size)
+
+
+def plain_loop(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_size: int) -> SteeringVector:
+    """As 0.12.2 does it: each side apart, padded, all layers and the logits, every layer's whole activation cloned."""
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    numbers = range(len(blocks)) if layers is None else layers
+    rows: dict[int, tuple[list[Any], list[Any]]] = {layer: ([], []) for layer in numbers}
+    for start in range(0, len(pairs), batch_size):
+        for side in (0, 1):
+            texts = [pair[side] for pair in pairs[start : start + batch_size]]
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+            kept: dict[int, torch.Tensor] = {}
+
+            def keep(_m: Any, _a: Any, output: Any, layer: int = 0, kept: dict[int, torch.Tensor] = kept) -> None:
+                kept[layer] = (output if isinstance(output, torch.Tensor) else output[0]).clone().detach()
+
+            handles = [blocks[layer].register_forward_hook(partial(keep, layer=layer)) for layer in numbers]
+            with torch.no_grad():
+                model(**inputs)
+            for handle in handles:
+                handle.remove()
+            last = inputs["attention_mask"].sum(dim=1) - 1
+            for layer, activation in kept.items():
+                rows[layer][side].append(activation[torch.arange(len(texts)), last])
+    return SteeringVector({n: (torch.cat(p) - torch.cat(q)).mean(dim=0) for n, (p, q) in rows.items()})
+
+
+def bare_decoder(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_size: int) -> None:
+    """The decoder over the packs that ours runs, as deep, under a plain causal mask and without hooks."""
+    ids = [tokenizer(text)["input_ids"] for pair in pairs for text in pair]
+    packs = sorted(pack_prompts(ids, [[len(row) - 1] for row in ids], range(len(ids))), key=len)
+    most = max(1, 2 * batch_size * max(map(len, ids)) // PACK_SIZE)
+    decoder, blocks = model.model, model.model.layers
+    if layers is not None:
+        decoder.layers = blocks[: max(layers) + 1]
+    try:
+        for start in range(0, len(packs), most):
+            group = packs[start : start + most]
+            width = max(map(len, group))
+            rows = [pack.input_ids + [0] * (width - len(pack)) for pack in group]
+            with torch.no_grad():
+                decoder(torch.tensor(rows), use_cache=False)
+    finally:
+        decoder.layers = blocks
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def ratio(slow: Callable[[], Any], fast: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """The median of slow's time over fast's, and both medians in seconds."""
+    fast()
+    times = []
+    for number in range(rounds):
+        order = (slow, fast) if number % 2 else (fast, slow)
+        measured = {function: timed(function) for function in order}
+        times.append((measured[slow], measured[fast]))
+    return (
+        statistics.median(s / f for s, f in times),
+        statistics.median(s for s, _ in times),
+        statistics.median(f for _, f in times),
+    )
+
+
+def best_batch_size(function: Callable[..., Any], *args: Any) -> int:
+    """The one with which ``function`` is fastest on a few pairs."""
+    model, tokenizer, pairs, layers = args
+    return min(BATCH_SIZES, key=lambda size: timed(lambda: function(model, tokenizer, pairs[:16], layers, size)))
+
+
+def agreement(some: SteeringVector, other: SteeringVector) -> float:
+    """The lowest cosine between two vectors' directions."""
+    pairs = [(some.layer_activations[n], other.layer_activations[n]) for n in some.layers]
+    return min(float(torch.cosine_similarity(a.double(), b.double(), dim=0)) for a, b in pairs)
+
+
+class Public:
+    """The public package, in a process of its own that loads the same model; it answers with its time."""
+
+    def __init__(self, folder: str, model: str) -> None:
+        command = [sys.executable, __file__, "--serve", "--model", model]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, _m: Any, _t: Any, pairs: Pairs, layers: Layers, batch_size: int) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([pairs, layers, batch_size]), file=self._process.stdin, flush=True)
+        while not self._process.stdout.readline().startswith("done"):
+            pass
+
+
+def serve(folder: str) -> None:
+    import steering_vectors as public
+
+    model, tokenizer = load(folder)
+    for line in sys.stdin:
+        pairs, layers, batch_size = json.loads(line)
+        samples = [tuple(pair) for pair in pairs]
+        public.train_steering_vector(model, tokenizer, samples, layers=layers, batch_size=batch_size)
+        print("done", flush=True)
+
+
+def load(folder: str) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+
+
+def peak_memory(folder: str, name: str, pairs: Pairs, batch_size: int) -> float:
+    """The most memory above that of the loaded model, in MB, in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (folder, name, pairs, batch_size))
+
+
+def _peak(folder: str, name: str, pairs: Pairs, batch_size: int) -> float:
+    model, tokenizer = load(folder)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    globals()[name](model, tokenizer, pairs, None, batch_size)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return (int(peak.split()[1]) * 1024 - before) / 1e6
+
+
+@contextmanager
+def rows_only() -> Iterator[None]:
+    """Ours as on a model that takes no packs."""
+    find = Extractor._find_ways
+    Extractor._find_ways = lambda self: [way for way in find(self) if way.kinds is None]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Extractor._find_ways = find  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--caa", type=Path)
+    parser.add_argument("--public")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--personas", type=int, default=1000)
+    parser.add_argument("--only", nargs="*", default=["choices", "personas", "unrelated", "limit", "memory"])
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.model)
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    model, tokenizer = load(options.model)
+    middle = [len(model.model.layers) // 2]
+    asked = choices(options.caa, tokenizer, options.pairs)
+    if "choices" in options.only:
+        faster("choices", options, model, tokenizer, asked, None)
+        faster("choices", options, model, tokenizer, asked, middle)
+    if "personas" in options.only:
+        faster("personas", options, model, tokenizer, personas(tokenizer, options.personas), None)
+    if "unrelated" in options.only:
+        faster("unrelated", options, model, tokenizer, unrelated(tokenizer, 16), None)
+        with rows_only():
+            faster("without packs", options, model, tokenizer, asked[:24], None)
+    if "limit" in options.only:
+        for layers in (None, middle):
+            args = (model, tokenizer, asked, layers, 4)
+            times, slow, fast = ratio(partial(ours, *args), partial(bare_decoder, *args), options.rounds)
+            print(f"ours over the bare decoder, layers {layers or 'all'}: {times:.2f} ({slow:.2f} s, {fast:.2f} s)")
+    if "memory" in options.only:
+        size = best_batch_size(plain_loop, model, tokenizer, asked, None)
+        theirs, mine = (peak_memory(options.model, name, asked, size) for name in ("plain_loop", "ours"))
+        print(
+            f"peak memory over the weights, batch size {size}: {theirs:.0f} MB, ours {mine:.0f} MB: {mine / theirs:.2f}"
+        )
+
+
+def faster(name: str, options: argparse.Namespace, model: Any, tokenizer: Any, pairs: Pairs, layers: Layers) -> None:
+    """Print how many times faster ours is than each of the others, at the other's best batch size."""
+    others: dict[str, Callable[..., Any]] = {"plain loop": plain_loop}
+    if options.public:
+        others["steering-vectors 0.12.2"] = Public(options.public, options.model)
+    for against, function in others.items():
+        size = best_batch_size(function, model, tokenizer, pairs, layers)
+        theirs, mine = (partial(f, model, tokenizer, pairs, layers, size) for f in (function, ours))
+        times, slow, fast = ratio(theirs, mine, 1 if name == "personas" else options.rounds)
+        text = f"{name}, {len(pairs)} pairs, layers {layers or 'all'}: {times:.2f} x faster than {against} "
+        text += f"({slow:.2f} s, ours {fast:.2f} s, batch size {size})"
+        if against == "plain loop" and len(pairs) <= options.pairs:
+            text += f", cosine {agreement(mine(), theirs()):.6f}"
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
