@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from steering_vectors._hooks import activation_of, after_forward, never_compiled, with_activation
 from steering_vectors.steering_operators import PatchDeltaOperator
 
+_ATTRIBUTE = "_steering_vectors"  # of a steered module
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LOCK = threading.Lock()
 
 
 class Change:
@@ -132,7 +134,7 @@ def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class _Attached:
+class _AttachedChange:
     """What takes a change off its module, and the module's hook with the last one."""
 
     module: "weakref.ref[nn.Module]"
@@ -151,17 +153,13 @@ class _Attached:
                 del module.__dict__[_ATTRIBUTE]
 
 
-_ATTRIBUTE = "_steering_vectors"
-_LOCK = threading.Lock()
-
-
-def attach_change(module: nn.Module, change: Change) -> _Attached:
+def attach_change(module: nn.Module, change: Change) -> _AttachedChange:
     with _LOCK:
         steered = module.__dict__.get(_ATTRIBUTE)
         if steered is None or steered.module() is not module:
             steered = module.__dict__[_ATTRIBUTE] = _Steered(module)
         steered.changes = (*steered.changes, change)
-    return _Attached(weakref.ref(module), change)
+    return _AttachedChange(weakref.ref(module), change)
 
 
 def changes_of(module: nn.Module) -> tuple[Change, ...]:

@@ -18,10 +18,10 @@ from steering_vectors._attention import (
     depends_on_length,
     mask_kinds,
 )
-from steering_vectors._model_structure import configured, learns_prompts, pass_modules, text_config
+from steering_vectors._model_structure import learns_prompts, pass_modules, text_config
 from steering_vectors._positions import by_tokens
 from steering_vectors._prompt_tree import PACK_SIZE, Pack, chains, pack_prompts, visible
-from steering_vectors._running import input_device, is_sharded, read_pass, virtual_tokens
+from steering_vectors._running import input_device, is_sharded, read_pass, virtual_tokens, without_data_parallelism
 from steering_vectors._steering import is_steered_by_token
 
 # How far two results for the same tokens may be apart, as a share of their norm, by the model's dtype.
@@ -67,13 +67,14 @@ class Extractor:
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[int, nn.Module], *, batch_size: int) -> None:
-        self._model = configured(model)  # no wrapper that talks to other processes
+        self._model = without_data_parallelism(model)
         self.layers = sorted(modules)
         self._modules = modules
         self._batch_size = batch_size
         self._config = text_config(model)
         self._depends_on_length = depends_on_length(self._config)
         self._ways = self._find_ways()
+        self._is_causal = False  # until it was seen
         self._checked: set[Any] = set()  # the milestones at which the present way was compared
         self._most_packs: int | None = None  # in a pass, since the memory was full once
 
@@ -81,9 +82,13 @@ class Extractor:
         """Each prompt's row at each layer, in no promised order, layer after layer for each pass.
 
         The model is in evaluation mode while it runs, and afterwards, module by module, as it was.
+
+        Raises ValueError for a model in which what follows a token changes its activation, as in encoders.
         """
         # What follows the last token to read is not run.
         prompts = [replace(prompt, input_ids=prompt.input_ids[: max(prompt.positions) + 1]) for prompt in prompts]
+        if prompts and not self._is_causal:
+            self._check_causal(max((prompt.input_ids for prompt in prompts), key=len))
         left = set(range(len(prompts)))
         while left:
             try:
@@ -95,11 +100,8 @@ class Extractor:
                 self._ways.pop(0)
                 self._checked.clear()
 
-    def check_causal(self, input_ids: Sequence[int]) -> None:
-        """Raise ValueError if what follows a token changes its activation, as in encoders.
-
-        ``input_ids`` are some prompt's; its first tokens are run alone and with those that follow.
-        """
+    def _check_causal(self, input_ids: Sequence[int]) -> None:
+        """``input_ids`` are some prompt's; its first tokens are run alone and with those that follow."""
         ids = [*input_ids, input_ids[-1]][:16]  # a prompt of one token is followed by itself
         half, before = len(ids) // 2, virtual_tokens(self._model)
         inputs = _right_padded([ids[:half], ids[: 2 * half]], input_device(self._model))
@@ -115,6 +117,7 @@ class Extractor:
                 f"{type(self._model).__name__} is no decoder-only language model: an activation changes with the "
                 f"tokens that follow it. For a BERT-like model, set is_decoder=True in its config."
             )
+        self._is_causal = True
 
     def _find_ways(self) -> list[_Way]:
         """The ways to try, the cheapest first; the last one is the model itself, run as its user would."""
@@ -137,13 +140,13 @@ class Extractor:
         """The packs of each pass."""
         ids, positions = [prompt.input_ids for prompt in prompts], [prompt.positions for prompt in prompts]
         rows = list(chains(ids, positions, numbers, share=not self._depends_on_length))
-        passes = list(self._in_passes(rows, 2 * self._batch_size))
+        most = 2 * self._batch_size
         if self._ways[0].kinds is not None:
             packs = sorted(pack_prompts(ids, positions, numbers), key=len)  # neighbours are padded least
-            if sum(map(len, packs)) < _WORTH_PACKING * sum(len(group) * len(group[-1]) for group in passes):
-                tokens = 2 * self._batch_size * len(rows[-1])
-                passes = list(self._in_passes(packs, max(1, tokens // PACK_SIZE)))
-        yield from passes
+            tokens_in_rows = sum(len(group) * len(group[-1]) for group in self._in_passes(rows, most))
+            if sum(map(len, packs)) < _WORTH_PACKING * tokens_in_rows:
+                rows, most = packs, max(1, most * len(rows[-1]) // PACK_SIZE)
+        yield from self._in_passes(rows, most)
 
     def _in_passes(self, packs: Sequence[Pack], most: int) -> Iterator[list[Pack]]:
         group: list[Pack] = []
@@ -172,7 +175,10 @@ class Extractor:
             yield from self._run(half, prompts)
 
     def _run_at_once(self, packs: list[Pack], prompts: Sequence[ReadPrompt]) -> tuple[list[int], dict[int, Tensor]]:
-        """Raises _UnlikeError where the model gives something else for a prompt alone."""
+        """The prompts' numbers, and their rows by layer, of one pass.
+
+        Raises _UnlikeError where the model gives something else for a prompt alone.
+        """
         numbers = [number for pack in packs for number in pack.nodes]
         reads = _Reads()
         for row, pack in enumerate(packs):
@@ -205,15 +211,15 @@ class Extractor:
         """One pass over the packs: the rows, by layer. Raises _UnlikeError where the model can't be run so."""
         way = self._ways[0]
         device, before = input_device(way.module), virtual_tokens(way.module)
-        inputs = _right_padded([pack.input_ids for pack in packs], device)
-        if way.kinds is not None and any(pack.branches for pack in packs):
-            inputs = {**inputs, **self._packed(packs, way.kinds, device)}
+        inputs: dict[str, Any] = _right_padded([pack.input_ids for pack in packs], device)
         batch, seq = inputs["input_ids"].shape
 
         def read(activation: Tensor) -> Tensor:
             return reads(by_tokens(activation, batch, before + seq)[:, before:])
 
         try:
+            if way.kinds is not None and any(pack.branches for pack in packs):
+                inputs |= self._packed(packs, way.kinds, device)
             return read_pass(way.module, self._modules, inputs, read, stop_early=way.stop_early)
         except Exception as error:  # a model that can't be run so raises what it likes
             if len(self._ways) == 1 or _is_out_of_memory(error):
@@ -222,13 +228,11 @@ class Extractor:
 
     def _packed(self, packs: list[Pack], kinds: MaskKinds, device: torch.device) -> dict[str, Any]:
         seq = max(map(len, packs))
-        padding = [range(len(pack), seq) for pack in packs]
         # A column of padding sees itself alone, and no other sees it.
-        ends = torch.tensor([[*pack.ends, *rest] for pack, rest in zip(packs, padding, strict=True)], device=device)
-        depths = torch.tensor([[*pack.depths, *(0 for _ in rest)] for pack, rest in zip(packs, padding, strict=True)])
-        depths = depths.to(device)
+        ends = [[*pack.ends, *range(len(pack), seq)] for pack in packs]
+        depths = torch.tensor([[*pack.depths, *[0] * (seq - len(pack))] for pack in packs], device=device)
         dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
-        masks = attention_masks(kinds, self._config, visible(ends), depths, dtype)
+        masks = attention_masks(kinds, self._config, visible(torch.tensor(ends, device=device)), depths, dtype)
         return {"attention_mask": masks, "position_ids": depths}
 
     def _alone(self, input_ids: list[int], *, stop_early: bool) -> dict[int, Tensor]:

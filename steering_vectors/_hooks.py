@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -18,25 +17,6 @@ class Removable(Protocol):
     """What takes a hook off again; a second call does nothing."""
 
     def remove(self) -> None: ...
-
-
-def check_takes(function: object, arguments: int, what: str, example: str) -> None:
-    """Raise TypeError unless ``function`` can be called with so many arguments.
-
-    >>> check_takes(len, 1, "selector", "from_index(1)")
-    """
-    if not callable(function):
-        raise TypeError(f"{what} must be callable, such as {example}, got {type(function).__name__}")
-    try:
-        inspect.signature(function).bind(*range(arguments))
-    except TypeError as error:
-        name = getattr(function, "__name__", repr(function))
-        raise TypeError(
-            f"{what} must be callable with {arguments} argument{'s' * (arguments > 1)}, such as {example}, and {name} "
-            f"is not ({error}); did you mean {name}(…), what it gives?"
-        ) from error
-    except ValueError:  # some functions written in C don't tell
-        return
 
 
 def before_forward(

@@ -166,7 +166,7 @@ def known_templates(model: nn.Module, layer_type: str) -> list[str]:
 
 
 def takes_tokens_again(model: nn.Module) -> bool:
-    """Whether a pass may compute some tokens of a row again, and in another order: XLNet."""
+    """Whether a pass may compute some tokens of a row again, and in another order, as XLNet's."""
     return any("perm_mask" in inspect.signature(module.forward).parameters for module in pass_modules(model))
 
 

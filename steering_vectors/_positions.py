@@ -15,9 +15,7 @@ CACHE_NAMES = (
     *("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state"),
     "past_buckets_states",
 )
-# Arguments that tell of rows whose tokens don't stand in their order: XLNet computes some again, and its activations
-# are (seq, batch, hidden); generate_batch of transformers runs the tokens of many prompts as one row.
-REORDERING_PARAMETERS = ("perm_mask",)
+# Arguments with which many prompts' tokens are run as one row, as generate_batch does.
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 
 
@@ -29,7 +27,8 @@ class PassArguments:
     additive.
     ``cached``: the columns in the cache, a number where the host knows it, a scalar tensor for a static cache, None for
     a cache that doesn't tell (recurrent models). ``columns``: the places ``(seq,)`` that the caller itself gave.
-    ``makes_cache``: whether there is no cache yet, and the pass was asked to make one.
+    ``makes_cache``: whether there is no cache yet, and the pass was asked to make one. ``packs_rows``: whether one row
+    holds many prompts.
     """
 
     input_ids: Tensor | None
@@ -41,7 +40,7 @@ class PassArguments:
     cache: Any
     cached: int | Tensor | None
     makes_cache: bool
-    reorders: bool
+    packs_rows: bool
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -66,8 +65,7 @@ def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = (
         cache=cache,
         cached=cached_columns(cache),
         makes_cache=cache is None and arguments.get("use_cache") is True,
-        reorders=any(name in parameters for name in REORDERING_PARAMETERS)
-        or any(arguments.get(name) is not None for name in _PACKING_NAMES),
+        packs_rows=any(arguments.get(name) is not None for name in _PACKING_NAMES),
     )
 
 
@@ -95,7 +93,7 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
         cache=cached[0].cache if cached else None,
         cached=cached[0].cached if cached else 0,
         makes_cache=not cached and any(call.makes_cache for call in fitting),
-        reorders=any(call.reorders for call in fitting),
+        packs_rows=any(call.packs_rows for call in fitting),
     )
 
 
@@ -118,10 +116,10 @@ def token_index(call: PassArguments, fed: Fed) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for a pass that doesn't take a row's tokens in their order.
     """
-    if call.reorders:
+    if call.packs_rows:
         raise ValueError(
-            "can't tell where the tokens stand in a pass that takes some of them again, or many prompts in one row "
-            "(as XLNet and generate_batch do); steer all tokens"
+            "can't tell where the tokens stand in a pass that has many prompts in one row, as in generate_batch; "
+            "steer all tokens"
         )
     assert call.shape is not None
     batch, seq = call.shape

@@ -1,13 +1,12 @@
 """Share the work of one call among the processes of a torch.distributed group."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import distributed, nn
 
 from steering_vectors._running import is_sharded
 
-T = TypeVar("T")
+_DIFFERENT = "the processes of the group were given different samples: each must make the same call"
 
 
 class ElsewhereError(RuntimeError):
@@ -21,34 +20,44 @@ class Processes:
     :meth:`exchange` reaches all.
     """
 
-    def __init__(self, group: Any, model: nn.Module) -> None:
-        """Raises ValueError for a model that the processes hold together, each a part of it."""
+    def __init__(self, group: Any = None) -> None:
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
         self.count = 1 if group is None else distributed.get_world_size(group)
-        if group is not None and (is_sharded(model) or any(hasattr(p, "device_mesh") for p in model.parameters())):
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError for a model that the processes hold together, each a part of it."""
+        if self._group is None:
+            return
+        if is_sharded(model) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise ValueError(
                 f"{type(model).__name__} is sharded over processes (tensor parallel, FSDP or DeepSpeed), so they can't "
                 f"each run it on samples of their own: leave process_group out, and give each process all samples"
             )
 
-    def share(self, whole: Sequence[T]) -> Sequence[T]:
-        """The part of this process, contiguous; the parts differ in length by one at most, and nothing is in two."""
-        start, end = (len(whole) * rank // self.count for rank in (self.rank, self.rank + 1))
-        return whole[start:end]
+    def share(self, count: int) -> range:
+        """Which of so many things are this process's: contiguous, one more or less than another's, none in two."""
+        start, stop = (count * rank // self.count for rank in (self.rank, self.rank + 1))
+        return range(start, stop)
 
-    def exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
-        """What each process says, by rank. Raises the process's own ``error``, or ElsewhereError for another's."""
-        if self._group is None:
-            if error is not None:
-                raise error
-            return [value]
+    def exchange(self, step: str, value: Any, error: BaseException | None = None) -> list[Any]:
+        """What each process says at a step, by rank.
+
+        Raises the process's own ``error``, or ElsewhereError for another's and where another is at another step.
+        """
         said: list[Any] = [None] * self.count
         told = None if error is None else f"{type(error).__name__}: {error}"
-        distributed.all_gather_object(said, (told, value), group=self._group)
+        distributed.all_gather_object(said, (told, step, value), group=self._group)
         if error is not None:
             raise error
-        failed = {rank: told for rank, (told, _) in enumerate(said) if told is not None}
+        failed = {rank: told for rank, (told, _, _) in enumerate(said) if told is not None}
         if failed:
             raise ElsewhereError(f"training failed in another process: {failed}")
-        return [value for _, value in said]
+        if len({step for _, step, _ in said}) > 1:
+            raise ElsewhereError(_DIFFERENT)
+        return [value for _, _, value in said]
+
+    def check_alike(self, step: str, value: str) -> None:
+        """Raise ElsewhereError unless all processes say the same at this step."""
+        if self.count > 1 and len({*self.exchange(step, value)}) > 1:
+            raise ElsewhereError(_DIFFERENT)

@@ -1,7 +1,6 @@
 """What to read of a model, and of prompts: layers, and tokens."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from operator import index as as_index
 from typing import Any, TypeAlias
 
@@ -22,34 +21,26 @@ WINDOW = 4096
 ReadTokenIndex: TypeAlias = int | Callable[[str], int]
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where activations come from: a model's layers, so many pairs at a time."""
-
-    model: nn.Module
-    layers: int | Iterable[int] | None
-    layer_type: LayerType
-    layer_config: ModelLayerConfig | None
-    batch_size: int
-
-    def extractor(self) -> Extractor:
-        """Raises TypeError or ValueError for what can't be read of."""
-        check_model(self.model)
-        check_not_steered_by_row(self.model)
-        if is_encoder_decoder(self.model):
-            raise ValueError(
-                f"{type(self.model).__name__} is an encoder-decoder model; steering vectors are trained on "
-                f"decoder-only ones"
-            )
-        if not is_layer_number(self.batch_size) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
-        found = find_layers(self.model, self.layer_type, self.layer_config)
-        modules = {n: self.model.get_submodule(found.names[n]) for n in found.numbers(self.layers)}
-        if takes_tokens_again(self.model):
-            raise ValueError(
-                f"{type(self.model).__name__} doesn't take a row's tokens in their order; it can't be read"
-            )
-        return Extractor(self.model, modules, batch_size=self.batch_size)
+def extractor_for(
+    model: nn.Module,
+    layers: int | Iterable[int] | None,
+    layer_type: LayerType,
+    layer_config: ModelLayerConfig | None,
+    batch_size: int,
+) -> Extractor:
+    """What runs the model and reads these layers. Raises TypeError or ValueError for what can't be read."""
+    check_model(model)
+    check_not_steered_by_row(model)
+    kind = type(model).__name__
+    if is_encoder_decoder(model):
+        raise ValueError(f"{kind} is an encoder-decoder model; steering vectors are trained on decoder-only ones")
+    if not is_layer_number(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    found = find_layers(model, layer_type, layer_config)
+    modules = {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
+    if takes_tokens_again(model):
+        raise ValueError(f"{kind} takes some of a row's tokens again and in another order; it can't be read")
+    return Extractor(model, modules, batch_size=batch_size)
 
 
 class Reading:
@@ -64,11 +55,18 @@ class Reading:
         self._index = read_token_index
         self._selector = None if tokens is None else as_selector(tokens)
 
-    def __call__(self, prompt: Prompt, own_index: int | None = None) -> ReadPrompt:
+    def __call__(self, prompt: Prompt, own_index: int | None = None, *, name: str) -> ReadPrompt:
         """What is read of a prompt; ``own_index`` takes the place of the index for all.
 
-        Raises TypeError or ValueError for what can't be read.
+        Raises TypeError or ValueError for what can't be read, with the prompt's ``name``.
         """
+        try:
+            return self._read(prompt, own_index)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}: {error}") from error
+
+    def _read(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
         encoded = self._tokenize(prompt, find_completion=self._selector is not None)
         if self._selector is not None:
             if own_index is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
 from steering_vectors._model_structure import configured, learns_prompts, pass_modules
@@ -56,6 +57,12 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether the model's state depends on its passes being run as a whole: FSDP, DeepSpeed."""
     names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     return bool(names & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
+
+
+def without_data_parallelism(model: nn.Module) -> nn.Module:
+    """The model in a DistributedDataParallel, whose passes wait for the other processes; else the model itself."""
+    wrapped = (module.module for module in model.modules() if isinstance(module, DistributedDataParallel))
+    return next(wrapped, model)
 
 
 def virtual_tokens(model: nn.Module) -> int:

@@ -65,8 +65,6 @@ class SecondMoment:
             raise ValueError("no rows: there is no principal component")
         rows = _wide(torch.cat(self._rows)) if self._rows else None
         if self._squares is None and rows is not None:
-            largest = rows.abs().amax()  # squares of small numbers would vanish
-            rows = rows / torch.where(largest > 0, largest, 1)
             values, vectors = torch.linalg.eigh(rows @ rows.T)  # (n, n): fewer rows than they are wide
             component = vectors[:, -1] @ rows
         else:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from steering_vectors._hooks import check_takes
+from steering_vectors._callables import check_takes
 from steering_vectors.token_selection import (
     KnownSelector,
     Selector,
@@ -38,8 +38,9 @@ def as_selector(tokens: TokenSelection) -> Selector:
     """
     if isinstance(tokens, Tensor):
         return _column_mask(tokens)
-    name = next((factory.__name__ for factory in _FACTORIES if id(factory) == id(tokens)), None)
-    if name is not None:
+    given: Any = tokens
+    if any(given is factory for factory in _FACTORIES):
+        name = given.__name__
         raise TypeError(f"{name} is no selector itself: did you mean {name}(…), what it gives?")
     if callable(tokens):
         check_takes(tokens, 1, "a selector", "from_index(1)")

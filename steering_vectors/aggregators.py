@@ -122,10 +122,7 @@ def aggregate(aggregator: Aggregator, positive: Tensor, negative: Tensor) -> Ten
 @dataclass(frozen=True)
 class _Mean:
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        accumulator = self.accumulator(positive.shape[-1])
-        accumulator.add(positive, "positive", range(len(positive)))
-        accumulator.add(negative, "negative", range(len(negative)))
-        return accumulator.direction()
+        return _direction_of_all(self, positive, negative)
 
     def accumulator(self, hidden: int) -> "_MeanAccumulator":
         return _MeanAccumulator()
@@ -154,10 +151,7 @@ class _MeanAccumulator:
 @dataclass(frozen=True)
 class _PCA:
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        accumulator = self.accumulator(positive.shape[-1])
-        accumulator.add(positive, "positive", range(len(positive)))
-        accumulator.add(negative, "negative", range(len(negative)))
-        return accumulator.direction()
+        return _direction_of_all(self, positive, negative)
 
     def accumulator(self, hidden: int) -> "_PCAAccumulator":
         return _PCAAccumulator()
@@ -231,6 +225,14 @@ class _KeptRows:
         samples = sorted(self._rows["positive"])
         sides = (torch.stack([self._rows[side][n] for n in samples]) for side in ("positive", "negative"))
         return aggregate(self._aggregator, *sides)
+
+
+def _direction_of_all(aggregator: StreamingAggregator, positive: Tensor, negative: Tensor) -> Tensor:
+    """What an aggregator that streams gives for rows that are all there."""
+    accumulator = aggregator.accumulator(positive.shape[-1])
+    accumulator.add(positive, "positive", range(len(positive)))
+    accumulator.add(negative, "negative", range(len(negative)))
+    return accumulator.direction()
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steering_vectors._prompts import Prompt, PromptTokenizer
-from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, Source
+from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._token_indices import TokenSelection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 
@@ -43,7 +43,7 @@ def read_activations(
     {0: (3, 32), 1: (3, 32)}
     """
     reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
-    extract = Source(model, layers, layer_type, layer_config, batch_size).extractor()
+    extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
     rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
@@ -52,10 +52,7 @@ def read_activations(
     total = len(prompts) if isinstance(prompts, Sequence) else None
     with tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar:
         while window := list(islice(numbered, 2 * WINDOW)):
-            read = [_read(reading, number, prompt) for number, prompt in window]
-            if first == 0:
-                extract.check_causal(max((prompt.input_ids for prompt in read), key=len))
-            for part in extract(read):
+            for part in extract([reading(prompt, name=f"prompt {number}") for number, prompt in window]):
                 wide = part.rows.to("cpu" if move_to_cpu else part.rows.device)
                 wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
                 rows[part.layer].update((first + n, row) for n, row in zip(part.prompts, wide, strict=True))
@@ -64,11 +61,3 @@ def read_activations(
     if first == 0:
         raise ValueError("prompts is empty: give at least one")
     return {layer: torch.stack([own[n] for n in range(first)]) for layer, own in rows.items()}
-
-
-def _read(reading: Reading, number: int, prompt: Any) -> Any:
-    try:
-        return reading(prompt)
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"prompt {number}: {error}") from error

@@ -7,9 +7,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._callables import check_takes
 from steering_vectors._changes import width_message
-from steering_vectors._hooks import check_takes
-from steering_vectors._model_structure import layer_widths, learns_prompts
+from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
 from steering_vectors._steering import Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import (
@@ -220,11 +220,8 @@ def _steering(
     found = find_layers(model, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_takes(operator, 2, "operator", "ablation_operator()")
-    if selector is not None and learns_prompts(model):
-        raise ValueError(
-            "prompt learning puts virtual tokens before the prompt's own, so which tokens to steer can't be told "
-            "exactly; steer all tokens"
-        )
+    if selector is not None:
+        _check_tokens_can_be_told(model)
     directions = _checked(vector.layer_activations)
     if not directions:
         raise ValueError("this steering vector has no directions")
@@ -244,6 +241,19 @@ def _steering(
             f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
         )
     return Steering(model, modules, by_number, operator, multiplier, selector)
+
+
+def _check_tokens_can_be_told(model: nn.Module) -> None:
+    if learns_prompts(model):
+        raise ValueError(
+            "prompt learning puts virtual tokens before the prompt's own, so it can't be told exactly which tokens to "
+            "steer; steer all tokens"
+        )
+    if takes_tokens_again(model):
+        raise ValueError(
+            f"can't tell where the tokens stand in {type(model).__name__}, which takes some of a row's again and in "
+            f"another order; steer all tokens"
+        )
 
 
 def _checked(layer_activations: object) -> dict[int, Tensor]:

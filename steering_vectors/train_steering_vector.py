@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steering_vectors._extraction import LayerRows, ReadPrompt
-from steering_vectors._hooks import check_takes
+from steering_vectors._callables import check_takes
+from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
 from steering_vectors._processes import ElsewhereError, Processes
 from steering_vectors._prompts import Prompt, PromptTokenizer
-from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, Source
+from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._token_indices import TokenSelection
 from steering_vectors.aggregators import (
     Accumulator,
@@ -41,7 +41,7 @@ _SIDES: tuple[Side, Side] = ("positive", "negative")
 
 @dataclass
 class SteeringVectorTrainingSample:
-    """A positive and a negative prompt, each a text or chat messages, with read positions of their own if need be.
+    """A positive and a negative prompt, each as in :func:`train_steering_vector`, with read positions of their own.
 
     ``read_positive_token_index`` and ``read_negative_token_index`` take the place of ``read_token_index`` for this
     sample.
@@ -80,9 +80,9 @@ def train_steering_vector(
     """The steering vector that contrasting prompts give: a direction ``(hidden,)`` in float32 for each layer.
 
     ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, from any
-    sequence or iterator. A prompt is a text, or a list of chat messages, which the tokenizer's chat template
-    renders: as far as the text of the last message where that is the assistant's, and else as far as the header of
-    the answer to come.
+    sequence or iterator. A prompt is a text, or a list of token ids, or of chat messages, which the tokenizer's chat
+    template renders: as far as the text of the last message where that is the assistant's, and else as far as the
+    header of the answer to come.
     ``chat_template_kwargs`` go to the template, as ``{"enable_thinking": False}``.
 
     ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
@@ -106,7 +106,9 @@ def train_steering_vector(
 
     Raises TypeError for arguments of a wrong kind. Raises ValueError for layers that the model hasn't, for models that
     aren't decoder-only, and for samples that can't be read: none at all, no pair, an empty prompt, a position outside
-    the prompt, a selection of no token, chat messages without a chat template or with other content than text.
+    the prompt, a selection of no token, chat messages without a chat template or with other content than text; and
+    with ``process_group`` for a model that the processes hold together. Raises RuntimeError if another process of the
+    group failed or was given other samples.
 
     Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
 
@@ -114,20 +116,22 @@ def train_steering_vector(
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
     check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
-    processes = Processes(process_group, model)
+    processes = Processes(process_group)
     accumulators = _Accumulators(aggregator)
     error = None
     try:
         reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
-        source = Source(model, layers, layer_type, layer_config, batch_size)
-        for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None, processes):
-            accumulators.add(replace(part, rows=part.rows.to("cpu") if move_to_cpu or process_group else part.rows))
+        extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
+        processes.check_model(model)
+        for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None, processes):
+            on_cpu = move_to_cpu or process_group is not None
+            accumulators.add(replace(part, rows=part.rows.to("cpu")) if on_cpu else part)
     except BaseException as raised:
         if process_group is None or isinstance(raised, ElsewhereError):
             raise
         error = raised
     if process_group is not None:
-        parts = processes.exchange(accumulators.by_layer, error)
+        parts = processes.exchange("the end", accumulators.by_layer, error)
         accumulators = _Accumulators(aggregator)
         for own in parts:  # in the same order in each process
             accumulators.merge(own)
@@ -165,12 +169,11 @@ def extract_activations(
     """
     found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in _SIDES}
     reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
-    source = Source(model, layers, layer_type, layer_config, batch_size)
-    alone = Processes(None, model)
-    for part in _paired_rows(source, reading, training_samples, tqdm_desc if show_progress else None, alone):
+    extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
+    for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None):
         rows = part.rows.to("cpu") if move_to_cpu else part.rows
-        for side, own in part.by_side():
-            found[side].setdefault(part.layer, {}).update((part.samples[n], rows[n]) for n in own)
+        for side, own, samples in _by_side(part):
+            found[side].setdefault(part.layer, {}).update(zip(samples, rows[own], strict=True))
     positive, negative = (
         {layer: _in_batches(rows, batch_size) for layer, rows in sorted(found[side].items())} for side in _SIDES
     )
@@ -207,23 +210,6 @@ def aggregate_activations(
     return directions
 
 
-@dataclass(frozen=True, eq=False)
-class _PairedRows:
-    """Rows ``(n, hidden)`` of one layer, each of one side of a sample."""
-
-    layer: int
-    rows: Tensor
-    sides: Sequence[Side]
-    samples: Sequence[int]
-
-    def by_side(self) -> Iterator[tuple[Side, list[int]]]:
-        """For each side, which rows are its own."""
-        for side in _SIDES:
-            own = [n for n, row_side in enumerate(self.sides) if row_side == side]
-            if own:
-                yield side, own
-
-
 class _Accumulators:
     """An accumulator for each layer, with the width of its rows."""
 
@@ -231,11 +217,11 @@ class _Accumulators:
         self._aggregator = aggregator
         self.by_layer: dict[int, tuple[int, Accumulator]] = {}
 
-    def add(self, part: _PairedRows) -> None:
+    def add(self, part: LayerRows) -> None:
         rows = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
         accumulator = self._at(part.layer, rows.shape[-1])
-        for side, own in part.by_side():
-            accumulator.add(rows[own], side, [part.samples[n] for n in own])
+        for side, own, samples in _by_side(part):
+            accumulator.add(rows[own], side, samples)
 
     def merge(self, by_layer: Mapping[int, tuple[int, Accumulator]]) -> None:
         for layer, (hidden, accumulator) in by_layer.items():
@@ -247,18 +233,17 @@ class _Accumulators:
         return self.by_layer[layer][1]
 
 
-def _paired_rows(
-    source: Source,
+def _rows(
+    extract: Extractor,
     reading: Reading,
     training_samples: Iterable[TrainingSample],
     description: str | None,
-    processes: Processes,
-) -> Iterator[_PairedRows]:
-    """The two rows of each of this process's samples at every layer, in the order in which the model runs.
+    processes: Processes = Processes(),
+) -> Iterator[LayerRows]:
+    """The rows of the samples that are this process's, in the order in which the model runs.
 
-    A description brings a bar.
+    A description brings a bar. Prompt 2n is the positive side of the sample n, prompt 2n + 1 the negative one.
     """
-    extract = source.extractor()
     if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
     total = len(training_samples) if isinstance(training_samples, Sequence) else None
@@ -267,17 +252,13 @@ def _paired_rows(
     with tqdm(total=total, desc=description, unit="pair", disable=description is None or processes.rank > 0) as bar:
         while window := list(islice(samples, WINDOW)):
             prompts = [prompt for number, sample in window for prompt in _prompts_of(reading, number, sample)]
-            if processes.count > 1 and len({*processes.exchange(_digest(prompts))}) > 1:
-                raise ElsewhereError(
-                    "the processes of the group were given different samples: each must make the same call"
-                )
-            if first == 0:
-                extract.check_causal(max((prompt.input_ids for prompt in prompts), key=len))
-            own = processes.share(range(len(window)))
+            processes.check_alike(f"the samples from {first} on", _digest(prompts) if processes.count > 1 else "")
+            own = processes.share(len(window))
             done = 0
-            for part in extract(prompts[2 * own[0] : 2 * own[-1] + 2] if own else []):
-                yield _paired(part, first + own[0])
-                if part.layer == max(extract.layers):
+            for part in extract(prompts[2 * own.start : 2 * own.stop]):
+                start = 2 * (first + own.start)
+                yield replace(part, prompts=[start + prompt for prompt in part.prompts])
+                if part.layer == extract.layers[-1]:
                     bar.update((done + len(part.prompts)) // 2 - done // 2)
                     done += len(part.prompts)
             bar.update(len(window) - len(own))  # the other processes' pairs
@@ -286,10 +267,12 @@ def _paired_rows(
         raise ValueError("training_samples is empty: give at least one pair (positive, negative)")
 
 
-def _paired(part: LayerRows, first: int) -> _PairedRows:
-    """Prompt 2n of a window is the positive side of its n-th sample, prompt 2n + 1 the negative one."""
-    sides = [_SIDES[prompt % 2] for prompt in part.prompts]
-    return _PairedRows(part.layer, part.rows, sides, [first + prompt // 2 for prompt in part.prompts])
+def _by_side(part: LayerRows) -> Iterator[tuple[Side, list[int], list[int]]]:
+    """For each side that has some, which rows are its own, and their samples' numbers."""
+    for n, side in enumerate(_SIDES):
+        own = [row for row, prompt in enumerate(part.prompts) if prompt % 2 == n]
+        if own:
+            yield side, own, [part.prompts[row] // 2 for row in own]
 
 
 def _digest(prompts: Sequence[ReadPrompt]) -> str:
@@ -303,14 +286,10 @@ def _prompts_of(reading: Reading, number: int, sample: Any) -> list[ReadPrompt]:
     pair = _as_sample(number, sample)
     texts = (pair.positive_str, pair.negative_str)
     indices = (pair.read_positive_token_index, pair.read_negative_token_index)
-    prompts = []
-    for side, text, index in zip(_SIDES, texts, indices, strict=True):
-        try:
-            prompts.append(reading(text, index))
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"sample {number}, {side} side: {error}") from error
-    return prompts
+    return [
+        reading(text, index, name=f"sample {number}, {side} side")
+        for side, text, index in zip(_SIDES, texts, indices, strict=True)
+    ]
 
 
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:

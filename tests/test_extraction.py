@@ -17,7 +17,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from steering_vectors import SteeringVector
+from steering_vectors import SteeringVector, at
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
@@ -62,7 +62,7 @@ def extract_rows(
 
 
 def check_causal(model: nn.Module, modules: dict[int, nn.Module], input_ids: list[int]) -> None:
-    Extractor(model, modules, batch_size=1).check_causal(input_ids)
+    list(Extractor(model, modules, batch_size=1)(last([input_ids])))
 
 
 def rows_by_prompt(parts: Iterator[LayerRows]) -> dict[tuple[int, int], Tensor]:
@@ -311,7 +311,7 @@ PACKED_ON_TRANSFORMERS_4 = {
 }
 
 
-def ways_of(extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def ways_of(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Fills with whether each pass that counted ran packs."""
     ways: list[bool] = []
     run = Extractor._run_at_once
@@ -333,7 +333,7 @@ class TestPacks:
     ) -> None:
         model = tiny.shared(architecture)
         extractor = Extractor(model, modules_of(model), batch_size=batch_size)
-        ways = ways_of(extractor, monkeypatch)
+        ways = ways_of(monkeypatch)
         rows = rows_by_prompt(extractor(last(SHARING)))
         for number, prompt in enumerate(SHARING):
             for layer, expected in enumerate(tiny.hidden_states(model, prompt)):
@@ -356,7 +356,7 @@ class TestPacks:
 
         monkeypatch.setattr(extraction, "attention_masks", causal)
         extractor = Extractor(model, modules_of(model), batch_size=8)
-        ways = ways_of(extractor, monkeypatch)
+        ways = ways_of(monkeypatch)
         rows = rows_by_prompt(extractor(last(SHARING)))
         assert not any(ways)
         for number, prompt in enumerate(SHARING):
@@ -369,9 +369,12 @@ class TestPacks:
         monkeypatch.setattr(attention, "_window", lambda config: None)
         model = tiny.build("mistral", sliding_window=12)
         extractor = Extractor(model, modules_of(model), batch_size=8)
+        ways = ways_of(monkeypatch)
         short = [prompt[-5:] for prompt in SHARING] + [[7, 8, 9, 1], [7, 8, 9, 2]]
-        for prompts in (short, [*short, *SHARING]):
+        for prompts, packed in ((short, True), ([*short, *SHARING], False)):
+            ways.clear()
             rows = rows_by_prompt(extractor(last(prompts)))
+            assert ways[-1] == packed
             for number, prompt in enumerate(prompts):
                 expected = tiny.hidden_states(model, prompt)[2][-1]
                 torch.testing.assert_close(rows[2, number], expected, atol=2e-5, rtol=1e-4)
@@ -409,7 +412,8 @@ class TestPacks:
     @pytest.mark.parametrize("architecture", ["llama", "mamba"])
     def test_full_memory_halves_a_pass_and_nothing_is_lost(self, architecture: str, limit: int) -> None:
         model = tiny.build(architecture)
-        expected = rows_by_prompt(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+        extractor = Extractor(model, modules_of(model), batch_size=8)
+        expected = rows_by_prompt(extractor(last(SHARING)))
         full = 0
 
         def refuse(_module: nn.Module, args: Any) -> None:
@@ -419,11 +423,51 @@ class TestPacks:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         tiny.blocks(model)[1].register_forward_pre_hook(refuse)
-        rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+        rows = rows_by_prompt(extractor(last(SHARING)))
         assert full
         assert rows.keys() == expected.keys()
         for key, row in expected.items():
             torch.testing.assert_close(rows[key], row, atol=2e-5, rtol=1e-4)
+
+    def test_after_full_memory_later_passes_are_smaller(self) -> None:
+        model = tiny.build("mamba")
+        extractor = Extractor(model, modules_of(model), batch_size=2)
+        prompts = last([[n, 2 * n, 3 * n] for n in range(5, 45)])
+        list(extractor(prompts[:1]))
+        full = 0
+
+        def refuse(_module: nn.Module, args: Any) -> None:
+            nonlocal full
+            if len(args[0]) > 2:
+                full += 1
+                raise RuntimeError(
+                    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB"
+                )
+
+        tiny.blocks(model)[1].register_forward_pre_hook(refuse)
+        assert len(rows_by_prompt(extractor(prompts))) == 3 * len(prompts)
+        assert full == 1
+
+    @pytest.mark.parametrize("index", [0, 2, 3, 20])
+    def test_a_steering_of_some_tokens_is_that_of_each_prompt_alone(self, index: int) -> None:
+        """In a pack a token's column isn't its index: the model is run as its user would."""
+        model = tiny.build("llama")
+        vector = SteeringVector({0: torch.full((tiny.HIDDEN,), 3.0)})
+        with vector.apply(model, tokens=at([index])):
+            extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
+            assert [way.module for way in extractor._ways] == [model]
+            rows = rows_by_prompt(extractor(last(SHARING)))
+
+        def steer(_module: nn.Module, _args: Any, output: Any) -> Any:
+            state = output if isinstance(output, Tensor) else output[0]
+            steered = state.clone()
+            steered[:, index : index + 1] += 3
+            return steered if isinstance(output, Tensor) else (steered, *output[1:])
+
+        tiny.blocks(model)[0].register_forward_hook(steer)
+        for number, prompt in enumerate(SHARING):
+            expected = tiny.hidden_states(model, prompt)[1][-1]
+            torch.testing.assert_close(rows[1, number], expected, atol=2e-5, rtol=1e-4)
 
     def test_memory_that_is_too_small_for_one_prompt_is_an_error(self) -> None:
         model = tiny.build("llama")

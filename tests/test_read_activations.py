@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from steering_vectors import SteeringVector, extract_activations, from_index, read_activations
+from steering_vectors import SteeringVector, completion, extract_activations, from_index, read_activations
 from tests import tiny
 
 TEXTS = ["I love it", "I hate it", "I", "You"]
@@ -39,6 +39,17 @@ def test_rows_are_those_that_training_reads_also_under_a_steering() -> None:
             rows = read_activations(model, tokenizer, [*(p for p, _ in pairs), *(n for _, n in pairs)], layers=[1])
         expected = torch.cat([*positive[1], *negative[1]])
         torch.testing.assert_close(rows[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chats_are_read_as_in_training() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer(chat_template=tiny.CHATML)
+    chats = [
+        [{"role": "user", "content": "How?"}, {"role": "assistant", "content": said}] for said in ("Well.", "Ill!")
+    ]
+    for tokens in (None, completion()):
+        positive, negative = extract_activations(model, tokenizer, [tuple(chats)], layers=[1], tokens=tokens)
+        rows = read_activations(model, tokenizer, chats, layers=[1], tokens=tokens)
+        torch.testing.assert_close(rows[1], torch.cat([*positive[1], *negative[1]]), atol=1e-5, rtol=1e-5)
 
 
 def test_half_precision_gives_float32() -> None:

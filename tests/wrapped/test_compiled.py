@@ -314,7 +314,7 @@ class TestOneGraph:
     def test_two_steerings_and_another_direction_are_followed(self) -> None:
         compiled = whole_in_one_graph(tiny.build("llama"))
         other = SteeringVector({0: torch.linspace(-3, 3, tiny.HIDDEN), LAYER: torch.linspace(2, 1, tiny.HIDDEN)})
-        for vectors in ([some_vector()], [other], [some_vector(), other], [other, some_vector()], [other]):
+        for vectors in ([some_vector()], [other], [some_vector(), other], [other, some_vector()]):
             with ExitStack() as stack:
                 for model in (bare(), compiled):
                     for vector in vectors:

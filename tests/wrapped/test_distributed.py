@@ -1,9 +1,12 @@
 """DistributedDataParallel, and Hugging Face's tensor parallelism, in processes that talk over gloo."""
 
+import io
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from steering_vectors import (
     SteeringVector,
@@ -143,19 +147,6 @@ WITH_DATA_PARALLELISM = (
 )
 
 
-@pytest.fixture(scope="module")
-def errors_with_data_parallelism(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_checks(tmp_path_factory.mktemp("ddp"), 2, wrapped_for_data_parallelism, WITH_DATA_PARALLELISM)
-
-
-@pytest.mark.xdist_group("two processes")
-@pytest.mark.parametrize("check", WITH_DATA_PARALLELISM, ids=lambda check: check.__name__)
-def test_distributed_data_parallel_in_two_processes(
-    errors_with_data_parallelism: dict[str, str], check: Callable[..., None]
-) -> None:
-    assert errors_with_data_parallelism[check.__name__] == ""
-
-
 PAIRS: list[Any] = [(f"I love number {n}, it is {'so ' * (n % 3)}good", f"I hate number {n}") for n in range(7)]
 SHARED: dict[str, Any] = {"layers": [0, -1], "batch_size": 2}
 
@@ -166,7 +157,7 @@ def together(samples: Any, model: Any = None, **kwargs: Any) -> SteeringVector:
     return train_steering_vector(model, tiny.tokenizer(), samples, **{**SHARED, "process_group": group, **kwargs})
 
 
-def processes_together_give_one_processes_vector(_ddp: Any) -> None:
+def processes_together_give_one_processes_vector() -> None:
     for aggregator in (mean_aggregator(), pca_aggregator(), lambda p, n: (p - n).median(dim=0).values):
         alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), PAIRS, aggregator=aggregator, **SHARED)
         for samples in (PAIRS, iter(PAIRS)):
@@ -175,29 +166,50 @@ def processes_together_give_one_processes_vector(_ddp: Any) -> None:
             )
 
 
-def fewer_pairs_than_processes_are_no_matter(_ddp: Any) -> None:
+def fewer_pairs_than_processes_are_no_matter() -> None:
     alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), PAIRS[:1], **SHARED)
     assert_vectors_close(together(PAIRS[:1]), alone.layer_activations, atol=1e-6, rtol=1e-5)
 
 
-def each_process_runs_its_share_alone(_ddp: Any) -> None:
-    model, ran = tiny.build("llama"), []
-    model.model.layers[0].register_forward_pre_hook(lambda _m, args: ran.append(args[0].shape[1]))
-    together(PAIRS, model, batch_size=64)
-    alone = tiny.build("llama"), []  # type: ignore[var-annotated]
-    alone[0].model.layers[0].register_forward_pre_hook(lambda _m, args: alone[1].append(args[0].shape[1]))
-    train_steering_vector(alone[0], tiny.tokenizer(), PAIRS, layers=[0, -1], batch_size=64)
-    assert max(ran) < max(alone[1])
+def each_process_runs_its_share_alone_and_one_shows_the_bar() -> None:
+    bars: list[bool] = []
 
+    def noted(**kwargs: Any) -> Any:
+        bars.append(not kwargs["disable"])
+        return tqdm(**kwargs, file=io.StringIO())
 
-def other_samples_in_one_process_are_an_error_in_all(_ddp: Any) -> None:
+    tokens = []
+    for group in (torch.distributed.group.WORLD, None):
+        model = tiny.build("llama")
+        seen: set[int] = set()
+        model.model.embed_tokens.register_forward_pre_hook(
+            lambda _m, args, seen=seen: seen.update(args[0].flatten().tolist())
+        )
+        # The prompts are token ids, of which each pair has its own.
+        pairs = [([1, 10 + 2 * n], [1, 11 + 2 * n]) for n in range(7)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["steering_vectors.train_steering_vector"], "tqdm", noted)
+            together(pairs, model, process_group=group, show_progress=True)
+        tokens.append(seen - {1})
     rank = torch.distributed.get_rank()
-    for samples in (PAIRS[rank:], PAIRS[: 7 - rank], [*PAIRS[:-1], ("good", f"bad {rank}")]):
-        with pytest.raises(RuntimeError, match="were given different samples"):
-            together(samples)
+    assert tokens == [set(range(10, 16)) if rank == 0 else set(range(16, 24)), set(range(10, 24))]
+    assert bars == [rank == 0, True]
 
 
-def a_failure_in_one_process_fails_all_with_its_words(_ddp: Any) -> None:
+def other_samples_in_one_process_are_an_error_in_all() -> None:
+    rank = torch.distributed.get_rank()
+    training = sys.modules["steering_vectors.train_steering_vector"]
+    for window in (4096, 3):  # with the small one, the processes have other numbers of windows
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "WINDOW", window)
+            for samples in (PAIRS[rank:], PAIRS[: 6 - 3 * rank], [*PAIRS[:-1], ("good", f"bad {rank}")]):
+                with pytest.raises(RuntimeError, match="were given different samples"):
+                    together(samples)
+    with pytest.raises((RuntimeError, ValueError), match="training_samples is empty"):
+        together(PAIRS[: 7 * rank])
+
+
+def a_failure_in_one_process_fails_all_with_its_words() -> None:
     rank = torch.distributed.get_rank()
 
     def failing(_module: Any, _args: Any) -> None:
@@ -216,21 +228,10 @@ def a_failure_in_one_process_fails_all_with_its_words(_ddp: Any) -> None:
 WITH_A_PROCESS_GROUP = (
     processes_together_give_one_processes_vector,
     fewer_pairs_than_processes_are_no_matter,
-    each_process_runs_its_share_alone,
+    each_process_runs_its_share_alone_and_one_shows_the_bar,
     other_samples_in_one_process_are_an_error_in_all,
     a_failure_in_one_process_fails_all_with_its_words,
 )
-
-
-@pytest.fixture(scope="module")
-def errors_with_a_process_group(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_checks(tmp_path_factory.mktemp("group"), 2, wrapped_for_data_parallelism, WITH_A_PROCESS_GROUP)
-
-
-@pytest.mark.xdist_group("two processes")
-@pytest.mark.parametrize("check", WITH_A_PROCESS_GROUP, ids=lambda check: check.__name__)
-def test_training_in_two_processes(errors_with_a_process_group: dict[str, str], check: Callable[..., None]) -> None:
-    assert errors_with_a_process_group[check.__name__] == ""
 
 
 def block_outputs_are_whole_on_each_rank(model: Any, bare: Any) -> None:
@@ -301,27 +302,16 @@ WITH_TENSOR_PARALLELISM = (
 )
 
 
-@pytest.fixture(scope="module")
-def errors_with_tensor_parallelism(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    tiny.build("llama", **IN_THREE).save_pretrained(folder / "model")
-    return run_checks(folder, 3, sharded_and_whole, WITH_TENSOR_PARALLELISM)
-
-
-@pytest.mark.xdist_group("three processes")
-@pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="transformers 4.46 shards no Llama on CPUs")
-@pytest.mark.parametrize("check", WITH_TENSOR_PARALLELISM, ids=lambda check: check.__name__)
-def test_tensor_parallelism_in_three_processes(
-    errors_with_tensor_parallelism: dict[str, str], check: Callable[..., None]
-) -> None:
-    assert errors_with_tensor_parallelism[check.__name__] == ""
-
-
-def wrapped_for_data_parallelism(_folder: Path) -> list[Any]:
+def _wrapped(_folder: Path) -> list[Any]:
     return [DistributedDataParallel(tiny.build("llama")).eval()]
 
 
-def sharded_and_whole(folder: Path) -> list[Any]:
+def _nothing(_folder: Path) -> list[Any]:
+    """With a DistributedDataParallel in it, PyTorch may wait for itself when the process ends."""
+    return []
+
+
+def _sharded_and_whole(folder: Path) -> list[Any]:
     """The model in ``folder``, shared among the ranks, and the whole of it in each."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -334,11 +324,43 @@ def sharded_and_whole(folder: Path) -> list[Any]:
     return models
 
 
-def run_checks(
-    folder: Path, ranks: int, build: Callable[[Path], list[Any]], checks: tuple[Callable[..., None], ...]
-) -> dict[str, str]:
-    """What went wrong in each check, in so many processes that each call it with what ``build`` gives."""
-    torch.multiprocessing.spawn(_rank, args=(folder, ranks, build, checks), nprocs=ranks)
+# How many processes, what each builds, and the checks that each runs with it.
+SETTINGS: dict[str, tuple[int, Callable[[Path], list[Any]], tuple[Callable[..., None], ...]]] = {
+    "data parallelism": (2, _wrapped, WITH_DATA_PARALLELISM),
+    "a process group": (2, _nothing, WITH_A_PROCESS_GROUP),
+    "tensor parallelism": (3, _sharded_and_whole, WITH_TENSOR_PARALLELISM),
+}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """For a setting, what went wrong in each check; its processes run once."""
+
+    @cache
+    def of(setting: str) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("processes")
+        if setting == "tensor parallelism":
+            tiny.build("llama", **IN_THREE).save_pretrained(folder / "model")
+        return run_checks(folder, setting)
+
+    return of
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("setting", "check"),
+    [(setting, check.__name__) for setting, (_, _, checks) in SETTINGS.items() for check in checks],
+)
+def test_in_several_processes(errors: Callable[[str], dict[str, str]], setting: str, check: str) -> None:
+    if setting == "tensor parallelism" and tiny.ON_TRANSFORMERS_4:
+        pytest.skip("transformers 4.46 shards no Llama on CPUs")
+    assert errors(setting)[check] == ""
+
+
+def run_checks(folder: Path, setting: str) -> dict[str, str]:
+    """What went wrong in each check of a setting, by the check's name."""
+    ranks, _, checks = SETTINGS[setting]
+    torch.multiprocessing.spawn(_rank, args=(folder, setting), nprocs=ranks)
     return {
         check.__name__: "\n".join(
             f"rank {rank}: {error}" for rank in range(ranks) if (error := errors_file(folder, check, rank).read_text())
@@ -347,7 +369,8 @@ def run_checks(
     }
 
 
-def _rank(rank: int, folder: Path, ranks: int, build: Callable[[Path], list[Any]], checks: Any) -> None:
+def _rank(rank: int, folder: Path, setting: str) -> None:
+    ranks, build, checks = SETTINGS[setting]
     torch.set_num_threads(1)
     for check in checks:
         errors_file(folder, check, rank).write_text("was not reached")
