@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steering_vectors import SteeringVector, train_steering_vector
+from steering_vectors import SteeringVector, pca_aggregator, train_steering_vector
 
 if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
     from steering_vectors._extraction import Extractor
@@ -46,26 +46,7 @@ def choices(file: Path | None, tokenizer: Any, count: int) -> Pairs:
         asked = [(i["question"], i["answer_matching_behavior"], i["answer_not_matching_behavior"]) for i in items]
     else:
         draw = random.Random(0)
-        words = [
-            "I",
-            "think",
-            "that",
-            "people",
-            "who",
-            "read",
-            "old",
-            "books",
-            "about",
-            "ships",
-            "and",
-            "rivers",
-            "often",
-            "say",
-            "so",
-            "in",
-            "the",
-            "town",
-        ]
+        words = ["people", "who", "read", "old", "books", "about", "ships", "often", "say", "so", "in", "the", "town"]
         asked = []
         for number in range(count):
             claim = " ".join(draw.choices(words, k=60))
@@ -84,28 +65,7 @@ def personas(_tokenizer: Any, count: int) -> Pairs:
     """A persona in the request × the beginnings of sentences, word by word."""
     draw = random.Random(1)
     starts = ["I went to", "Last year the", "My friends say", "When it rains", "Nobody told me", "The house was"]
-    rest = [
-        "a",
-        "long",
-        "way",
-        "over",
-        "the",
-        "hill",
-        "until",
-        "we",
-        "found",
-        "what",
-        "had",
-        "been",
-        "lost",
-        "for",
-        "so",
-        "many",
-        "years",
-        "in",
-        "the",
-        "garden",
-    ]
+    rest = ["a", "long", "way", "over", "hills", "until", "we", "found", "what", "was", "lost", "for", "many", "years"]
     pairs: Pairs = []
     while len(pairs) < count:
         sentence = [*draw.choice(starts).split(), *draw.choices(rest, k=draw.randint(4, 12))]
@@ -275,7 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--personas", type=int, default=1000)
-    parser.add_argument("--only", nargs="*", default=["choices", "personas", "unrelated", "limit", "memory"])
+    parser.add_argument("--only", nargs="*", default=["choices", "personas", "unrelated", "pca", "limit", "memory"])
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -297,6 +257,13 @@ def compare(options: argparse.Namespace) -> None:
         faster("unrelated", options, model, tokenizer, unrelated(tokenizer, 16), None)
         with rows_only():
             faster("without packs", options, model, tokenizer, asked[:24], None)
+    if "pca" in options.only:
+        differences = torch.randn(1000, 2048, generator=torch.Generator().manual_seed(0)) + 0.1
+        args = (differences, torch.zeros_like(differences))
+        doubled = torch.cat([differences, -differences])
+        times, slow, fast = ratio(lambda: torch.svd(doubled), partial(pca_aggregator(), *args), 5)
+        print(f"pca_aggregator, 1,000 pairs x 2,048: {times:.1f} x faster than torch.svd of the doubled data", end=" ")
+        print(f"({slow:.3f} s, ours {fast:.3f} s)")
     if "limit" in options.only:
         for layers in (None, middle):
             args = (model, tokenizer, asked, layers, 4)

@@ -89,7 +89,7 @@ def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     Arguments that the model's forward method doesn't know are left out.
     """
     known: set[str] = set()
-    for module in pass_modules(configured(model)):
+    for module in pass_modules(model):
         parameters = inspect.signature(module.forward).parameters
         known |= parameters.keys()
         # A wrapper such as PEFT's hands on what it doesn't know itself.

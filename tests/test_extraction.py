@@ -480,6 +480,30 @@ class TestPacks:
             list(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
 
 
+class TestWrappers:
+    def test_a_wrapper_that_changes_what_the_decoder_gets_is_read_through(self) -> None:
+        class Shifted(nn.Module):
+            def __init__(self, model: Any) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+                embeddings = self.model.get_input_embeddings()(input_ids) + 1
+                return self.model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+
+        wrapped = Shifted(tiny.build("llama"))
+        rows = rows_by_prompt(Extractor(wrapped, modules_of(wrapped), batch_size=8)(last(SHARING)))
+        for number, prompt in enumerate(SHARING):
+            kept: list[Tensor] = []
+            handle = tiny.blocks(wrapped.model)[2].register_forward_hook(
+                lambda _m, _a, output, kept=kept: kept.append(output if isinstance(output, Tensor) else output[0])
+            )
+            with torch.no_grad():
+                wrapped(torch.tensor([prompt]))
+            handle.remove()
+            torch.testing.assert_close(rows[2, number], kept[0][0, -1], atol=2e-5, rtol=1e-4)
+
+
 class TestRopeThatDependsOnLength:
     @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
     @pytest.mark.parametrize("batch_size", [1, 8])
