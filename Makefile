@@ -10,7 +10,7 @@ MODEL ?=
 OLDEST = transformers==4.46.3
 PIP_FLAGS = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-architectures test-wheel docs lint types format clean
+.PHONY: help demo test test-oldest test-architectures test-quantized test-wheel docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -26,6 +26,10 @@ test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the old
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
+
+test-quantized: $(VENV)/.installed ## models in four and eight bits, by bitsandbytes and torchao
+	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt bitsandbytes torchao
+	@$(VENV)/bin/python -m pytest tests/wrapped/test_quantized.py -q
 
 test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it away from the source
 	@echo "Building the wheel and installing it with its dependencies into $(VENV_WHEEL); this takes a minute ..."

@@ -115,8 +115,9 @@ class _Steered:
     It stands on the module itself, where torch.compile sees what compiled code depends on.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, original: "_Steered | None") -> None:
         self.module = weakref.ref(module)
+        self.original = original  # what steers the module that this one is a copy of
         self.changes: tuple[Change, ...] = ()
         # First, so that whoever captures the output later sees what was steered. A copy of a steered model has it.
         is_copy = _steer in module._forward_hooks.values()
@@ -151,13 +152,15 @@ class _AttachedChange:
                 if steered.hook is not None:
                     steered.hook.remove()
                 del module.__dict__[_ATTRIBUTE]
+                if steered.original is not None:
+                    module.__dict__[_ATTRIBUTE] = steered.original
 
 
 def attach_change(module: nn.Module, change: Change) -> _AttachedChange:
     with _LOCK:
         steered = module.__dict__.get(_ATTRIBUTE)
         if steered is None or steered.module() is not module:
-            steered = module.__dict__[_ATTRIBUTE] = _Steered(module)
+            steered = module.__dict__[_ATTRIBUTE] = _Steered(module, original=steered)
         steered.changes = (*steered.changes, change)
     return _AttachedChange(weakref.ref(module), change)
 
@@ -165,7 +168,9 @@ def attach_change(module: nn.Module, change: Change) -> _AttachedChange:
 def changes_of(module: nn.Module) -> tuple[Change, ...]:
     """The changes that are made to the module's output, in the order in which they were entered."""
     steered: _Steered | None = module.__dict__.get(_ATTRIBUTE)
-    return () if steered is None else steered.changes
+    if steered is None:
+        return ()
+    return steered.changes if steered.original is None else (*steered.original.changes, *steered.changes)
 
 
 def width_message(width: int, layer: int, layer_width: int) -> str:

@@ -7,12 +7,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from steering_vectors._arguments import is_whole_number
 from steering_vectors._extraction import Extractor, ReadPrompt
 from steering_vectors._model_structure import is_encoder_decoder, takes_tokens_again
 from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._steering import check_not_steered_by_row
 from steering_vectors._token_indices import TokenSelection, as_selector
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_model, find_layers, is_layer_number
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_model, find_layers
 from steering_vectors.token_selection import TokenPositions, selected
 
 # How many pairs are tokenized, and run in the order that suits the model, at a time.
@@ -34,7 +35,7 @@ def extractor_for(
     kind = type(model).__name__
     if is_encoder_decoder(model):
         raise ValueError(f"{kind} is an encoder-decoder model; steering vectors are trained on decoder-only ones")
-    if not is_layer_number(batch_size) or batch_size < 1:
+    if not is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     found = find_layers(model, layer_type, layer_config)
     modules = {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
@@ -75,7 +76,7 @@ class Reading:
         index: Any = self._index if own_index is None else own_index
         if callable(index):
             index = index(encoded.text)
-        if not is_layer_number(index):
+        if not is_whole_number(index):
             raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
         position, length = as_index(index), len(encoded.input_ids)
         if not -length <= position < length:
@@ -95,8 +96,8 @@ class Reading:
             begins_sequence=True,
         )
         weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError(f"tokens={self._selector!r} gave weights that are negative or not finite")
+        if not bool((weights >= 0).all()):
+            raise ValueError(f"tokens={self._selector!r} gave negative weights, which make no mean")
         chosen = weights.nonzero().squeeze(1).tolist()
         if not chosen:
             raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from steering_vectors._callables import check_takes
+from steering_vectors._arguments import check_takes
 from steering_vectors.token_selection import (
     KnownSelector,
     Selector,
@@ -87,6 +87,9 @@ class _Indices(KnownSelector):
     def counts_from_end(self) -> bool:
         return min(self.indices, default=0) < 0
 
+    def __repr__(self) -> str:
+        return str(list(self.indices))
+
     def __call__(self, positions: TokenPositions) -> Tensor:
         own = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
         return own | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
@@ -103,6 +106,9 @@ class _Slice(KnownSelector):
     @property
     def counts_from_end(self) -> bool:
         return min(self.start or 0, self.stop or 0) < 0
+
+    def __repr__(self) -> str:
+        return repr(slice(self.start, self.stop, self.step))
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         own, from_end = positions.index, _from_end(positions)

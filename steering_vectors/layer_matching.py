@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
+from steering_vectors._arguments import is_whole_number
 from steering_vectors._model_structure import decoder_blocks, known_templates, list_paths, part_path
 
 LayerType: TypeAlias = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
@@ -32,7 +33,7 @@ class Layers:
         """
         if layers is None:
             return sorted(self.names)
-        asked = [layers] if is_layer_number(layers) else layers
+        asked = [layers] if is_whole_number(layers) else layers
         if not isinstance(asked, Iterable) or isinstance(asked, (str, bytes)):
             raise TypeError(f"layers must be a layer number or several of them, got {layers!r}")
         numbers = sorted({self.number(layer) for layer in asked})
@@ -42,7 +43,7 @@ class Layers:
 
     def number(self, layer: Any) -> int:
         """One layer as a number from 0. Raises as :meth:`numbers`."""
-        if not is_layer_number(layer):
+        if not is_whole_number(layer):
             raise TypeError(f"a layer is told by a whole number, got {layer!r}")
         given = as_index(layer)
         number = given + self.count if given < 0 else given
@@ -121,8 +122,8 @@ def guess_and_enhance_layer_config(
 ) -> ModelLayerConfig:
     """A copy of ``layer_config`` with matchers for the layer types that it lacks, or for ``layer_type`` alone.
 
-    Types that the model hasn't, or that can't be told, stay absent. Errors are those of ``find_layers`` but for
-    that.
+    Types that the model hasn't, or that can't be told, stay absent. Raises TypeError for what is no model or no
+    mapping, and ValueError for an unknown layer type.
 
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")
     {'mlp': 'transformer.h.{num}.mlp'}
@@ -148,15 +149,6 @@ def check_model(model: object) -> None:
         return
     advice = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
     raise TypeError(f"model must be a torch.nn.Module such as a Hugging Face model, got {type(model).__name__}{advice}")
-
-
-def is_layer_number(value: object) -> bool:
-    """Whether ``value`` is one whole number, of Python's or of an array library's."""
-    try:
-        as_index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return not isinstance(value, bool)
 
 
 def check_layer_type(layer_type: object) -> None:

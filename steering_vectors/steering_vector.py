@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._callables import check_takes
+from steering_vectors._arguments import check_takes, is_whole_number
 from steering_vectors._changes import width_message
 from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
 from steering_vectors._steering import Steering, SteeringContext, SteeringPatchHandle, as_multiplier
@@ -17,7 +17,6 @@ from steering_vectors.layer_matching import (
     ModelLayerConfig,
     check_layer_type,
     find_layers,
-    is_layer_number,
 )
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator
 
@@ -155,7 +154,7 @@ class SteeringVector:
             start = first if layers.start is None else layers.start
             stop = last + 1 if layers.stop is None else layers.stop
             return list(range(start, stop, 1 if layers.step is None else layers.step))
-        numbers = [layers] if is_layer_number(layers) else list(layers)
+        numbers = [layers] if is_whole_number(layers) else list(layers)
         return [_layer_number(layer) for layer in dict.fromkeys(numbers)]
 
     # The signatures of torch.Tensor.to.
@@ -270,7 +269,7 @@ def _checked(layer_activations: object) -> dict[int, Tensor]:
 
 
 def _layer_number(layer: Any) -> int:
-    if not is_layer_number(layer):
+    if not is_whole_number(layer):
         raise TypeError(f"a layer is told by a whole number, got {layer!r}")
     return int(layer)
 

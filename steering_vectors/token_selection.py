@@ -12,6 +12,8 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 from torch import Tensor
 
+from steering_vectors._arguments import is_whole_number
+
 
 @dataclass(frozen=True, eq=False)
 class TokenPositions:
@@ -94,7 +96,7 @@ def prompted(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> S
     >>> prompted(3)(TokenPositions(index=torch.arange(5)[None], column=torch.arange(5)))
     tensor([[ True,  True, False, False, False]])
     """
-    return _Prompted(_prompt(inputs, "prompted"))
+    return _Generated(_prompt(inputs, "prompted"), before=True)
 
 
 def completion() -> Selector:
@@ -113,7 +115,7 @@ def completion() -> Selector:
 def selected(selector: Selector, positions: TokenPositions) -> Tensor:
     """What ``selector`` says of ``positions``: a bool mask or float weights, ``(batch, seq)``.
 
-    Raises TypeError or ValueError if it gives anything else.
+    Raises TypeError or ValueError if it gives anything else. Weights that aren't finite are noticed on the CPU only.
     """
     weights = selector(positions)
     if not isinstance(weights, Tensor):
@@ -123,7 +125,12 @@ def selected(selector: Selector, positions: TokenPositions) -> Tensor:
             f"the selector {selector!r} gave a tensor of shape {tuple(weights.shape)}, "
             f"expected (batch, seq) = {tuple(positions.index.shape)}"
         )
-    if weights.dtype is torch.bool or weights.dtype.is_floating_point:
+    if weights.dtype is torch.bool:
+        return weights
+    if weights.dtype.is_floating_point:
+        # On another device to look at them would wait for it.
+        if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
+            raise ValueError(f"the selector {selector!r} gave weights that are NaN or infinite")
         return weights
     if weights.dtype.is_complex:
         raise TypeError(f"the selector {selector!r} gave complex numbers, expected a mask or real weights")
@@ -220,10 +227,14 @@ class _At(KnownSelector):
 
 @dataclass(frozen=True)
 class _Generated(KnownSelector):
+    """The own tokens from each prompt's last one on, or with ``before`` those before it."""
+
     prompt: _Prompt | None
+    before: bool = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
-        return positions.index >= _prompt_length(self.prompt, positions, "generated") - 1
+        last = _prompt_length(self.prompt, positions, self._name) - 1
+        return (positions.index >= 0) & (positions.index < last) if self.before else positions.index >= last
 
     @property
     def rows(self) -> int:
@@ -233,27 +244,12 @@ class _Generated(KnownSelector):
     def needs_prompt_length(self) -> bool:
         return self.prompt is None
 
-    def __repr__(self) -> str:
-        return f"generated({'' if self.prompt is None else _short(self.prompt.lengths)})"
-
-
-@dataclass(frozen=True)
-class _Prompted(KnownSelector):
-    prompt: _Prompt | None
-
-    def __call__(self, positions: TokenPositions) -> Tensor:
-        return (positions.index >= 0) & (positions.index < _prompt_length(self.prompt, positions, "prompted") - 1)
-
     @property
-    def rows(self) -> int:
-        return 1 if self.prompt is None else len(self.prompt.lengths)
-
-    @property
-    def needs_prompt_length(self) -> bool:
-        return self.prompt is None
+    def _name(self) -> str:
+        return "prompted" if self.before else "generated"
 
     def __repr__(self) -> str:
-        return f"prompted({'' if self.prompt is None else _short(self.prompt.lengths)})"
+        return f"{self._name}({'' if self.prompt is None else _short(self.prompt.lengths)})"
 
 
 @dataclass(frozen=True)
@@ -288,7 +284,7 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
             f"{selector}(inputs) got a bare tensor, which may be token ids or a mask: give what goes into "
             f"model.generate, a mapping with attention_mask, or the prompts' lengths as an int or a list"
         )
-    if isinstance(inputs, (str, bytes)) or not (_isinteger(inputs) or isinstance(inputs, Sequence)):
+    if isinstance(inputs, (str, bytes)) or not (is_whole_number(inputs) or isinstance(inputs, Sequence)):
         raise TypeError(
             f"{selector}(inputs) takes a mapping with attention_mask, or the prompts' lengths as an int or a list, "
             f"got {type(inputs).__name__}"
@@ -341,7 +337,7 @@ def is_one_of(values: Tensor, numbers: tuple[int, ...]) -> Tensor:
 
 def _own_indices(n: int | Sequence[int], selector: str) -> int | tuple[int, ...]:
     numbers: int | tuple[int, ...]
-    if isinstance(n, Iterable) and not _isinteger(n):
+    if isinstance(n, Iterable) and not is_whole_number(n):
         numbers = tuple(integer(i, selector) for i in n)
     else:
         numbers = integer(n, selector)
@@ -359,18 +355,9 @@ def integer(value: object, what: str) -> int:
     """``value`` as an int. Raises TypeError unless it is one whole number."""
     if isinstance(value, bool):
         raise TypeError(f"{what} takes token indices, got {value}; for a mask, give a tensor")
-    if not _isinteger(value):
+    if not is_whole_number(value):
         raise TypeError(f"{what} takes whole numbers, got {value!r}")
     return operator.index(value)  # type: ignore[arg-type]
-
-
-def _isinteger(value: object) -> bool:
-    """Whether ``value`` is one whole number; arrays and tensors claim to be, and are if they hold just one."""
-    try:
-        operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True
 
 
 def _rows_tensor(rows: Any) -> Tensor:

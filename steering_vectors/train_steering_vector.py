@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steering_vectors._callables import check_takes
+from steering_vectors._arguments import check_takes
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
 from steering_vectors._processes import ElsewhereError, Processes
 from steering_vectors._prompts import Prompt, PromptTokenizer

@@ -1432,6 +1432,16 @@ class TestCopies:
             assert torch.equal(logits(twin), steered)
         assert active_patches(twin) == []
 
+    def test_a_copy_steered_within_the_block_has_both_steerings(self, model: PreTrainedModel) -> None:
+        with vector().apply(model), vector().apply(model):
+            twice = logits(model)
+        with vector().apply(model):
+            once, twin = logits(model), copy.deepcopy(model)
+            with vector().apply(twin):
+                assert torch.equal(logits(twin), twice)
+            assert torch.equal(logits(twin), once)
+            assert torch.equal(logits(model), once)
+
     def test_a_state_dict_taken_within_a_block_is_the_model_s(self, model: PreTrainedModel) -> None:
         before = model.state_dict()
         with vector().apply(model):

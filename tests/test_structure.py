@@ -24,7 +24,7 @@ MOST_LINES_OF_A_FUNCTION = 40
 RANKS: dict[int, list[str]] = {
     0: [
         *("layer_matching", "token_selection", "_positions", "_hooks", "torch_utils", "_storage", "_statistics"),
-        *("_prompt_tree", "_model_structure", "_attention", "_callables"),
+        *("_prompt_tree", "_model_structure", "_attention", "_arguments"),
     ],
     1: ["record_activations", "steering_operators", "_prompts", "_passes", "_running", "_token_indices"],
     2: ["_changes", "_steering", "_extraction", "_processes", "aggregators", "ablate_everywhere"],

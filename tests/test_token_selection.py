@@ -272,6 +272,10 @@ class TestMasks:
         mask.zero_()
         assert selector(whole_rows(1, 2).positions()).tolist() == [[True, False]]
 
+    @pytest.mark.parametrize("selection", [[1, -1], slice(1, None, 2)], ids=repr)
+    def test_lists_and_slices_are_shown_as_they_were_given(self, selection: Any) -> None:
+        assert eval(repr(as_selector(selection))) == selection
+
     def test_the_repr_tells_the_shape(self) -> None:
         assert repr(as_selector(torch.ones(2, 5))) == "mask of shape (2, 5)"
 
@@ -491,6 +495,12 @@ class TestWeights:
     def test_a_selector_that_gives_complex_numbers_is_refused(self) -> None:
         with pytest.raises(TypeError, match="gave complex numbers, expected a mask or real weights"):
             selected(lambda p: torch.ones(2, 3, dtype=torch.complex64), self.positions)
+
+    @pytest.mark.parametrize("number", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite_are_refused(self, number: float) -> None:
+        positions = TokenPositions(index=torch.arange(2)[None], column=torch.arange(2))
+        with pytest.raises(ValueError, match="gave weights that are NaN or infinite"):
+            selected(lambda _positions: torch.tensor([[1.0, number]]), positions)
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

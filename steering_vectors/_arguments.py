@@ -1,6 +1,7 @@
-"""Check the callables that users give: operators, selectors, aggregators."""
+"""Check what users give: whole numbers, and callables such as operators, selectors and aggregators."""
 
 import inspect
+import operator
 
 
 def check_takes(function: object, arguments: int, what: str, example: str) -> None:
@@ -20,3 +21,12 @@ def check_takes(function: object, arguments: int, what: str, example: str) -> No
         ) from error
     except ValueError:  # some functions written in C don't tell
         return
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether ``value`` is one whole number, of Python's or of an array library's; a bool is none."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors claim to be, and are if they hold just one
+        return False
+    return not isinstance(value, bool)
