@@ -23,6 +23,9 @@ from steering_vectors.steering_operators import (
     ablation_operator,
     ablation_then_addition_operator,
     addition_operator,
+    clamp_operator,
+    norm_preserving_operator,
+    rotation_operator,
 )
 from steering_vectors.steering_vector import SteeringPatchHandle, SteeringVector
 from steering_vectors.token_selection import (
@@ -63,6 +66,7 @@ __all__ = [
     "addition_operator",
     "aggregate_activations",
     "at",
+    "clamp_operator",
     "completion",
     "extract_activations",
     "from_index",
@@ -71,10 +75,12 @@ __all__ = [
     "guess_and_enhance_layer_config",
     "logistic_aggregator",
     "mean_aggregator",
+    "norm_preserving_operator",
     "pca_aggregator",
     "prompted",
     "read_activations",
     "record_activations",
+    "rotation_operator",
     "show_versions",
     "train_steering_vector",
 ]

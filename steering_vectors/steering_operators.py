@@ -5,12 +5,15 @@ of a shape that broadcasts to it, both in the activation's dtype, and returns wh
 result is computed for all tokens and added to the selected ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from steering_vectors._arguments import check_takes
 
 PatchDeltaOperator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,6 +54,68 @@ def ablation_then_addition_operator() -> PatchDeltaOperator:
     return _AblationThenAddition()
 
 
+def clamp_operator(min: float | None = None, max: float | None = None) -> PatchDeltaOperator:  # noqa: A002
+    """Bring the activation's projection on the direction between bounds: ``h + (clamp(p) − p)u``, ``p = h·u``.
+
+    ``u`` is the direction at norm 1, ``d / ‖d‖``.
+    The size of the multiplier does nothing here, but whether it is 0; where it is negative, ``u`` points the other way.
+    ``min`` alone lifts what lies below it and leaves the rest, ``max`` alone caps, equal bounds set the projection.
+    They are in the activation's units: see :func:`~steering_vectors.residual_norms`. A direction of zeros changes
+    nothing.
+
+    Raises TypeError for bounds that are no numbers, and ValueError for no bound, for NaN, and where ``min`` is above
+    ``max``.
+
+    Source: for ``min`` alone, steering to a target projection, arXiv 2604.08169.
+
+    >>> clamp_operator(min=1.0)(torch.tensor([[[0.5, 2.0]]]), torch.tensor([3.0, 0.0]))
+    tensor([[[0.5000, 0.0000]]])
+    """
+    bounds = [_bound(name, value) for name, value in (("min", min), ("max", max)) if value is not None]
+    if not bounds:
+        raise ValueError("clamp_operator needs a bound: give min, max or both")
+    if bounds[0] > bounds[-1]:
+        raise ValueError(f"clamp_operator needs min to be at most max, got min={min} and max={max}")
+    return _Clamp(min, max)
+
+
+def rotation_operator(angle: float) -> PatchDeltaOperator:
+    """Turn the activation by ``angle`` radians towards the direction, in the plane of the two; its norm stays.
+
+    ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the part of ``u = d / ‖d‖`` at right angles to ``h``, at norm 1.
+
+    The size of the multiplier does nothing here, but whether it is 0; where it is negative, ``u`` points the other way.
+    An angle beyond the one between the two turns past the direction. Where ``h`` is a multiple of the direction, or
+    one of them is zero, there is no plane, and nothing changes.
+
+    Raises TypeError for an angle that is no number, and ValueError for one that isn't finite.
+
+    Source: rotation that preserves the norm, arXiv 2510.26243 and 2601.19375; there in one plane for all activations.
+
+    >>> rotation_operator(torch.pi / 2)(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
+    tensor([[[ 2., -2.]]])
+    """
+    if not math.isfinite(_number("angle", angle)):
+        raise ValueError(f"the angle of rotation_operator must be finite, got {angle}")
+    return _Rotation(float(angle))
+
+
+def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator:
+    """Bring what another operator gives to the norm that the activation had: ``h′ ‖h‖ / ‖h′‖``.
+
+    ``h′`` is ``h + operator(h, d)``. An activation that the operator would make zero stays as it is.
+
+    Raises TypeError for what can't be called with an activation and a direction.
+
+    Source: arXiv 2606.06735 tells what a steering does to angle and norm apart.
+
+    >>> norm_preserving_operator(addition_operator())(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))
+    tensor([[[ 2., -4.]]])
+    """
+    check_takes(operator, 2, "operator", "addition_operator()")
+    return _NormPreserving(operator)
+
+
 @dataclass(frozen=True)
 class _Addition:
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
@@ -79,12 +144,86 @@ class _AblationThenAddition:
         return "ablation_then_addition_operator()"
 
 
-def _unit(direction: Tensor) -> Tensor:
-    """The direction at norm 1, or zeros for zeros, with finite gradients there too."""
-    wide = direction.to(torch.promote_types(direction.dtype, torch.float32))  # squares overflow float16
-    # Dividing by the largest number first keeps tiny directions from vanishing in their squares.
+@dataclass(frozen=True)
+class _Clamp:
+    min: float | None
+    max: float | None
+
+    def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
+        unit = _unit(_wide(direction))
+        projection = (_wide(activation) * unit).sum(dim=-1, keepdim=True)
+        return ((projection.clamp(self.min, self.max) - projection) * unit).to(activation.dtype)
+
+    def __repr__(self) -> str:
+        bounds = [f"{name}={bound}" for name, bound in (("min", self.min), ("max", self.max)) if bound is not None]
+        return f"clamp_operator({', '.join(bounds)})"
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    angle: float
+
+    def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
+        wide, unit = _wide(activation), _unit(_wide(direction))
+        own = _unit(wide)
+        aside = unit - (unit * own).sum(dim=-1, keepdim=True) * own
+        # Of a direction along the activation only rounding is left, which must not be blown up to a plane.
+        square = (aside * aside).sum(dim=-1, keepdim=True)
+        has_plane = square > (4 * torch.finfo(activation.dtype).eps) ** 2
+        aside = aside * torch.where(has_plane, square, 1).rsqrt()
+        delta = (math.cos(self.angle) - 1) * wide + math.sin(self.angle) * _norm(wide) * aside
+        return torch.where(has_plane, delta, 0).to(activation.dtype)
+
+    def __repr__(self) -> str:
+        return f"rotation_operator({self.angle})"
+
+
+@dataclass(frozen=True)
+class _NormPreserving:
+    operator: PatchDeltaOperator
+
+    def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
+        wide = _wide(activation)
+        steered = wide + self.operator(activation, direction)
+        norm = _norm(steered)
+        delta = _norm(wide) / torch.where(norm > 0, norm, 1) * steered - wide
+        return torch.where(norm > 0, delta, 0).to(activation.dtype)
+
+    def __repr__(self) -> str:
+        return f"norm_preserving_operator({self.operator!r})"
+
+
+def _bound(name: str, value: object) -> float:
+    number = _number(name, value)
+    if math.isnan(number):
+        raise ValueError(f"{name} of clamp_operator must be a number, got nan")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _norm(wide: Tensor) -> Tensor:
+    """Euclidean norms ``(…, 1)``, with finite gradients at zero too."""
+    # Dividing by the largest number first keeps small and large ones from vanishing or overflowing in their squares.
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
     scaled = wide / torch.where(largest > 0, largest, 1)
     square = (scaled * scaled).sum(dim=-1, keepdim=True)
-    unit = scaled * torch.where(square > 0, square, 1).rsqrt()
-    return torch.where(square > 0, unit, 0).to(direction.dtype)
+    return torch.where(square > 0, largest * torch.where(square > 0, square, 1).sqrt(), 0)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """The direction at norm 1, or zeros for zeros, with finite gradients there too."""
+    wide = _wide(direction)
+    norm = _norm(wide)
+    return (wide / torch.where(norm > 0, norm, 1)).to(direction.dtype)

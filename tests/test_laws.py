@@ -1,5 +1,6 @@
 """The laws: what holds for every architecture."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,15 @@ from steering_vectors import (
     ablation_then_addition_operator,
     addition_operator,
     at,
+    clamp_operator,
     completion,
     extract_activations,
     from_index,
     generated,
+    norm_preserving_operator,
     prompted,
     record_activations,
+    rotation_operator,
     train_steering_vector,
 )
 from tests import tiny
@@ -56,13 +60,25 @@ def operator_by_hand(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]
         "addition": lambda h: h + direction,
         "ablation": lambda h: h - (h @ unit) * unit,
         "ablation_then_addition": lambda h: h - (h @ unit) * unit + direction,
+        "clamp": lambda h: h + (max(0.5, min(float(h @ unit), 1.0)) - h @ unit) * unit,
+        "rotation": lambda h: turned(h, unit),
+        "norm_preserving": lambda h: (h + direction) / (h + direction).norm() * h.norm(),
     }[name]
+
+
+def turned(h: Tensor, unit: Tensor, angle: float = 0.6) -> Tensor:
+    own = h / h.norm()
+    aside = torch.nn.functional.normalize(unit - (unit @ own) * own, dim=0)
+    return h.norm() * (math.cos(angle) * own + math.sin(angle) * aside)
 
 
 OPERATORS = {
     "addition": addition_operator(),
     "ablation": ablation_operator(),
     "ablation_then_addition": ablation_then_addition_operator(),
+    "clamp": clamp_operator(0.5, 1.0),
+    "rotation": rotation_operator(0.6),
+    "norm_preserving": norm_preserving_operator(addition_operator()),
 }
 
 # name → (selector for a batch of prompts of these lengths, whether a token of a prompt of length n is selected)

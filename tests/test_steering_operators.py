@@ -1,6 +1,7 @@
 """Operators against their formulas, written out."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 
@@ -15,22 +16,70 @@ from steering_vectors import (
     ablation_operator,
     ablation_then_addition_operator,
     addition_operator,
+    clamp_operator,
+    norm_preserving_operator,
+    rotation_operator,
 )
 
 OPERATORS: dict[str, Callable[[], PatchDeltaOperator]] = {
     "addition": addition_operator,
     "ablation": ablation_operator,
     "ablation_then_addition": ablation_then_addition_operator,
+    "clamp min": lambda: clamp_operator(min=0.5),
+    "clamp max": lambda: clamp_operator(max=-0.25),
+    "clamp both": lambda: clamp_operator(min=-0.1, max=0.2),
+    "clamp equal": lambda: clamp_operator(1.5, 1.5),
+    "rotation": lambda: rotation_operator(0.7),
+    "rotation past": lambda: rotation_operator(-2.5),
+    "norm_preserving addition": lambda: norm_preserving_operator(addition_operator()),
+    "norm_preserving ablation": lambda: norm_preserving_operator(ablation_operator()),
+}
+SHOWN = {
+    "addition": "addition_operator()",
+    "ablation": "ablation_operator()",
+    "ablation_then_addition": "ablation_then_addition_operator()",
+    "clamp min": "clamp_operator(min=0.5)",
+    "clamp max": "clamp_operator(max=-0.25)",
+    "clamp both": "clamp_operator(min=-0.1, max=0.2)",
+    "clamp equal": "clamp_operator(min=1.5, max=1.5)",
+    "rotation": "rotation_operator(0.7)",
+    "rotation past": "rotation_operator(-2.5)",
+    "norm_preserving addition": "norm_preserving_operator(addition_operator())",
+    "norm_preserving ablation": "norm_preserving_operator(ablation_operator())",
 }
 every_operator = pytest.mark.parametrize("operator", [make() for make in OPERATORS.values()], ids=repr)
 every_ablation = pytest.mark.parametrize("operator", [ablation_operator(), ablation_then_addition_operator()], ids=repr)
 
 
 def steered_by_hand(name: str, h: Tensor, d: Tensor) -> Tensor:
-    """Row by row, in double precision, through the projection matrix u uᵀ."""
-    h, d = h.double(), d.double().reshape(-1)
+    """Row by row, in double precision."""
+    d = d.double().reshape(-1)
+    rows = h.double().reshape(-1, d.numel())
+    return torch.stack([_row_by_hand(name, row, d) for row in rows]).reshape(h.shape)
+
+
+def _row_by_hand(name: str, h: Tensor, d: Tensor) -> Tensor:
     unit = d / d.norm() if bool(d.any()) else d
-    without = h - h @ torch.outer(unit, unit)
+    without = h - torch.outer(unit, unit) @ h
+    if name.startswith("norm_preserving"):
+        steered = _row_by_hand(name.removeprefix("norm_preserving "), h, d)
+        return steered / steered.norm() * h.norm() if float(steered.norm()) > 1e-6 * float(h.norm()) else h
+    if name.startswith("clamp"):
+        low, high = {"min": (0.5, math.inf), "max": (-math.inf, -0.25), "both": (-0.1, 0.2), "equal": (1.5, 1.5)}[
+            name.split()[1]
+        ]
+        return without + min(max(float(h @ unit), low), high) * unit
+    if name.startswith("rotation"):
+        angle = {"rotation": 0.7, "rotation past": -2.5}[name]
+        own = h / h.norm()
+        aside = unit - (unit @ own) * own
+        if float(aside.norm()) < 1e-6:
+            return h
+        aside = aside / aside.norm()
+        eye = torch.eye(len(h), dtype=torch.float64)
+        turn = torch.outer(aside, own) - torch.outer(own, aside)
+        plane = torch.outer(own, own) + torch.outer(aside, aside)
+        return (eye + math.sin(angle) * turn + (math.cos(angle) - 1) * plane) @ h
     return {"addition": h + d, "ablation": without, "ablation_then_addition": without + d}[name]
 
 
@@ -161,6 +210,79 @@ def test_gradients_do_not_overflow_for_tiny_directions(operator: PatchDeltaOpera
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_values_that_show_how_they_were_made(name: str) -> None:
     operator = OPERATORS[name]()
-    assert repr(operator) == f"{name}_operator()"
+    assert repr(operator) == SHOWN[name]
     assert operator == OPERATORS[name]() == copy.deepcopy(operator) == pickle.loads(pickle.dumps(operator))
-    assert len({make() for make in OPERATORS.values()}) == 3
+    assert len({make() for make in OPERATORS.values()}) == len(OPERATORS)
+
+
+@pytest.mark.parametrize("multiplier", [2.0, 0.01, -3.0])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.startswith(("clamp", "rotation"))])
+def test_clamp_and_rotation_ignore_the_direction_s_length_but_not_its_sign(name: str, multiplier: float) -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    expected = OPERATORS[name]()(h, math.copysign(1, multiplier) * d)
+    torch.testing.assert_close(OPERATORS[name]()(h, multiplier * d), expected)
+    assert not torch.allclose(OPERATORS[name]()(h, -d), OPERATORS[name]()(h, d))
+
+
+def test_clamp_brings_projections_between_the_bounds_and_leaves_the_others() -> None:
+    h, d = random(5, 40, 8), random(8, seed=1)
+    unit = d / d.norm()
+    clamped = h + clamp_operator(-0.3, 0.4)(h, d)
+    inside = ((h @ unit) >= -0.3) & ((h @ unit) <= 0.4)
+    assert bool(inside.any())
+    assert torch.equal(clamped[inside], h[inside])
+    assert float((clamped @ unit).min()) == pytest.approx(-0.3, abs=1e-5)
+    assert float((clamped @ unit).max()) == pytest.approx(0.4, abs=1e-5)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, -1.2, math.pi, 7.0])
+def test_rotation_keeps_the_norm_and_turns_by_the_angle(angle: float) -> None:
+    h, d = random(2, 3, 8, dtype=torch.float64), random(8, seed=1, dtype=torch.float64)
+    turned = h + rotation_operator(angle)(h, d)
+    torch.testing.assert_close(turned.norm(dim=-1), h.norm(dim=-1))
+    cosine = torch.nn.functional.cosine_similarity(turned, h, dim=-1)
+    torch.testing.assert_close(cosine, torch.full((2, 3), math.cos(angle), dtype=torch.float64))
+    if angle in (0.3, -1.2):
+        towards = torch.nn.functional.cosine_similarity(turned, d, dim=-1)
+        before = torch.nn.functional.cosine_similarity(h, d, dim=-1)
+        assert torch.equal(towards > before, torch.full((2, 3), angle > 0))
+
+
+@pytest.mark.parametrize("factor", [1.0, -3.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_leaves_an_activation_along_the_direction(factor: float, dtype: torch.dtype) -> None:
+    d = random(64, seed=1, dtype=dtype)
+    h = (factor * d).expand(1, 2, 64)
+    assert torch.equal(rotation_operator(1.0)(h, d), torch.zeros_like(h))
+
+
+@pytest.mark.parametrize("inner", [addition_operator(), ablation_operator(), lambda h, d: 5 * d + h], ids=repr)
+def test_norm_preserving_keeps_the_norm_and_the_inner_operator_s_direction(inner: PatchDeltaOperator) -> None:
+    h, d = random(2, 3, 8), random(8, seed=1)
+    steered, free = h + norm_preserving_operator(inner)(h, d), h + inner(h, d)
+    torch.testing.assert_close(steered.norm(dim=-1), h.norm(dim=-1))
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(steered, free, dim=-1), torch.ones(2, 3))
+
+
+def test_norm_preserving_leaves_what_the_inner_operator_makes_zero() -> None:
+    h = random(1, 2, 8)
+    assert torch.equal(norm_preserving_operator(lambda h, d: -h)(h, h), torch.zeros_like(h))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (clamp_operator, ValueError, "clamp_operator needs a bound: give min, max or both"),
+        (lambda: clamp_operator(2, 1), ValueError, "min to be at most max, got min=2 and max=1"),
+        (lambda: clamp_operator(min=math.nan), ValueError, "min of clamp_operator must be a number, got nan"),
+        (lambda: clamp_operator(max="1"), TypeError, "max must be a number, got '1'"),
+        (lambda: clamp_operator(max=torch.ones(2)), TypeError, "max must be a number"),
+        (lambda: rotation_operator(math.inf), ValueError, "angle of rotation_operator must be finite, got inf"),
+        (lambda: rotation_operator(None), TypeError, "angle must be a number, got None"),
+        (lambda: norm_preserving_operator(0.5), TypeError, "operator must be callable"),
+        (lambda: norm_preserving_operator(addition_operator), TypeError, "did you mean addition_operator"),
+    ],
+)
+def test_what_makes_no_operator_is_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
