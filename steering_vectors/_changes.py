@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._hooks import activation_of, after_forward, never_compiled, with_activation
+from steering_vectors._positions import along_tokens
 from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.token_selection import expand_rows
 
 _ATTRIBUTE = "_steering_vectors"  # of a steered module
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,8 +22,11 @@ _LOCK = threading.Lock()
 class Change:
     """One steering at one layer: activation → steered activation.
 
+    ``multiplier`` is one number, or a tensor of one for each row of a batch ``(rows,)``.
     ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it; None means all.
-    ``owner`` is whose change it is. ``ran`` is set once the layer has run.
+    ``shape_for`` says how many rows and columns the pass has that gave an activation. ``applies`` says whether a pass
+    is to be steered at all; None means each. ``owner`` is whose change it is. ``ran`` is set once the layer has run in
+    such a pass.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class Change:
         operator: PatchDeltaOperator,
         multiplier: float | Tensor,
         weights_for: Callable[[Tensor], Tensor] | None,
+        shape_for: Callable[[Tensor], tuple[int, int]],
+        applies: Callable[[], bool] | None,
     ) -> None:
         self.owner = owner
         self.layer = layer
@@ -40,19 +47,26 @@ class Change:
         self._operator = operator
         self._multiplier = multiplier
         self._weights_for = None if weights_for is None else never_compiled(weights_for)
+        self._shape_for = shape_for
+        self._applies = None if applies is None else never_compiled(applies)
         # Compiled code is made anew for other booleans, and not for another multiplier.
-        self._learns_multiplier = isinstance(multiplier, Tensor)
-        self._changes_nothing = not self._learns_multiplier and float(multiplier) == 0
+        self._by_row = isinstance(multiplier, Tensor) and multiplier.ndim == 1
+        self._learns_multiplier = isinstance(multiplier, Tensor) and multiplier.requires_grad
+        is_zero = torch.as_tensor(multiplier).detach() == 0
+        self._changes_nothing = not self._learns_multiplier and bool(is_zero.all())
+        self._leaves_rows = self._by_row and not self._learns_multiplier and bool(is_zero.any())
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or self._learns_multiplier
         with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
-            wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
-            self._scaled = direction if self._is_live else (multiplier * wide).detach()
-            largest = float(self._scaled.detach().abs().max())
-        self._too_large_for = {dtype for dtype in _DTYPES if largest > torch.finfo(dtype).max}
+            wide = direction.detach().to(torch.promote_types(direction.dtype, torch.float32))
+            self._scaled = self._times_multiplier(wide).detach()
+            largest = float(self._scaled.abs().max())
+        self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
     def __call__(self, activation: Tensor) -> Tensor:
+        if self._applies is not None and not self._applies():
+            return activation
         self.ran = True
         weights = None if self._weights_for is None else self._weights_for(activation)
         if self._changes_nothing:
@@ -64,9 +78,9 @@ class Change:
             delta = weights.to(activation.dtype) * delta
             weights = weights != 0
         steered = activation + delta
-        if self._learns_multiplier:
-            is_zero = torch.as_tensor(self._multiplier, device=steered.device) == 0
-            steered = torch.where(is_zero, _only_gradients(activation, delta), steered)
+        if self._learns_multiplier or self._leaves_rows:
+            left = _only_gradients(activation, delta) if self._learns_multiplier else activation
+            steered = torch.where(self._is_zero(activation), left, steered)
         # What is not selected stays bit for bit: to add zero would change a negative zero.
         return steered if weights is None else torch.where(weights, steered, activation)
 
@@ -84,17 +98,22 @@ class Change:
     def _direction_for(self, activation: Tensor) -> Tensor:
         """The direction times the multiplier, in the activation's dtype, on its device: ``(1, 1, hidden)``.
 
-        For an activation ``(batch * seq, hidden)`` it has one axis less.
+        For an activation ``(batch * seq, hidden)`` it has one axis less. With a multiplier for each row it is
+        ``(batch, 1, hidden)``, or has as many axes as the activation.
         """
-        shape = [1] * min(activation.ndim - 1, 2) + [-1]
-        if self._is_live:
-            scaled = self._multiplier * self._direction.to(activation.device)
-            return scaled.to(activation.dtype).reshape(shape)
         if activation.dtype in self._too_large_for:
             raise ValueError(
                 f"layer {self.layer}: the direction times the multiplier is too large for the model's "
                 f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
             )
+        if self._by_row:
+            return self._along_rows(self._scaled_for(activation, [-1, activation.shape[-1]]), activation)
+        return self._scaled_for(activation, [1] * min(activation.ndim - 1, 2) + [-1])
+
+    def _scaled_for(self, activation: Tensor, shape: list[int]) -> Tensor:
+        if self._is_live:
+            direction = self._direction.to(activation.device)
+            return self._times_multiplier(direction).to(activation.dtype).reshape(shape)
         if torch.compiler.is_dynamo_compiling():
             return self._scaled.to(activation.device, activation.dtype).reshape(shape)
         key = (activation.device, activation.dtype, len(shape))
@@ -102,6 +121,26 @@ class Change:
             with torch.inference_mode(False):
                 self._copies[key] = self._scaled.to(activation.device, activation.dtype).reshape(shape)
         return self._copies[key]
+
+    def _times_multiplier(self, direction: Tensor) -> Tensor:
+        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself."""
+        if not isinstance(self._multiplier, Tensor) or not self._by_row:
+            return self._multiplier * direction
+        rows = self._multiplier.to(direction.device)
+        if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
+            rows = torch.where(rows == 0, 1, rows)
+        return rows.to(direction.dtype)[:, None] * direction.reshape(1, -1)
+
+    def _is_zero(self, activation: Tensor) -> Tensor:
+        """Whether the multiplier is 0, broadcastable to ``activation``."""
+        is_zero = torch.as_tensor(self._multiplier, device=activation.device) == 0
+        return self._along_rows(is_zero[:, None], activation) if self._by_row else is_zero
+
+    def _along_rows(self, rows: Tensor, activation: Tensor) -> Tensor:
+        """``rows (rows, n)``, those of the multiplier, as a view that broadcasts to ``activation``'s axes."""
+        batch, seq = self._shape_for(activation)
+        expanded = expand_rows(rows, batch, "the multiplier")[:, None]  # (batch, 1, n)
+        return expanded if activation.ndim == 3 else along_tokens(expanded.expand(-1, seq, -1), activation)
 
 
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """Follow a model's forward passes: which one a thread is in, and where its tokens stand."""
 
+import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ class ForwardPass:
 
     def __init__(self, begun_by: nn.Module, memory: "_CacheMemory | None") -> None:
         self.begun_by = begun_by
+        self.thread = threading.get_ident()  # a backward pass may run some of it again in another
         self.depth = -1
         self.weights: dict[torch.device, Tensor] = {}  # the selection of this pass, once it was asked for
         self._calls: list[PassArguments] = []
@@ -41,17 +45,28 @@ class ForwardPass:
             self._calls.append(arguments)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """``(batch, seq)``. Raises ValueError where no module was told."""
+        shape = self._arguments().shape
+        assert shape is not None
+        return shape
+
+    @property
     def positions(self) -> TokenPositions:
         """Raises ValueError where no module was told the shape of the pass."""
+        assert self._memory is not None
         if self._positions is None:
-            call = merge_arguments(self._calls)
-            if call is None or self._memory is None:
-                raise ValueError(
-                    f"can't tell where the tokens stand: {type(self.begun_by).__name__} was called without input_ids "
-                    f"and without inputs_embeds. Call it with one of them, or steer all tokens."
-                )
-            self._positions = self._memory.positions(call)
+            self._positions = self._memory.positions(self._arguments())
         return self._positions
+
+    def _arguments(self) -> PassArguments:
+        call = merge_arguments(self._calls)
+        if call is None:
+            raise ValueError(
+                f"can't tell where the tokens stand: {type(self.begun_by).__name__} was called without input_ids "
+                f"and without inputs_embeds. Call it with one of them, or steer all tokens."
+            )
+        return call
 
     def remember(self, output: Any) -> None:
         """Note what this pass fed into its cache, where the cache itself doesn't tell or is another object now."""
@@ -67,13 +82,23 @@ class ForwardPass:
 class PassTracker:
     """Notes each forward pass through a model.
 
-    A pass belongs to the thread that runs it. With ``need_positions`` each pass's arguments are kept until it ends;
-    without ``need_prompt_length`` the positions leave it out. ``completed`` counts the passes that did not run as
-    compiled code.
+    A pass belongs to the thread that runs it; what gradient checkpointing runs again belongs to the pass that ran it
+    first. ``need_positions`` keeps each pass's arguments until it ends; without ``need_prompt_length`` the positions
+    leave that out. ``need_shape`` keeps them too, and ``need_thread`` the thread. Compiled code notes a pass where
+    positions or thread are needed. ``completed`` counts the passes that were noted.
     """
 
-    def __init__(self, *, need_positions: bool, need_prompt_length: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        need_positions: bool,
+        need_prompt_length: bool = True,
+        need_shape: bool = False,
+        need_thread: bool = False,
+    ) -> None:
         self.completed = 0
+        self._need_arguments = need_positions or need_shape
+        self._is_traceable = not need_positions and not need_thread
         self._memory = _CacheMemory(need_prompt_length) if need_positions else None
         self._thread = threading.local()
 
@@ -83,15 +108,30 @@ class PassTracker:
         current: ForwardPass | None = getattr(self._thread, "current", None)
         return current
 
+    @contextmanager
+    def resumed(self, earlier: ForwardPass | None) -> Iterator[None]:
+        """A block in which this thread is in an earlier pass."""
+        before, self._thread.current = self.current, earlier
+        try:
+            yield
+        finally:
+            self._thread.current = before
+
     def registrations(self, modules: Sequence[nn.Module]) -> list[Callable[[], Removable]]:
-        """Calls that attach the tracker's hooks, one each, to the modules that take a whole pass, outermost first."""
-        return [attach for depth, module in enumerate(modules) for attach in self._around(depth, module)]
+        """Calls that attach the tracker, one each: to the modules that take a whole pass, outermost first, and to those
+        inside them that run parts of it again.
+        """
+        around = [attach for depth, module in enumerate(modules) for attach in self._around(depth, module)]
+        if self._is_traceable and not self._need_arguments:
+            return around
+        again = [module for module in modules[0].modules() if _CHECKPOINT_FUNCTION in vars(module)]
+        return [*around, *(partial(_attach_to_checkpoints, module, self) for module in again)]
 
     def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
         names = _positional_names(module)
-        # Without positions a pass is only counted, which compiled code needn't do; to call a hook after errors too, it
-        # would be made anew for each hook.
-        traceable = self._memory is None
+        # A pass that is only counted needn't be in compiled code; to call a hook after errors too, that would be made
+        # anew for each hook.
+        traceable = self._is_traceable
 
         # Plain functions: a copy of the model made by deepcopy shares them.
 
@@ -103,7 +143,7 @@ class PassTracker:
             if current is None or depth <= current.depth:
                 current = self._thread.current = ForwardPass(module, self._memory)
             known = None
-            if self._memory is not None:
+            if self._need_arguments:
                 default = {"use_cache": getattr(getattr(module, "config", None), "use_cache", None)}
                 known = pass_arguments({**default, **dict(zip(names, args, strict=False)), **kwargs}, names)
             current.enter(depth, known)
@@ -123,6 +163,59 @@ class PassTracker:
             lambda: before_forward(module, begin, traceable=traceable),
             lambda: after_forward(module, end, always=not traceable, traceable=traceable),
         ]
+
+
+# Where Hugging Face's models keep the function that runs a part of a pass, and again in the backward pass.
+_CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+_LOCK = threading.Lock()
+
+
+class _Checkpoints:
+    """Stands for a module's checkpointing function: what it runs again belongs to the pass that ran it first."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.trackers: tuple[PassTracker, ...] = ()
+
+    def __call__(self, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        passes = [(tracker, tracker.current) for tracker in self.trackers]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for tracker, current in passes:
+                    stack.enter_context(tracker.resumed(current))
+                return part(*args, **kwargs)
+
+        return self.function(run, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.function, memo)  # a copy of the model is not steered for long
+
+
+@dataclass(frozen=True, eq=False)
+class _AttachedToCheckpoints:
+    module: "weakref.ref[nn.Module]"
+    tracker: PassTracker
+
+    def remove(self) -> None:
+        with _LOCK:
+            module = self.module()
+            function = None if module is None else vars(module).get(_CHECKPOINT_FUNCTION)
+            if module is None or not isinstance(function, _Checkpoints):  # somebody else's by now
+                return
+            function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self.tracker)
+            if not function.trackers:
+                setattr(module, _CHECKPOINT_FUNCTION, function.function)
+
+
+def _attach_to_checkpoints(module: nn.Module, tracker: PassTracker) -> _AttachedToCheckpoints:
+    with _LOCK:
+        function = vars(module)[_CHECKPOINT_FUNCTION]
+        if not isinstance(function, _Checkpoints):
+            function = _Checkpoints(function)
+            setattr(module, _CHECKPOINT_FUNCTION, function)
+        function.trackers = (*function.trackers, tracker)
+    return _AttachedToCheckpoints(weakref.ref(module), tracker)
 
 
 class _CacheMemory:

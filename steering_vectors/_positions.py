@@ -151,31 +151,31 @@ def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
     return torch.where(index >= 0, offset, 0).amax()
 
 
-def along_tokens(weights: Tensor, activation: Tensor) -> Tensor:
-    """``weights (batch, seq)`` as a view that broadcasts to ``activation``.
+def along_tokens(values: Tensor, activation: Tensor) -> Tensor:
+    """``values (batch, seq, n)`` with the activation's axes, so that they broadcast to it.
 
     Activations are ``(batch, seq, hidden)`` in most models; ``(batch * seq, hidden)`` in some feed-forward parts,
     ``(seq, batch, hidden)`` or with one more axis for parallel streams in a few. Raises ValueError where it can't be
     told which axes are batch and seq.
     """
-    batch, seq = weights.shape
+    batch, seq, n = values.shape
     axes = tuple(activation.shape[:-1])
     if axes == (batch, seq):
-        return weights[..., None]
+        return values
     if axes == (batch * seq,):
-        return weights.reshape(-1, 1)
+        return values.reshape(-1, n)
     if axes == (seq, batch):
-        return weights.mT[..., None]
+        return values.transpose(0, 1)
     pairs = [(i, j) for i, j in itertools.combinations(range(len(axes)), 2) if (axes[i], axes[j]) == (batch, seq)]
     if len(pairs) != 1:
         raise ValueError(
             f"can't tell the tokens of a pass of {batch} rows and {seq} columns in an activation of shape "
-            f"{tuple(activation.shape)}; steer all tokens of this layer"
+            f"{tuple(activation.shape)}; steer all tokens of this layer, and all rows alike"
         )
-    sizes = [1] * activation.ndim
+    sizes = [1] * len(axes)
     for axis in pairs[0]:
         sizes[axis] = axes[axis]
-    return weights.reshape(sizes)
+    return values.reshape(*sizes, n)
 
 
 def by_tokens(activation: Tensor, batch: int, seq: int) -> Tensor:

@@ -2,16 +2,15 @@
 
 import inspect
 import itertools
-import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from steering_vectors._changes import Change, attach_change, changes_of
 from steering_vectors._hooks import attach_all, remove_all
 from steering_vectors._model_structure import pass_modules
-from steering_vectors._passes import PassTracker
+from steering_vectors._passes import ForwardPass, PassTracker
 from steering_vectors._positions import along_tokens
 from steering_vectors.layer_matching import check_model
 from steering_vectors.steering_operators import PatchDeltaOperator
@@ -31,7 +30,7 @@ class Steering:
     """What is to be done to a model's activations; checked, and not attached yet.
 
     ``directions`` are ``(hidden,)`` by layer number, ``modules`` the modules of the same layers. None as ``selector``
-    means all tokens.
+    means all tokens. With ``this_thread_only`` only passes in the thread that attaches it are steered.
     """
 
     model: nn.Module
@@ -40,6 +39,7 @@ class Steering:
     operator: PatchDeltaOperator
     multiplier: float | Tensor
     selector: Selector | None
+    this_thread_only: bool = False
 
 
 class SteeringPatchHandle:
@@ -61,15 +61,27 @@ class SteeringPatchHandle:
         self._selector = steering.selector
         self._tracker = PassTracker(
             need_positions=steering.selector is not None,
+            need_shape=_is_by_row(steering.multiplier),
+            need_thread=steering.this_thread_only,
             need_prompt_length=not isinstance(steering.selector, KnownSelector)
             or steering.selector.needs_prompt_length,
         )
+        self._thread = threading.get_ident() if steering.this_thread_only else None
         self._order = next(_ORDER)
         self._any_selected: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
         weights_for = None if steering.selector is None else self._weights_for
         self._changes = [
-            Change(self, layer, steering.directions[layer], steering.operator, steering.multiplier, weights_for)
+            Change(
+                self,
+                layer,
+                steering.directions[layer],
+                steering.operator,
+                steering.multiplier,
+                weights_for,
+                self._shape_for,
+                None if self._thread is None else self._is_of_own_thread,
+            )
             for layer in self.layers
         ]
         self._hooks = attach_all(
@@ -100,8 +112,9 @@ class SteeringPatchHandle:
 
     def __repr__(self) -> str:
         return (
-            f"SteeringPatchHandle(layers={self.layers}, multiplier={_number(self._multiplier)}, "
+            f"SteeringPatchHandle(layers={self.layers}, multiplier={_shown(self._multiplier)}, "
             f"operator={self._operator!r}, tokens={self._selector or 'all'}"
+            f"{'' if self._thread is None else ', this_thread_only=True'}"
             f"{'' if self._hooks else ', removed'})"
         )
 
@@ -115,7 +128,12 @@ class SteeringPatchHandle:
     def _warn_of_nothing(self) -> None:
         idle = [change.layer for change in self._changes if not change.ran]
         nothing_selected = self._any_selected and not any(bool(flag) for flag in self._any_selected.values())
-        if idle:
+        if self._thread is not None and len(idle) == len(self._changes):
+            message = (
+                f"the model ran, but not in the thread that this steering is for, by this_thread_only=True: layers "
+                f"{self.layers} were not steered"
+            )
+        elif idle:
             message = f"the model ran, and of the steered layers {self.layers} these never did: {idle}"
         elif nothing_selected:
             message = (
@@ -129,12 +147,7 @@ class SteeringPatchHandle:
     def _weights_for(self, activation: Tensor) -> Tensor:
         """What the selector says of the pass that this thread is in, broadcastable to ``activation``."""
         assert self._selector is not None
-        current = self._tracker.current
-        if current is None:
-            raise RuntimeError(
-                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
-                "model and not its layers, and steer all tokens under gradient checkpointing"
-            )
+        current = self._current_pass()
         device = activation.device
         if device not in current.weights:
             if not current.weights:
@@ -142,7 +155,27 @@ class SteeringPatchHandle:
                 current.weights[weights.device] = weights
                 self._note_selected(weights)
             current.weights[device] = next(iter(current.weights.values())).to(device)
-        return along_tokens(current.weights[device], activation)
+        return along_tokens(current.weights[device][..., None], activation)
+
+    def _shape_for(self, activation: Tensor) -> tuple[int, int]:
+        """How many rows and columns the pass has that gave ``activation``."""
+        if activation.ndim == 3:
+            return activation.shape[0], activation.shape[1]
+        return self._current_pass().shape
+
+    def _is_of_own_thread(self) -> bool:
+        """Whether the pass that runs now is one of the thread that attached the steering."""
+        current = self._tracker.current
+        return (threading.get_ident() if current is None else current.thread) == self._thread
+
+    def _current_pass(self) -> ForwardPass:
+        current = self._tracker.current
+        if current is None:
+            raise RuntimeError(
+                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
+                "model and not its layers, and enable gradient checkpointing by the model's own method, before steering"
+            )
+        return current
 
     def _note_selected(self, weights: Tensor) -> None:
         flag = self._any_selected.get(weights.device)
@@ -204,33 +237,49 @@ def check_not_steered_by_row(model: nn.Module) -> None:
     """
     for patch in active_patches(model):
         selector = patch._selector
-        if isinstance(selector, KnownSelector) and (selector.rows > 1 or selector.counts_from_end):
+        by_row_or_end = isinstance(selector, KnownSelector) and (selector.rows > 1 or selector.counts_from_end)
+        if by_row_or_end or _is_by_row(patch._multiplier):
             raise ValueError(
                 f"the model is steered row by row or from a row's end, and training makes its own rows: take off "
-                f"{patch!r} first, or select tokens by their index, the same in each row"
+                f"{patch!r} first, or select tokens by their index and give one multiplier, the same for each row"
             )
 
 
-def as_multiplier(multiplier: Any) -> float | Tensor:
-    """``multiplier`` as a float, or as it is where it is a tensor that gradients flow to.
+Multiplier: TypeAlias = float | Sequence[float] | Tensor
 
-    Raises TypeError unless it is one number, and ValueError unless it is finite.
+
+def as_multiplier(multiplier: Any) -> float | Tensor:
+    """``multiplier`` as a float, or as a tensor: of several numbers ``(rows,)``, or one that gradients flow to.
+
+    Raises TypeError unless it is one number, or one for each row, and ValueError unless all are finite.
     """
+    wanted = "multiplier must be one number, or a sequence or 1-D tensor of one for each row"
     if isinstance(multiplier, (str, bytes)):
-        raise TypeError(f"multiplier must be one number, got {multiplier!r}")
+        raise TypeError(f"{wanted}, got {multiplier!r}")
     try:
-        number = float(multiplier.detach() if isinstance(multiplier, Tensor) else multiplier)
+        numbers = multiplier if isinstance(multiplier, Tensor) else torch.as_tensor(multiplier, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"multiplier must be one number, got {type(multiplier).__name__}") from error
-    if not math.isfinite(number):
-        raise ValueError(f"multiplier must be finite, got {number}")
-    is_learned = isinstance(multiplier, Tensor) and multiplier.ndim == 0 and multiplier.requires_grad
-    return multiplier if is_learned else number
+        raise TypeError(f"{wanted}, got {type(multiplier).__name__}") from error
+    if numbers.ndim > 1 or numbers.is_complex():
+        raise TypeError(f"{wanted}, got {type(multiplier).__name__} of shape {tuple(numbers.shape)}")
+    if numbers.numel() == 0:
+        raise ValueError("multiplier is empty: give one number, or one for each row")
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"multiplier must be finite, got {multiplier}")
+    if numbers.requires_grad:
+        return numbers
+    return float(numbers) if numbers.numel() == 1 else numbers.detach().cpu().double()
 
 
 _DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _ORDER = itertools.count()
 
 
-def _number(multiplier: float | Tensor) -> float:
-    return multiplier.item() if isinstance(multiplier, Tensor) else multiplier
+def _is_by_row(multiplier: float | Tensor) -> bool:
+    return isinstance(multiplier, Tensor) and multiplier.ndim == 1
+
+
+def _shown(multiplier: float | Tensor) -> float | list[float] | str:
+    if not isinstance(multiplier, Tensor):
+        return multiplier
+    return multiplier.tolist() if multiplier.numel() <= 4 else f"{multiplier.numel()} numbers"

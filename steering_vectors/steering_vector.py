@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steering_vectors._arguments import check_takes, is_whole_number
 from steering_vectors._changes import width_message
 from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
-from steering_vectors._steering import Steering, SteeringContext, SteeringPatchHandle, as_multiplier
+from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import (
     LayerType,
@@ -49,11 +49,12 @@ class SteeringVector:
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
         operator: PatchDeltaOperator | None = None,
-        multiplier: float | Tensor = 1.0,
+        multiplier: Multiplier = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,
         *,
         tokens: TokenSelection | None = None,
+        this_thread_only: bool = False,
     ) -> SteeringContext:
         """A context manager, and a decorator, in which ``model`` is steered.
 
@@ -63,7 +64,9 @@ class SteeringVector:
         ``layer_config`` says where the layers are, for models whose layers aren't found: a mapping from layer type to a
         template such as ``"transformer.h.{num}"``, or to a callable ``(model, number) → name``.
         ``operator`` says what is added, from the activation and the direction times ``multiplier``; by default the
-        latter itself. At 0 the model runs as if it weren't steered.
+        latter itself. At 0 the model runs as if it weren't steered. A sequence or tensor ``(rows,)`` gives each row of
+        a batch a multiplier of its own; with k times as many rows, as beams and several answers make them, row i has
+        that of row i // k.
 
         Which tokens are steered, by one of these; by default all:
         ``tokens`` takes a selector (:func:`~steering_vectors.generated` and others, or any callable from
@@ -73,7 +76,11 @@ class SteeringVector:
         the end of each pass: -1 is the prompt's last column first, and then each generated token. With them it matters
         how the cache cuts the passes; :func:`~steering_vectors.generated` is exact.
 
-        The change is computed in the activation's dtype, on its device. Directions that require grad get it.
+        With ``this_thread_only`` only passes in the thread that enters are steered, and not those of other threads that
+        run the same model at once, nor of threads started inside the block.
+
+        The change is computed in the activation's dtype, on its device. Directions that require grad get it, also under
+        gradient checkpointing, if it was enabled before.
 
         Raises, when called and again on entering, before anything is attached: TypeError for arguments of a wrong kind;
         ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more
@@ -85,7 +92,7 @@ class SteeringVector:
 
         def steering() -> Steering:
             selector = one_selection(min_token_index, token_indices, tokens)
-            return _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector)
+            return _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only)
 
         steering()  # a mistake shows here, before the block
         return SteeringContext(lambda: SteeringPatchHandle(steering()))
@@ -95,11 +102,12 @@ class SteeringVector:
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
         operator: PatchDeltaOperator | None = None,
-        multiplier: float | Tensor = 1.0,
+        multiplier: Multiplier = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,
         *,
         tokens: TokenSelection | None = None,
+        this_thread_only: bool = False,
     ) -> SteeringPatchHandle:
         """Steer ``model`` from now on, until the handle's ``remove()``.
 
@@ -109,7 +117,9 @@ class SteeringVector:
         >>> handle.remove()
         """
         selector = one_selection(min_token_index, token_indices, tokens)
-        return SteeringPatchHandle(_steering(self, model, layer_config, operator, as_multiplier(multiplier), selector))
+        return SteeringPatchHandle(
+            _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only)
+        )
 
     patch_activations = patch
 
@@ -213,13 +223,14 @@ def _steering(
     operator: PatchDeltaOperator | None,
     multiplier: float | Tensor,
     selector: Any,
+    this_thread_only: bool,
 ) -> Steering:
     """The vector's steering of a model, with all that can be checked before the model runs."""
     check_layer_type(vector.layer_type)
     found = find_layers(model, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_takes(operator, 2, "operator", "ablation_operator()")
-    if selector is not None:
+    if selector is not None or isinstance(multiplier, Tensor):
         _check_tokens_can_be_told(model)
     directions = _checked(vector.layer_activations)
     if not directions:
@@ -239,7 +250,7 @@ def _steering(
         raise ValueError(
             f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
         )
-    return Steering(model, modules, by_number, operator, multiplier, selector)
+    return Steering(model, modules, by_number, operator, multiplier, selector, this_thread_only)
 
 
 def _check_tokens_can_be_told(model: nn.Module) -> None:

@@ -157,6 +157,22 @@ class TestTheCacheDoesNotMatter:
     def test_the_first_pass_of_a_cache_is_the_prompt(self, architecture: str, selection: str) -> None:
         self.check(architecture, *FIRST_PASS[selection], "addition", cached=(True,))
 
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_with_a_multiplier_for_each_row(self, architecture: str) -> None:
+        if architecture in tiny.IGNORE_PADDING:
+            pytest.skip("the model itself takes padding for tokens")
+        model, vector, inputs = tiny.shared(architecture), random_vector([0, 2]), padded(PROMPTS)
+        multipliers = [1.5, 0.0, -2.0]
+        select, is_selected = SELECTIONS["generated(inputs)"]
+        for use_cache in (True, False):
+            with vector.apply(model, multiplier=multipliers, tokens=select(inputs)):
+                answers, logits = generate(model, inputs, use_cache=use_cache)
+            for row, (prompt, multiplier) in enumerate(zip(PROMPTS, multipliers, strict=True)):
+                moves = {n: operator_by_hand("addition", multiplier * d) for n, d in vector.layer_activations.items()}
+                expected_answer, expected_logits = by_hand_loop(model, prompt, moves, is_selected)
+                assert answers[row].tolist() == expected_answer
+                torch.testing.assert_close(logits[row], expected_logits, atol=2e-4, rtol=1e-3)
+
     @staticmethod
     def check(
         architecture: str,
@@ -378,6 +394,21 @@ class TestRoundTrips:
             assert torch.equal(logits, expected)
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_a_row_s_multiplier_zero_leaves_it_bit_for_bit(self, architecture: str) -> None:
+        model, inputs = tiny.shared(architecture), {"input_ids": torch.tensor([PROMPTS[1]] * 3)}
+        with record_activations(model, layers=1) as plain, torch.no_grad():
+            model(**inputs)
+        for operator in OPERATORS.values():
+            with (
+                random_vector([1]).apply(model, multiplier=[0, 2, 0], operator=operator),
+                record_activations(model, layers=1) as steered,
+                torch.no_grad(),
+            ):
+                model(**inputs)
+            assert torch.equal(steered[1][0][::2], plain[1][0][::2])
+            assert not torch.equal(steered[1][0][1], plain[1][0][1])
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_a_zero_direction_changes_nothing(self, architecture: str) -> None:
         model, inputs = tiny.shared(architecture), padded(PROMPTS[:1])
         _, expected = generate(model, inputs)
@@ -515,6 +546,20 @@ class TestGradients:
             torch.testing.assert_close(direction.grad[n], (above - below) / 2e-2, atol=2e-3, rtol=5e-2)
         weights = [p for p in tiny.blocks(model)[0].parameters() if p.requires_grad and p.grad is not None]
         assert any(bool(p.grad.any()) for p in weights if p.grad is not None)
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_gradients_flow_to_each_row_s_multiplier(self, architecture: str) -> None:
+        model, ids = tiny.build(architecture), torch.tensor([PROMPTS[1]] * 2)
+        multiplier = torch.tensor([1.0, 0.0], requires_grad=True)
+        with random_vector([1]).apply(model, multiplier=multiplier):
+            model(ids, use_cache=False).logits.square().sum().backward()
+        for row, value in enumerate((1.0, 0.0)):
+            alone = torch.tensor(value, requires_grad=True)
+            with random_vector([1]).apply(model, multiplier=alone):
+                model(ids[:1], use_cache=False).logits.square().sum().backward()
+            assert multiplier.grad is not None
+            assert alone.grad is not None
+            torch.testing.assert_close(multiplier.grad[row], alone.grad, atol=1e-3, rtol=1e-3)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -343,7 +343,7 @@ class TestAxesOfTokens:
     def check(self, activation: Tensor, place: Any, batch: int, seq: int) -> None:
         """``place(row, token)`` indexes what belongs to a token; all else must stay."""
         weights = torch.arange(batch * seq).reshape(batch, seq).float()
-        along = along_tokens(weights, activation).expand_as(activation)
+        along = along_tokens(weights[..., None], activation).expand_as(activation)
         seen = torch.zeros_like(activation, dtype=torch.bool)
         for row in range(batch):
             for token in range(seq):
@@ -369,7 +369,7 @@ class TestAxesOfTokens:
         with pytest.raises(
             ValueError, match=r"can't tell the tokens of a pass of 2 rows and 3 columns in an activation"
         ):
-            along_tokens(torch.ones(2, 3), torch.zeros(shape))
+            along_tokens(torch.ones(2, 3, 1), torch.zeros(shape))
 
     def test_rows_are_read_from_the_same_axes(self) -> None:
         activation = torch.randn(2, 3, 5)

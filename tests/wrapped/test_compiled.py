@@ -20,8 +20,12 @@ from steering_vectors import (
     ablation_operator,
     ablation_then_addition_operator,
     active_patches,
+    addition_operator,
+    clamp_operator,
     from_index,
     generated,
+    norm_preserving_operator,
+    rotation_operator,
     train_steering_vector,
 )
 from steering_vectors.layer_matching import find_layers
@@ -84,6 +88,13 @@ def each_block_wrapped(model: Any) -> Any:
     return model
 
 
+OPERATORS = [
+    ablation_operator(),
+    ablation_then_addition_operator(),
+    clamp_operator(min=0.5),
+    rotation_operator(0.4),
+    norm_preserving_operator(addition_operator()),
+]
 AS_A_WHOLE: list[Way] = [whole, in_place, forward_method, decoder_in_place]
 BY_BLOCKS: list[Way] = [each_block_in_place, each_block_wrapped]
 EACH_WAY = AS_A_WHOLE + BY_BLOCKS
@@ -286,7 +297,7 @@ def on_cpus(backend: Backend) -> Any:
 class TestOneGraph:
     """``fullgraph=True``: nothing of a pass may run outside the compiled code."""
 
-    @pytest.mark.parametrize("operator", [None, ablation_operator(), ablation_then_addition_operator()])
+    @pytest.mark.parametrize("operator", [None, *OPERATORS], ids=repr)
     def test_all_tokens_are_steered_as_by_plain_code_without_compiling_for_each_multiplier(self, operator: Any) -> None:
         compilations: list[Any] = []
         backend = partial(_counted, compilations)
@@ -299,6 +310,18 @@ class TestOneGraph:
                 assert_close(logits(compiled), expected)
             assert_close(logits(compiled), logits(bare()))
         assert len(compilations) == 2
+
+    @pytest.mark.parametrize("operator", [None, *OPERATORS], ids=repr)
+    def test_rows_have_multipliers_of_their_own(self, operator: Any) -> None:
+        compiled = whole_in_one_graph(tiny.build("llama"))
+        logits(compiled)
+        torch._dynamo.utils.counters.clear()
+        for multiplier in ([1.0, -2.0], [3.0, 0.5], [0.0, 2.0], [-1.0, 0.0]):
+            with some_vector().apply(bare(), operator=operator, multiplier=multiplier):
+                expected = logits(bare())
+            with some_vector().apply(compiled, operator=operator, multiplier=multiplier):
+                assert_close(logits(compiled), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # with a row left as it is, and without
 
     def test_code_of_other_classes_is_left_alone(self) -> None:
         compilations: list[Any] = []

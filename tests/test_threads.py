@@ -1,0 +1,180 @@
+"""One model in several threads: whose passes a steering changes."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TextIteratorStreamer
+
+from steering_vectors import active_patches, from_index, generated
+from tests import tiny
+from tests.test_steering import answer, logits, padded, unchanged, vector
+
+INPUTS = padded([11, 12, 13, 14, 15], [21, 22])
+
+
+@pytest.fixture
+def model() -> Iterator[PreTrainedModel]:
+    model = tiny.shared("llama")
+    with unchanged(model):
+        yield model
+
+
+def in_threads(*functions: Callable[[], Any]) -> list[Any]:
+    """What the functions return, each in a thread of its own, all at once."""
+    results: list[Any] = [None] * len(functions)
+
+    def work(number: int) -> None:
+        try:
+            results[number] = functions[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("tokens", [None, from_index(1), generated(INPUTS), generated()], ids=repr)
+def test_threads_at_once_have_their_own_multipliers(model: PreTrainedModel, tokens: Any) -> None:
+    multipliers = (3.0, -3.0, 0.0)
+    expected = []
+    for multiplier in multipliers:
+        with vector(0, 1, 2).apply(model, multiplier=multiplier, tokens=tokens):
+            expected.append((logits(model, **INPUTS_TO_PASS), answer(model, INPUTS)))
+    meeting = threading.Barrier(len(multipliers), timeout=20)
+
+    def run(multiplier: float) -> tuple[Tensor, Tensor]:
+        with vector(0, 1, 2).apply(model, multiplier=multiplier, tokens=tokens, this_thread_only=True):
+            meeting.wait()  # all steerings are attached
+            got = logits(model, **INPUTS_TO_PASS), answer(model, INPUTS)
+            meeting.wait()
+        return got
+
+    def meet(*_: Any) -> None:
+        meeting.wait()  # all are in the midst of a pass
+
+    hooks = [block.register_forward_hook(meet) for block in tiny.blocks(model)[:2]]
+    try:
+        got = in_threads(*(lambda m=m: run(m) for m in multipliers))  # type: ignore[misc]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (got_logits, got_answer), (expected_logits, expected_answer) in zip(got, expected, strict=True):
+        assert torch.equal(got_logits, expected_logits)
+        assert torch.equal(got_answer, expected_answer)
+
+
+INPUTS_TO_PASS: dict[str, Any] = {"attention_mask": INPUTS["attention_mask"], "input_ids": INPUTS["input_ids"]}
+
+
+@pytest.mark.parametrize("tokens", [None, generated(INPUTS)], ids=repr)
+def test_a_thread_started_inside_the_block_is_not_steered_and_the_warning_says_so(
+    model: PreTrainedModel, tokens: Any
+) -> None:
+    expected = answer(model, INPUTS)
+    message = r"not in the thread that this steering is for, by this_thread_only=True: layers \[1\] were not steered"
+    with pytest.warns(RuntimeWarning, match=message), vector().apply(model, tokens=tokens, this_thread_only=True):
+        (got,) = in_threads(lambda: answer(model, INPUTS))
+    assert torch.equal(got, expected)
+
+
+def test_without_it_a_thread_started_inside_the_block_is_steered(model: PreTrainedModel) -> None:
+    with vector(scale=3.0).apply(model):
+        expected = answer(model, INPUTS)
+        (got,) = in_threads(lambda: answer(model, INPUTS))
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, answer(model, INPUTS))
+
+
+def streamed(model: Any, prompt: Tensor, multiplier: float) -> Iterator[str]:
+    """The pieces of a steered answer, generated in a thread of its own."""
+    streamer = TextIteratorStreamer(tiny.tokenizer(), skip_prompt=True, timeout=30)
+    generate = vector(0, 1).apply(model, multiplier=multiplier, tokens=generated(), this_thread_only=True)(
+        model.generate
+    )
+    arguments = {"input_ids": prompt, "streamer": streamer, "max_new_tokens": 8, "do_sample": False}
+    thread = threading.Thread(target=generate, kwargs=arguments)
+    thread.start()
+    yield from streamer
+    thread.join(timeout=30)
+
+
+def test_answers_streamed_at_once_are_steered_apart(model: PreTrainedModel) -> None:
+    prompt = torch.tensor([[41, 42, 43, 44]])
+    expected = []
+    for multiplier in (4.0, -4.0):
+        with vector(0, 1).apply(model, multiplier=multiplier, tokens=generated()):
+            out = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+        expected.append(tiny.tokenizer().decode(out[0, 4:]))
+    assert expected[0] != expected[1]
+    got = in_threads(*(lambda m=m: "".join(streamed(model, prompt, m)) for m in (4.0, -4.0)))  # type: ignore[misc]
+    assert got == expected
+
+
+def test_a_handler_that_is_stepped_from_several_threads(model: PreTrainedModel) -> None:
+    prompt = torch.tensor([[41, 42, 43, 44]])
+    expected = "".join(streamed(model, prompt, 4.0))
+    handler = streamed(model, prompt, 4.0)
+    pieces: list[str] = []
+
+    def step() -> bool:
+        piece = next(handler, None)
+        pieces.append(piece or "")
+        return piece is not None
+
+    while in_threads(step)[0]:
+        pass
+    assert "".join(pieces) == expected
+
+
+def test_a_block_in_a_generator_may_be_left_by_another_thread(model: PreTrainedModel) -> None:
+    plain = logits(model)
+
+    def handler() -> Iterator[Tensor]:
+        with vector().apply(model, this_thread_only=True):
+            while True:
+                yield logits(model)
+
+    steps = handler()
+    (steered,) = in_threads(lambda: next(steps))
+    assert not torch.equal(steered, plain)
+    assert torch.equal(next(steps), plain)  # a step of this thread, not of the one that entered
+    assert len(active_patches(model)) == 1
+    steps.close()
+    assert active_patches(model) == []
+
+
+def test_the_handle_says_so(model: PreTrainedModel) -> None:
+    with vector().patch(model, this_thread_only=True) as handle:
+        assert repr(handle).endswith("tokens=all, this_thread_only=True)")
+
+
+def test_compiled_code_serves_each_thread_as_plain_code_does() -> None:
+    torch.compiler.reset()
+    plain = tiny.shared("llama")
+    with vector().apply(plain):
+        expected = logits(plain)
+    model = torch.compile(tiny.build("llama"), backend="eager")
+    with vector().apply(model, this_thread_only=True):
+        for _ in range(2):
+            torch.testing.assert_close(logits(model), expected)
+        (other,) = in_threads(lambda: logits(model))
+    torch.testing.assert_close(other, logits(plain))
+    torch.compiler.reset()
+    in_one_graph = torch.compile(tiny.build("llama"), backend="eager", fullgraph=True)
+    with (
+        vector().apply(in_one_graph, this_thread_only=True),
+        pytest.raises(Exception, match="compile the model without fullgraph=True"),
+    ):
+        logits(in_one_graph)
+    torch.compiler.reset()
