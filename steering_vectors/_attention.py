@@ -59,6 +59,12 @@ def depends_on_length(config: Any) -> bool:
     return any(rope.get("rope_type", rope.get("type")) in _ROPE_OF_LENGTH for rope in _ropes(config))
 
 
+def sparse_beyond(config: Any) -> int | None:
+    """The length beyond which the model picks the tokens that it attends to, where rounding may decide; None: never."""
+    picked = getattr(config, "index_topk", None)
+    return picked if isinstance(picked, int) else None
+
+
 def _window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
     return window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None

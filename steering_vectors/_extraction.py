@@ -1,7 +1,8 @@
 """Run a model over prompts and yield, layer by layer, the rows that were asked for.
 
 Each row is what its prompt alone gives. The model may compute it together with other prompts: in packs, in which each
-distinct prefix stands once, or else in padded rows. Whether it gives the same then is checked, not assumed.
+distinct prefix stands once, or else in padded rows. Whether it gives the same then is checked, not assumed; where it
+doesn't, each prompt is run alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +18,28 @@ from steering_vectors._attention import (
     critical_lengths,
     depends_on_length,
     mask_kinds,
+    sparse_beyond,
 )
+from steering_vectors._hooks import has_hooks_of_users
 from steering_vectors._model_structure import learns_prompts, pass_modules, text_config
 from steering_vectors._positions import by_tokens
-from steering_vectors._prompt_tree import PACK_SIZE, Pack, chains, pack_prompts, visible
-from steering_vectors._running import input_device, is_sharded, read_pass, virtual_tokens, without_data_parallelism
+from steering_vectors._prompt_tree import PACK_SIZE, Pack, chains, cheapest_packs, cost, pack_prompts, visible
+from steering_vectors._running import (
+    input_device,
+    is_sharded,
+    kept_states,
+    read_pass,
+    stateful_modules,
+    virtual_tokens,
+    without_data_parallelism,
+)
 from steering_vectors._steering import is_steered_by_token
+from steering_vectors._verification import Probe, Verification, alike
 
-# How far two results for the same tokens may be apart, as a share of their norm, by the model's dtype.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Packs must save so much of the tokens to be worth their masks.
+# Packs must save so much of the cost to be worth their masks.
 _WORTH_PACKING = 0.9
+# How many times as long as the longest prompt a pack may be: some kinds of attention take memory by its square.
+_LONGEST_PACK = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +65,12 @@ class LayerRows:
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """A way to run prompts: the module that is called, on packs with masks of these kinds, or on rows."""
+    """A way to run prompts: the module that is called, on packs with masks of these kinds, on rows, or on one alone."""
 
     module: nn.Module
-    stop_early: bool
+    stop_early: bool = False
     kinds: MaskKinds | None = None
+    one_at_a_time: bool = False
 
 
 class Extractor:
@@ -73,10 +86,12 @@ class Extractor:
         self._batch_size = batch_size
         self._config = text_config(model)
         self._depends_on_length = depends_on_length(self._config)
+        self._stateful = stateful_modules(model)
         self._ways = self._find_ways()
         self._is_causal = False  # until it was seen
-        self._checked: set[Any] = set()  # the milestones at which the present way was compared
+        self._verification = Verification(critical_lengths(self._config))
         self._most_packs: int | None = None  # in a pass, since the memory was full once
+        self._longest_pack: int | None = None  # since it was full with one pack
 
     def __call__(self, prompts: Sequence[ReadPrompt]) -> Iterator[LayerRows]:
         """Each prompt's row at each layer, in no promised order, layer after layer for each pass.
@@ -85,43 +100,54 @@ class Extractor:
 
         Raises ValueError for a model in which what follows a token changes its activation, as in encoders.
         """
-        # What follows the last token to read is not run.
-        prompts = [replace(prompt, input_ids=prompt.input_ids[: max(prompt.positions) + 1]) for prompt in prompts]
-        if prompts and not self._is_causal:
-            self._check_causal(max((prompt.input_ids for prompt in prompts), key=len))
+        longest = max((prompt.input_ids for prompt in self._as_run(prompts)), key=len, default=[])
+        sparse = sparse_beyond(self._config)
+        if sparse is not None and len(longest) > sparse:
+            self._ways = self._ways[-1:]
+        if longest and not self._is_causal:
+            self._check_causal(longest[:sparse])
         left = set(range(len(prompts)))
         while left:
+            as_run = self._as_run(prompts)
             try:
-                for packs in self._passes(prompts, sorted(left)):
-                    for numbers, rows in self._run(packs, prompts):
+                for packs in self._passes(as_run, sorted(left)):
+                    for numbers, rows in self._run(packs, as_run):
                         left.difference_update(numbers)
                         yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._modules)
             except _UnlikeError:
                 self._ways.pop(0)
-                self._checked.clear()
+                self._verification = Verification(critical_lengths(self._config))
+
+    def _as_run(self, prompts: Sequence[ReadPrompt]) -> Sequence[ReadPrompt]:
+        """The prompts without what follows the last token to read, where that needn't run."""
+        if self._depends_on_length or self._ways[0].one_at_a_time:
+            return prompts
+        return [replace(prompt, input_ids=prompt.input_ids[: max(prompt.positions) + 1]) for prompt in prompts]
 
     def _check_causal(self, input_ids: Sequence[int]) -> None:
-        """``input_ids`` are some prompt's; its first tokens are run alone and with those that follow."""
+        """``input_ids`` are some prompt's; its first tokens are run alone, and with those that follow."""
         ids = [*input_ids, input_ids[-1]][:16]  # a prompt of one token is followed by itself
-        half, before = len(ids) // 2, virtual_tokens(self._model)
-        inputs = _right_padded([ids[:half], ids[: 2 * half]], input_device(self._model))
-
-        def read(activation: Tensor) -> Tensor:
-            return by_tokens(activation, 2, before + 2 * half)[:, before : before + half]
-
+        half = len(ids) // 2
         layer = max(self._modules)
-        stop_early = self._ways[0].stop_early
-        states = read_pass(self._model, {layer: self._modules[layer]}, inputs, read, stop_early=stop_early)[layer]
-        if not _alike(states[0], states[1]):
+        alone, followed = (
+            self._alone(row, half - 1, [layer], stop_early=self._ways[0].stop_early)[layer] for row in (ids[:half], ids)
+        )
+        kind = type(self._model).__name__
+        if not bool(alone.isfinite().all()):
             raise ValueError(
-                f"{type(self._model).__name__} is no decoder-only language model: an activation changes with the "
-                f"tokens that follow it. For a BERT-like model, set is_decoder=True in its config."
+                f"{kind} gives NaN or infinite activations at layer {layer}: look at its weights, and at whether its "
+                f"dtype, {alone.dtype}, is wide enough for it"
+            )
+        if not alike(followed, alone):
+            raise ValueError(
+                f"{kind} is no decoder-only language model: an activation changes with the tokens that follow it. For "
+                f"a BERT-like model, set is_decoder=True in its config."
             )
         self._is_causal = True
 
     def _find_ways(self) -> list[_Way]:
-        """The ways to try, the cheapest first; the last one is the model itself, run as its user would."""
-        whole = _Way(self._model, stop_early=False)
+        """The ways to try, the cheapest first; the last one is the model itself, run as its user would run it."""
+        whole = [_Way(self._model), _Way(self._model, one_at_a_time=True)]
         decoder = pass_modules(self._model)[-1]
         inside = set(decoder.modules())
         if (
@@ -130,22 +156,29 @@ class Extractor:
             or is_steered_by_token(self._model)
             or not all(module in inside for module in self._modules.values())
         ):
-            return [whole]
+            return whole
         is_offloaded = any(parameter.device.type == "meta" for parameter in decoder.parameters())
         stop_early = not is_offloaded and len(set(self._modules.values())) == len(self._modules)
-        kinds = [] if self._depends_on_length else mask_kinds(self._config)
-        return [*(_Way(decoder, stop_early, kind) for kind in kinds), _Way(decoder, stop_early), whole]
+        # What somebody else's hook does may depend on the column, which in a pack isn't the token's index.
+        packable = not self._depends_on_length and not has_hooks_of_users(decoder)
+        kinds = mask_kinds(self._config) if packable else []
+        return [*(_Way(decoder, stop_early, kind) for kind in kinds), _Way(decoder, stop_early), *whole]
 
     def _passes(self, prompts: Sequence[ReadPrompt], numbers: Sequence[int]) -> Iterator[list[Pack]]:
-        """The packs of each pass."""
+        """The packs of each pass, longest first: the first ones tell most."""
         ids, positions = [prompt.input_ids for prompt in prompts], [prompt.positions for prompt in prompts]
+        way, most = self._ways[0], 2 * self._batch_size
+        if way.one_at_a_time:
+            yield from ([pack] for pack in chains(ids, positions, numbers, share=False))
+            return
         rows = list(chains(ids, positions, numbers, share=not self._depends_on_length))
-        most = 2 * self._batch_size
-        if self._ways[0].kinds is not None:
-            packs = sorted(pack_prompts(ids, positions, numbers), key=len)  # neighbours are padded least
-            tokens_in_rows = sum(len(group) * len(group[-1]) for group in self._in_passes(rows, most))
-            if sum(map(len, packs)) < _WORTH_PACKING * tokens_in_rows:
-                rows, most = packs, max(1, most * len(rows[-1]) // PACK_SIZE)
+        if way.kinds is not None:
+            tokens = most * len(rows[0])
+            size = min(tokens, _LONGEST_PACK * len(rows[0]))
+            packs = sorted(cheapest_packs(ids, positions, numbers, most=size), key=len, reverse=True)
+            cost_of_rows = sum(len(group) * cost(len(group[0])) for group in self._in_passes(rows, most))
+            if sum(cost(len(pack)) for pack in packs) < _WORTH_PACKING * cost_of_rows:
+                rows, most = packs, max(1, tokens // max(PACK_SIZE, len(packs[0])))
         yield from self._in_passes(rows, most)
 
     def _in_passes(self, packs: Sequence[Pack], most: int) -> Iterator[list[Pack]]:
@@ -161,16 +194,21 @@ class Extractor:
 
     def _run(self, packs: list[Pack], prompts: Sequence[ReadPrompt]) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
         """The prompts' numbers and their rows by layer, of one pass; of more and smaller ones if the memory is full."""
-        try:
-            result = self._run_at_once(packs, prompts)
-        except RuntimeError as error:
-            smaller = _halves(packs, prompts)
-            if not _is_out_of_memory(error) or len(smaller) < 2:
-                raise
-            self._most_packs = max(1, len(packs) // 2)
-        else:
-            yield result
-            return
+        was_too_long = self._longest_pack is not None and len(packs) == 1 and len(packs[0]) > self._longest_pack
+        smaller = _halves(packs, prompts) if was_too_long else []
+        if len(smaller) < 2:
+            try:
+                result = self._run_at_once(packs, prompts)
+            except RuntimeError as error:
+                smaller = _halves(packs, prompts)
+                if not _is_out_of_memory(error) or len(smaller) < 2:
+                    raise
+                self._most_packs = max(1, len(packs) // 2)
+                if len(packs) == 1:
+                    self._longest_pack = len(packs[0]) // 2
+            else:
+                yield result
+                return
         for half in smaller:
             yield from self._run(half, prompts)
 
@@ -184,28 +222,25 @@ class Extractor:
         for row, pack in enumerate(packs):
             for number, nodes in pack.nodes.items():
                 reads.add(row, nodes, prompts[number].weights)
-        milestones = self._milestones(packs) - self._checked
-        probes = _probes(packs, critical_lengths(self._config)) if milestones and len(self._ways) > 1 else []
-        for row, node in probes:
-            reads.add(row, [node], None)
+        probes = [] if self._ways[0].one_at_a_time else self._verification.due(packs)
+        for probe in probes:
+            reads.add(probe.pack, [probe.node], None)
         rows = self._read(packs, reads)
-        for n, (row, node) in enumerate(probes, start=len(numbers)):
-            # That nothing changes after an early stop is seen once; the others can stop there.
-            alone = self._alone(packs[row].path(node), stop_early=n > len(numbers) and self._ways[0].stop_early)
-            if not all(_alike(part[n], alone[layer]) for layer, part in rows.items()):
-                raise _UnlikeError
-        self._checked |= milestones
+        for n, probe in enumerate(probes):
+            self._compare(packs[probe.pack], probe, {layer: part[len(numbers) + n] for layer, part in rows.items()})
+            self._verification.note(packs, probe)
         return numbers, {layer: part[: len(numbers)] for layer, part in rows.items()}
 
-    def _milestones(self, packs: list[Pack]) -> set[Any]:
-        """What the model may do otherwise than in the passes before, so that it is compared anew."""
-        longest, deepest = max(map(len, packs)), max(max(pack.depths) for pack in packs)
-        reached: set[Any] = {("branches", any(pack.branches for pack in packs))}
-        reached.add(("skipped", any(any(pack.skipped) for pack in packs)))
-        for length in critical_lengths(self._config):
-            reached |= {("columns", length)} if longest > length else set()
-            reached |= {("depth", length)} if deepest >= length else set()
-        return reached
+    def _compare(self, pack: Pack, probe: Probe, found: Mapping[int, Tensor]) -> None:
+        """Raise _UnlikeError unless the probe's prefix, run alone, gives what was found."""
+        prefix = pack.path(probe.node)
+        # What a pass's length changes is right only with all of the prompt.
+        row = pack.input_ids if self._depends_on_length else prefix
+        # That nothing changes after an early stop is seen once; the others can stop there.
+        stop_early = self._ways[0].stop_early and self._verification.has_begun
+        alone = self._alone(row, len(prefix) - 1, list(found), stop_early=stop_early)
+        if not all(alike(activation, alone[layer]) for layer, activation in found.items()):
+            raise _UnlikeError
 
     def _read(self, packs: list[Pack], reads: "_Reads") -> dict[int, Tensor]:
         """One pass over the packs: the rows, by layer. Raises _UnlikeError where the model can't be run so."""
@@ -220,7 +255,8 @@ class Extractor:
         try:
             if way.kinds is not None and any(pack.branches for pack in packs):
                 inputs |= self._packed(packs, way.kinds, device)
-            return read_pass(way.module, self._modules, inputs, read, stop_early=way.stop_early)
+            with kept_states(self._stateful):
+                return read_pass(way.module, self._modules, inputs, read, stop_early=way.stop_early)
         except Exception as error:  # a model that can't be run so raises what it likes
             if len(self._ways) == 1 or _is_out_of_memory(error):
                 raise
@@ -235,14 +271,19 @@ class Extractor:
         masks = attention_masks(kinds, self._config, visible(torch.tensor(ends, device=device)), depths, dtype)
         return {"attention_mask": masks, "position_ids": depths}
 
-    def _alone(self, input_ids: list[int], *, stop_early: bool) -> dict[int, Tensor]:
-        """The activation ``(hidden,)`` of a prompt's last token at each layer, with the prompt run alone."""
+    def _alone(
+        self, input_ids: Sequence[int], position: int, layers: Sequence[int], *, stop_early: bool
+    ) -> dict[int, Tensor]:
+        """The activation ``(hidden,)`` at one position of a prompt that is run alone, by layer."""
         inputs = _right_padded([input_ids], input_device(self._model))
+        before = virtual_tokens(self._model)
 
         def read(activation: Tensor) -> Tensor:
-            return by_tokens(activation, 1, len(input_ids))[0, -1]
+            return by_tokens(activation, 1, before + len(input_ids))[0, before + position]
 
-        return read_pass(self._model, self._modules, inputs, read, stop_early=stop_early)
+        modules = {layer: self._modules[layer] for layer in layers}
+        with kept_states(self._stateful):
+            return read_pass(self._model, modules, inputs, read, stop_early=stop_early)
 
 
 class _UnlikeError(Exception):
@@ -276,29 +317,6 @@ class _Reads:
         return wide.new_zeros(self._rows, wide.shape[-1]).index_add_(0, owners, weighted)
 
 
-def _probes(packs: list[Pack], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Some tokens, as (pack, node), that would tell if a pass gave something else than the prompts alone.
-
-    The deepest one; the deepest of those that must not see all tokens before them, which stands for it where it is
-    nearly as deep and beyond the same critical ``lengths``; and of these the one with most others between its
-    ancestors, or else before them.
-    """
-    nodes = [
-        (row, node, depth, skipped)
-        for row, pack in enumerate(packs)
-        for node, (depth, skipped) in enumerate(zip(pack.depths, pack.skipped, strict=True))
-    ]
-    apart = [probe for probe in nodes if probe[1] > probe[2]]
-    chosen = [max(nodes, key=lambda probe: (probe[2], probe[1] > probe[2]))]
-    if apart:
-        deepest = max(apart, key=lambda probe: probe[2])
-        nearly_as_deep = 10 * deepest[2] >= 9 * chosen[0][2]
-        is_beyond_the_same = not any(deepest[2] < length <= chosen[0][2] for length in lengths)
-        chosen = [deepest] if nearly_as_deep and is_beyond_the_same else [*chosen, deepest]
-        chosen.append(max(apart, key=lambda probe: (probe[3], probe[1] - probe[2])))
-    return list(dict.fromkeys(probe[:2] for probe in chosen))
-
-
 def _halves(packs: list[Pack], prompts: Sequence[ReadPrompt]) -> list[list[Pack]]:
     """The same prompts in two passes, or in smaller packs of their own passes."""
     if len(packs) > 1:
@@ -319,11 +337,6 @@ def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[s
         "input_ids": torch.tensor(ids, device=device),
         "attention_mask": (torch.arange(longest, device=device) < lengths[:, None]).long(),
     }
-
-
-def _alike(some: Tensor, other: Tensor) -> bool:
-    """Whether two results for the same tokens are equal up to rounding."""
-    return bool((some - other).norm() <= _ROUNDING.get(some.dtype, 5e-2) * other.norm())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -97,9 +97,28 @@ def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removab
     return handles
 
 
+def has_hooks_of_users(model: nn.Module) -> bool:
+    """Whether some module has a forward hook that neither this library nor Hugging Face's or PyTorch put there."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return any(_package_of(hook) not in _PACKAGES for hook in hooks)
+
+
 def remove_all(handles: Iterable[Removable]) -> None:
     for handle in handles:
         handle.remove()
+
+
+_PACKAGES = {"steering_vectors", "torch", "transformers", "accelerate"}
+
+
+def _package_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
 
 
 class _OwnForward:

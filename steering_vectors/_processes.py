@@ -1,12 +1,15 @@
 """Share the work of one call among the processes of a torch.distributed group."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import distributed, nn
 
 from steering_vectors._running import is_sharded
 
-_DIFFERENT = "the processes of the group were given different samples: each must make the same call"
+T = TypeVar("T")
+
+_DIFFERENT = "the processes of the group were given different samples or arguments: each must make the same call"
 
 
 class ElsewhereError(RuntimeError):
@@ -21,6 +24,13 @@ class Processes:
     """
 
     def __init__(self, group: Any = None) -> None:
+        """Raises TypeError for what is no process group, and ValueError for one that this process isn't in."""
+        if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this process is not in process_group: only those that are make the call")
+        if group is not None and not isinstance(group, distributed.ProcessGroup):
+            raise TypeError(
+                f"process_group must be a group such as torch.distributed.group.WORLD, got {type(group).__name__}"
+            )
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
         self.count = 1 if group is None else distributed.get_world_size(group)
@@ -56,6 +66,18 @@ class Processes:
         if len({step for _, step, _ in said}) > 1:
             raise ElsewhereError(_DIFFERENT)
         return [value for _, _, value in said]
+
+    def together(self, step: str, compute: Callable[[], T]) -> list[T]:
+        """What each process computes, by rank; what one raises, all raise."""
+        if self._group is None:
+            return [compute()]
+        try:
+            value, error = compute(), None
+        except ElsewhereError:
+            raise
+        except BaseException as raised:
+            value, error = None, raised
+        return self.exchange(step, value, error)
 
     def check_alike(self, step: str, value: str) -> None:
         """Raise ElsewhereError unless all processes say the same at this step."""

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Attention's cost grows with the square of a pack. On CPUs packs of 256 to 512 tokens were the fastest.
+# Attention's cost grows with the square of a pack. On CPUs packs of 256 to 512 tokens were the fastest, and a token of
+# one of 2,048 cost one and a half times as much.
 PACK_SIZE = 512
+_COSTS_TWICE = 3072  # tokens beyond PACK_SIZE, for each of all
+# Larger packs are tried where those of PACK_SIZE repeat more than this share of their tokens.
+_REPEATED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +76,9 @@ def pack_prompts(
     for number in sorted(numbers, key=prompts.__getitem__):
         prompt = prompts[number]
         shared = shared_prefix(before, prompt)
-        if ids and len(ids) + len(prompt) - shared > size:
+        new = len(prompt) - shared
+        is_one_path = shared == len(ids)  # longer, and no wider
+        if ids and new and len(ids) + new > size and not is_one_path:
             close(0)
             yield Pack(ids, depths, ends, nodes)
             ids, depths, ends, nodes, shared = [], [], [], {}, 0
@@ -86,6 +92,39 @@ def pack_prompts(
     if ids:
         close(0)
         yield Pack(ids, depths, ends, nodes)
+
+
+def cheapest_packs(
+    prompts: Sequence[list[int]], positions: Sequence[Sequence[int]], numbers: Sequence[int], *, most: int
+) -> list[Pack]:
+    """Packs of the size that makes them cheapest, of those up to ``most`` tokens.
+
+    What long prompts begin with together would be repeated in each of many small packs.
+    """
+    packs, size = list(pack_prompts(prompts, positions, numbers)), PACK_SIZE
+    distinct = distinct_prefixes([prompts[number] for number in numbers])
+    longest = max(len(prompts[number]) for number in numbers)
+    while (1 - _REPEATED) * sum(map(len, packs)) > distinct and size < most:
+        size = min(max(2 * size, longest + PACK_SIZE), most)
+        larger = list(pack_prompts(prompts, positions, numbers, size))
+        if sum(cost(len(pack)) for pack in larger) >= sum(cost(len(pack)) for pack in packs):
+            break
+        packs = larger
+    return packs
+
+
+def cost(length: int) -> float:
+    """What a pack or a row of so many tokens costs, in tokens of a short one."""
+    return length * (1 + max(0, length - PACK_SIZE) / _COSTS_TWICE)
+
+
+def distinct_prefixes(prompts: Sequence[list[int]]) -> int:
+    """How many tokens the prompts have, those that they begin with together counted once."""
+    count, before = 0, list[int]()
+    for prompt in sorted(prompts):
+        count += len(prompt) - shared_prefix(before, prompt)
+        before = prompt
+    return count
 
 
 def visible(ends: Tensor) -> Tensor:
@@ -112,7 +151,7 @@ def shared_prefix(some: list[int], other: list[int]) -> int:
 def chains(
     prompts: Sequence[list[int]], positions: Sequence[Sequence[int]], numbers: Sequence[int], *, share: bool = True
 ) -> Iterator[Pack]:
-    """The prompts that no other begins with, each as a pack of its own, shortest first.
+    """The prompts that no other begins with, each as a pack of its own, longest first.
 
     Those that others begin with, and equal ones, are read inside them. Without ``share``, equal ones only.
     """
@@ -123,6 +162,6 @@ def chains(
         if not whole or longest[: len(prompt)] != prompt or not (share or len(longest) == len(prompt)):
             longest, reads = prompt, whole.setdefault(number, {})
         reads[number] = list(positions[number])
-    for number in sorted(whole, key=lambda number: len(prompts[number])):
+    for number in sorted(whole, key=lambda number: -len(prompts[number])):
         length = len(prompts[number])
         yield Pack(prompts[number], list(range(length)), [length - 1] * length, whole[number])

@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from operator import index as as_index
 from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
+
+from steering_vectors._arguments import is_whole_number
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -50,12 +53,12 @@ class PromptTokenizer:
 
         Raises TypeError unless ``prompt`` is a text, chat messages or token ids, and ValueError for what can't be read.
         """
-        if prompt == "":  # some tokenizers would still put a token before it
+        if isinstance(prompt, str) and not prompt:  # some tokenizers would still put a token before it
             raise ValueError("the prompt is empty: it has no text")
         if isinstance(prompt, str):
             encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
         elif is_token_ids(prompt):
-            encoded = TokenizedPrompt(list(prompt), "", None)
+            encoded = TokenizedPrompt([as_index(n) for n in prompt], "", None)
         elif is_chat(prompt):
             encoded = self._chat(prompt, find_completion)
         else:
@@ -161,7 +164,7 @@ def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
 
 def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
     """Whether ``prompt`` is a sequence of whole numbers, with at least one."""
-    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(type(n) is int for n in prompt)
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(map(is_whole_number, prompt))
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

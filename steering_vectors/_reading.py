@@ -1,6 +1,7 @@
 """What to read of a model, and of prompts: layers, and tokens."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from operator import index as as_index
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from steering_vectors._arguments import is_whole_number
 from steering_vectors._extraction import Extractor, ReadPrompt
-from steering_vectors._model_structure import is_encoder_decoder, takes_tokens_again
+from steering_vectors._model_structure import configured, is_encoder_decoder, takes_tokens_again
 from steering_vectors._prompts import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._steering import check_not_steered_by_row
 from steering_vectors._token_indices import TokenSelection, as_selector
@@ -44,31 +45,52 @@ def extractor_for(
     return Extractor(model, modules, batch_size=batch_size)
 
 
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many token ids the model has embeddings for; None where that can't be told."""
+    get_embeddings = getattr(configured(model), "get_input_embeddings", None)
+    with suppress(NotImplementedError, AttributeError):
+        embeddings = get_embeddings() if callable(get_embeddings) else None
+        return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    return None
+
+
 class Reading:
     """How prompts are read: which tokens, after which tokenization."""
 
     def __init__(
-        self, tokenize: PromptTokenizer, read_token_index: ReadTokenIndex, tokens: TokenSelection | None
+        self,
+        tokenize: PromptTokenizer,
+        read_token_index: ReadTokenIndex,
+        tokens: TokenSelection | None,
+        *,
+        vocabulary: int | None,
     ) -> None:
         if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
             raise ValueError("read_token_index and tokens were given: choose one of them")
         self._tokenize = tokenize
         self._index = read_token_index
+        self._vocabulary = vocabulary
         self._selector = None if tokens is None else as_selector(tokens)
 
     def __call__(self, prompt: Prompt, own_index: int | None = None, *, name: str) -> ReadPrompt:
         """What is read of a prompt; ``own_index`` takes the place of the index for all.
 
-        Raises TypeError or ValueError for what can't be read, with the prompt's ``name``.
+        Raises TypeError or ValueError for what can't be read, with the prompt's ``name``; errors of a callable index or
+        selector too.
         """
         try:
             return self._read(prompt, own_index)
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _read(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
         encoded = self._tokenize(prompt, find_completion=self._selector is not None)
+        outside = [n for n in encoded.input_ids if not 0 <= n < (self._vocabulary or n + 1)]
+        if outside:
+            raise ValueError(f"the model has {self._vocabulary} tokens, and the prompt has the id {outside[0]}")
         if self._selector is not None:
             if own_index is not None:
                 raise ValueError("the sample's own read index and tokens were given: choose one of them")

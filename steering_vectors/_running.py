@@ -1,7 +1,9 @@
 """Run a model, or its text decoder alone, over tokens, and read layers on the way."""
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,8 +36,11 @@ def read_pass(
     Raises RuntimeError if a layer did not run.
     """
     found: dict[int, Tensor] = {}
+    thread = threading.get_ident()
 
     def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # somebody else's pass
+            return
         found[layer] = read(activation_of(output))
         if stop_early and len(found) == len(layers):
             raise _AllRead
@@ -103,17 +108,55 @@ def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         model(inputs["input_ids"], **kwargs)
 
 
+def stateful_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that keep something from one pass to the next: frequencies for its length, a recurrent state."""
+    return [module for module in model.modules() if any(hasattr(module, name) for name in _STATES)]
+
+
 @contextmanager
-def _evaluation(model: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode for the length of the block; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def kept_states(modules: Sequence[nn.Module]) -> Generator[None, None, None]:
+    """What the modules keep from one pass to the next is after the block what it was before."""
+    before = [(dict(module._buffers), _own_values(module)) for module in modules]
     try:
         yield
     finally:
+        for module, (buffers, values) in zip(modules, before, strict=True):
+            module._buffers.update(buffers)
+            for name in _own_values(module).keys() - values.keys():
+                delattr(module, name)
+            vars(module).update(values)
+
+
+# Dynamic NTK's longest length so far, and what RecurrentGemma's blocks keep on transformers 4.
+_STATES = ("max_seq_len_cached", "recurrent_states", "conv1d_state")
+
+
+def _own_values(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+
+
+# How many passes keep a module in evaluation mode that is to be in training mode: threads may share a model.
+_EVALUATED: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Generator[None, None, None]:
+    """Evaluation mode for the length of the block; each module's own mode comes back."""
+    with _LOCK:
+        training = [module for module in model.modules() if module.training or module in _EVALUATED]
         for module in training:
-            module.training = True
+            _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module in training:
+                _EVALUATED[module] -= 1
+                if not _EVALUATED[module]:
+                    del _EVALUATED[module]
+                    module.training = True
 
 
 def _uncompiled() -> AbstractContextManager[None]:

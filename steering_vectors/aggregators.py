@@ -108,15 +108,21 @@ def aggregate(aggregator: Aggregator, positive: Tensor, negative: Tensor) -> Ten
 
     Raises TypeError or ValueError if the aggregator gives something else.
     """
-    direction = aggregator(_wide(positive), _wide(negative))
-    hidden = positive.shape[-1]
+    return as_direction(aggregator, aggregator(_wide(positive), _wide(negative)), positive.shape[-1])
+
+
+def as_direction(aggregator: Aggregator, direction: object, hidden: int) -> Tensor:
+    """What the aggregator gave as a direction ``(hidden,)`` in float32, without gradients.
+
+    Raises TypeError or ValueError if it is none.
+    """
     if not isinstance(direction, Tensor):
         raise TypeError(f"the aggregator {aggregator!r} gave {type(direction).__name__}, expected a tensor ({hidden},)")
     if direction.shape not in ((hidden,), (1, hidden)):
         raise ValueError(
             f"the aggregator {aggregator!r} gave a tensor of shape {tuple(direction.shape)}, expected ({hidden},)"
         )
-    return direction.reshape(hidden).float()
+    return direction.detach().reshape(hidden).float()
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,11 @@ class _KeptRows:
 
 def _direction_of_all(aggregator: StreamingAggregator, positive: Tensor, negative: Tensor) -> Tensor:
     """What an aggregator that streams gives for rows that are all there."""
+    if positive.shape != negative.shape or positive.ndim != 2:
+        raise ValueError(
+            f"the sides must have rows (n, hidden) of one shape, got {tuple(positive.shape)} and "
+            f"{tuple(negative.shape)}"
+        )
     accumulator = aggregator.accumulator(positive.shape[-1])
     accumulator.add(positive, "positive", range(len(positive)))
     accumulator.add(negative, "negative", range(len(negative)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steering_vectors._prompts import Prompt, PromptTokenizer
-from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for
+from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
 from steering_vectors._token_indices import TokenSelection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 
@@ -42,15 +42,19 @@ def read_activations(
     >>> {layer: tuple(part.shape) for layer, part in rows.items()}
     {0: (3, 32), 1: (3, 32)}
     """
-    reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+    tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
+    reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
     rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
     numbered = enumerate(prompts)
     first = 0
     total = len(prompts) if isinstance(prompts, Sequence) else None
-    with tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar:
+    with (
+        torch.inference_mode(False),  # from its tensors nothing could learn later
+        tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar,
+    ):
         while window := list(islice(numbered, 2 * WINDOW)):
             for part in extract([reading(prompt, name=f"prompt {number}") for number, prompt in window]):
                 wide = part.rows.to("cpu" if move_to_cpu else part.rows.device)
@@ -58,6 +62,6 @@ def read_activations(
                 rows[part.layer].update((first + n, row) for n, row in zip(part.prompts, wide, strict=True))
                 bar.update(len(part.prompts) if part.layer == extract.layers[-1] else 0)
             first += len(window)
-    if first == 0:
-        raise ValueError("prompts is empty: give at least one")
-    return {layer: torch.stack([own[n] for n in range(first)]) for layer, own in rows.items()}
+        if first == 0:
+            raise ValueError("prompts is empty: give at least one")
+        return {layer: torch.stack([own[n] for n in range(first)]) for layer, own in rows.items()}

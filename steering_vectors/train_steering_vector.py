@@ -1,7 +1,9 @@
 """Train a steering vector from contrasting prompts, in one call or in its two halves."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from typing import Any, TypeAlias
@@ -12,9 +14,9 @@ from tqdm.auto import tqdm
 
 from steering_vectors._arguments import check_takes
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
-from steering_vectors._processes import ElsewhereError, Processes
+from steering_vectors._processes import Processes
 from steering_vectors._prompts import Prompt, PromptTokenizer
-from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for
+from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
 from steering_vectors._token_indices import TokenSelection
 from steering_vectors.aggregators import (
     Accumulator,
@@ -22,6 +24,7 @@ from steering_vectors.aggregators import (
     Side,
     accumulator_for,
     aggregate,
+    as_direction,
     mean_aggregator,
 )
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
@@ -115,27 +118,25 @@ def train_steering_vector(
     >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
-    check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
     processes = Processes(process_group)
-    accumulators = _Accumulators(aggregator)
-    error = None
-    try:
-        reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+
+    def accumulated() -> _Accumulators:
+        """Of this process's share of the samples."""
+        check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
+        tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
         extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
+        reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
         processes.check_model(model)
+        processes.check_alike("the arguments", _without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
+        own = _Accumulators(aggregator)
         for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None, processes):
             on_cpu = move_to_cpu or process_group is not None
-            accumulators.add(replace(part, rows=part.rows.to("cpu")) if on_cpu else part)
-    except BaseException as raised:
-        if process_group is None or isinstance(raised, ElsewhereError):
-            raise
-        error = raised
-    if process_group is not None:
-        parts = processes.exchange("the end", accumulators.by_layer, error)
-        accumulators = _Accumulators(aggregator)
-        for own in parts:  # in the same order in each process
-            accumulators.merge(own)
-    directions = {layer: accumulator.direction() for layer, (_, accumulator) in sorted(accumulators.by_layer.items())}
+            own.add(replace(part, rows=part.rows.to("cpu")) if on_cpu else part)
+        return own
+
+    with torch.inference_mode(False):  # from its tensors nothing could learn later
+        parts = processes.together("the rows", accumulated)
+        directions = processes.together("the directions", partial(_directions, aggregator, parts))[processes.rank]
     return SteeringVector(directions, layer_type)
 
 
@@ -168,15 +169,17 @@ def extract_activations(
     torch.Size([1, 32])
     """
     found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in _SIDES}
-    reading = Reading(PromptTokenizer(tokenizer, chat_template_kwargs), read_token_index, tokens)
+    tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
-    for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None):
-        rows = part.rows.to("cpu") if move_to_cpu else part.rows
-        for side, own, samples in _by_side(part):
-            found[side].setdefault(part.layer, {}).update(zip(samples, rows[own], strict=True))
-    positive, negative = (
-        {layer: _in_batches(rows, batch_size) for layer, rows in sorted(found[side].items())} for side in _SIDES
-    )
+    reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
+    with torch.inference_mode(False):
+        for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None):
+            rows = part.rows.to("cpu") if move_to_cpu else part.rows
+            for side, own, samples in _by_side(part):
+                found[side].setdefault(part.layer, {}).update(zip(samples, rows[own], strict=True))
+        positive, negative = (
+            {layer: _in_batches(rows, batch_size) for layer, rows in sorted(found[side].items())} for side in _SIDES
+        )
     return positive, negative
 
 
@@ -187,11 +190,15 @@ def aggregate_activations(
 ) -> dict[int, Tensor]:
     """A direction ``(hidden,)`` in float32 for each layer, of what :func:`extract_activations` gives.
 
-    Raises ValueError if the sides don't have the same layers and numbers of rows.
+    Raises TypeError for sides that are no mappings, and ValueError if they don't have the same layers and numbers of
+    rows ``(n, hidden)``.
 
     >>> aggregate_activations({0: [torch.ones(1, 2)]}, {0: [torch.zeros(1, 2)]})
     {0: tensor([1., 1.])}
     """
+    for side in (pos_acts_by_layer, neg_acts_by_layer):
+        if not isinstance(side, Mapping):
+            raise TypeError(f"each side must map layers to lists of rows (n, hidden), got {type(side).__name__}")
     if pos_acts_by_layer.keys() != neg_acts_by_layer.keys():
         raise ValueError(
             f"the sides have different layers: {sorted(pos_acts_by_layer)} and {sorted(neg_acts_by_layer)}"
@@ -201,6 +208,9 @@ def aggregate_activations(
     for layer, positive_rows in pos_acts_by_layer.items():
         if not len(positive_rows) or not len(neg_acts_by_layer[layer]):
             raise ValueError(f"layer {layer} has no rows: give at least one for each side")
+        parts = [*positive_rows, *neg_acts_by_layer[layer]]
+        if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+            raise ValueError(f"layer {layer}: each side must have a list of tensors (n, hidden)")
         positive, negative = torch.cat(list(positive_rows)), torch.cat(list(neg_acts_by_layer[layer]))
         if positive.shape != negative.shape:
             raise ValueError(
@@ -210,12 +220,26 @@ def aggregate_activations(
     return directions
 
 
+def _directions(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> dict[int, Tensor]:
+    """The directions of all processes' rows, by layer."""
+    if len(parts) == 1:
+        return parts[0].directions()
+    merged = _Accumulators(aggregator)
+    for part in parts:  # in the same order in each process
+        merged.merge(part)
+    return merged.directions()
+
+
+def _without_addresses(shown: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", shown)
+
+
 class _Accumulators:
     """An accumulator for each layer, with the width of its rows."""
 
     def __init__(self, aggregator: Aggregator) -> None:
         self._aggregator = aggregator
-        self.by_layer: dict[int, tuple[int, Accumulator]] = {}
+        self._by_layer: dict[int, tuple[int, Accumulator]] = {}
 
     def add(self, part: LayerRows) -> None:
         rows = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
@@ -223,14 +247,23 @@ class _Accumulators:
         for side, own, samples in _by_side(part):
             accumulator.add(rows[own], side, samples)
 
-    def merge(self, by_layer: Mapping[int, tuple[int, Accumulator]]) -> None:
-        for layer, (hidden, accumulator) in by_layer.items():
+    def merge(self, other: "_Accumulators") -> None:
+        for layer, (hidden, accumulator) in other._by_layer.items():
             self._at(layer, hidden).merge(accumulator)
 
+    def directions(self) -> dict[int, Tensor]:
+        return {
+            layer: as_direction(self._aggregator, accumulator.direction(), hidden)
+            for layer, (hidden, accumulator) in sorted(self._by_layer.items())
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_aggregator": None}  # another process has its own, which may not be sent
+
     def _at(self, layer: int, hidden: int) -> Accumulator:
-        if layer not in self.by_layer:
-            self.by_layer[layer] = (hidden, accumulator_for(self._aggregator, hidden))
-        return self.by_layer[layer][1]
+        if layer not in self._by_layer:
+            self._by_layer[layer] = (hidden, accumulator_for(self._aggregator, hidden))
+        return self._by_layer[layer][1]
 
 
 def _rows(

@@ -359,3 +359,19 @@ class TestAggregateActivations:
 
     def test_no_layers_give_no_directions(self) -> None:
         assert aggregate_activations({}, {}) == {}
+
+    @pytest.mark.parametrize("side", [[torch.ones(2)], torch.ones(3), [[1.0, 2.0]], [torch.ones(1, 1, 2)]], ids=str)
+    def test_refuses_what_is_no_list_of_rows(self, side: Any) -> None:
+        with pytest.raises(ValueError, match=r"layer 0: each side must have a list of tensors \(n, hidden\)"):
+            aggregate_activations({0: side}, {0: side})
+
+    def test_refuses_sides_that_are_no_mappings(self) -> None:
+        with pytest.raises(TypeError, match="each side must map layers to lists of rows .*, got list"):
+            aggregate_activations([torch.ones(1, 2)], {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("aggregator", [mean_aggregator(), pca_aggregator()], ids=repr)
+@pytest.mark.parametrize("other", [(2, 4), (3, 1), (4,)], ids=str)
+def test_sides_of_other_shapes_are_refused_by_those_that_stream(aggregator: Any, other: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"the sides must have rows \(n, hidden\) of one shape"):
+        aggregator(torch.ones(3, 4), torch.ones(other))

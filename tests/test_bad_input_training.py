@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,16 @@ class TestSamples:
         assert watched.passes > 0
         watched.assert_untouched()
 
+    @pytest.mark.parametrize(("ids", "wrong"), [([5, 320], 320), ([-1, 5], -1), ([10**9], 10**9)], ids=str)
+    def test_token_ids_that_the_model_has_not(self, function: Callable[..., Any], ids: list[int], wrong: int) -> None:
+        message = f"^sample 1, negative side: the model has 320 tokens, and the prompt has the id {wrong}"
+        refused(function, ValueError, message, [([1], [2]), ([1, 2], ids)])
+
+    @pytest.mark.parametrize("prompt", [np.array([5, 6]), torch.tensor([5, 6]), [5.0, 6.0], [True, False]], ids=str)
+    def test_what_is_no_prompt(self, function: Callable[..., Any], prompt: Any) -> None:
+        message = "^sample 0, negative side: expected a text, a list of chat messages or token ids, got"
+        refused(function, TypeError, message, [("a", prompt)])
+
 
 class TestReading:
     @pytest.mark.parametrize("index", [9, 100, -10])
@@ -184,6 +195,15 @@ class TestReading:
     def test_a_callable_that_finds_nothing(self, function: Callable[..., Any]) -> None:
         message = "^sample 1, positive side: substring not found"
         refused(function, ValueError, message, read_token_index=lambda text: text.index("I"))
+
+    @pytest.mark.parametrize("error", [KeyError("nowhere"), ZeroDivisionError("nowhere"), RuntimeError("nowhere")])
+    def test_a_callable_that_fails(self, function: Callable[..., Any], error: Exception) -> None:
+        def fail(_given: Any) -> Any:
+            raise error
+
+        message = f"^sample 0, positive side: {type(error).__name__}: .?nowhere"
+        refused(function, ValueError, message, read_token_index=fail)
+        refused(function, ValueError, message, tokens=fail)
 
     def test_a_position_and_a_selection(self, function: Callable[..., Any]) -> None:
         message = "read_token_index and tokens were given: choose one of them"
@@ -330,6 +350,54 @@ class TestArguments:
         with pytest.raises((TypeError, ValueError), match=r"gave|NaN or infinite"):
             train_steering_vector(watched.model, watched.tokenizer, SAMPLES, aggregator=direction)
         watched.assert_untouched()
+
+    @pytest.mark.parametrize(
+        ("direction", "error", "message"),
+        [
+            (None, TypeError, "gave NoneType, expected a tensor"),
+            (torch.ones(5), ValueError, r"gave a tensor of shape \(5,\), expected \(32,\)"),
+        ],
+        ids=str,
+    )
+    def test_an_aggregator_that_streams_and_gives_no_direction(
+        self, direction: Any, error: type[Exception], message: str
+    ) -> None:
+        watched = Watched()
+        with pytest.raises(error, match=f"the aggregator Streaming {message}"):
+            train_steering_vector(watched.model, watched.tokenizer, SAMPLES, aggregator=Streaming(direction))
+        watched.assert_untouched()
+
+    @pytest.mark.parametrize("streams", [True, False])
+    def test_directions_are_float32_without_gradients_whatever_the_aggregator_gives(self, streams: bool) -> None:
+        given = torch.ones(32, dtype=torch.bfloat16, requires_grad=True)
+        aggregator: Any = Streaming(given) if streams else lambda _positive, _negative: given
+        vector = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), SAMPLES, aggregator=aggregator)
+        assert all(d.dtype is torch.float32 and not d.requires_grad for d in vector.layer_activations.values())
+
+
+class Streaming:
+    """An aggregator that streams, and its accumulator, which gives what it was told to."""
+
+    def __init__(self, gives: Any) -> None:
+        self.gives = gives
+
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        raise AssertionError
+
+    def __repr__(self) -> str:
+        return "Streaming"
+
+    def accumulator(self, hidden: int) -> "Streaming":
+        return self
+
+    def add(self, rows: Tensor, side: str, samples: Any) -> None:
+        pass
+
+    def merge(self, other: Any) -> None:
+        pass
+
+    def direction(self) -> Any:
+        return self.gives
 
 
 class TestModels:

@@ -1,6 +1,7 @@
 """Running a model over prompts: every row is what the prompt alone gives, and the model is as it was."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 
 from steering_vectors import SteeringVector, at
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
+from steering_vectors._prompt_tree import distinct_prefixes
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -429,6 +431,25 @@ class TestPacks:
         for key, row in expected.items():
             torch.testing.assert_close(rows[key], row, atol=2e-5, rtol=1e-4)
 
+    def test_after_full_memory_with_one_pack_later_packs_are_smaller(self) -> None:
+        model = tiny.build("llama")
+        extractor = Extractor(model, modules_of(model), batch_size=1)
+        prompts = last([[group, 2, 3, n, n + 1] for group in range(10, 40) for n in range(40, 80)])
+        list(extractor(prompts[:2]))
+        full = passes = 0
+
+        def refuse(_module: nn.Module, args: Any) -> None:
+            nonlocal full, passes
+            passes += 1
+            if args[0].shape[0] * args[0].shape[1] > 200:
+                full += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        tiny.blocks(model)[1].register_forward_pre_hook(refuse)
+        assert len(rows_by_prompt(extractor(prompts))) == 3 * len(prompts)
+        assert full <= 3
+        assert passes >= 10
+
     def test_after_full_memory_later_passes_are_smaller(self) -> None:
         model = tiny.build("mamba")
         extractor = Extractor(model, modules_of(model), batch_size=2)
@@ -455,7 +476,7 @@ class TestPacks:
         vector = SteeringVector({0: torch.full((tiny.HIDDEN,), 3.0)})
         with vector.apply(model, tokens=at([index])):
             extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
-            assert [way.module for way in extractor._ways] == [model]
+            assert [way.module for way in extractor._ways] == [model, model]
             rows = rows_by_prompt(extractor(last(SHARING)))
 
         def steer(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -504,7 +525,167 @@ class TestWrappers:
             torch.testing.assert_close(rows[2, number], kept[0][0, -1], atol=2e-5, rtol=1e-4)
 
 
+def check_rows(
+    model: Any, prompts: list[ReadPrompt], extractor: Extractor | None = None, layer: int = 2, batch_size: int = 8
+) -> Extractor:
+    """Each row is that of its prompt alone; what extracted them."""
+    extractor = extractor or Extractor(model, modules_of(model, [layer]), batch_size=batch_size)
+    rows = rows_by_prompt(extractor(prompts))
+    for number, prompt in enumerate(prompts):
+        (expected,) = tiny.hidden_states(model, prompt.input_ids)[layer][list(prompt.positions)]
+        torch.testing.assert_close(rows[layer, number], expected, atol=2e-5, rtol=1e-4)
+    return extractor
+
+
+class TestWhatGoesWrongLater:
+    def test_a_window_by_columns_is_noticed_after_packs_that_it_did_not_touch(self) -> None:
+        """GPT-Neo's own mask counts columns, which in a pack aren't the tokens' indices."""
+        model = tiny.build("gpt_neo", window_size=24)
+        extractor = Extractor(model, modules_of(model, [2]), batch_size=64)
+        easy = [[*range(11, 60)], [*range(11, 59), 7], [*range(11, 59), 8]]  # beyond the window, nearly a chain
+        hard = [[*range(100, 110), n, n + 1, n + 2] for n in range(30, 60)]
+        check_rows(model, last(easy), extractor)
+        check_rows(model, last(hard), extractor)
+
+    @pytest.mark.parametrize("lengths", [(9, 14), (14, 9, 9), (3, 20, 11, 30)], ids=str)
+    def test_a_model_that_takes_padding_in_is_run_one_prompt_at_a_time(self, lengths: tuple[int, ...]) -> None:
+        model = tiny.build("llama")
+
+        def takes_padding_in(_module: nn.Module, _args: Any, output: Any) -> Any:
+            state = output if isinstance(output, Tensor) else output[0]
+            state = state + state.shape[0] - 1
+            return state if isinstance(output, Tensor) else (state, *output[1:])
+
+        tiny.blocks(model)[0].register_forward_hook(takes_padding_in)
+        prompts = [[n + 7 * length for n in range(length)] for length in lengths]
+        extractor = check_rows(model, last(prompts))
+        assert extractor._ways[0].one_at_a_time
+
+    def test_a_model_whose_batches_are_otherwise_is_run_one_prompt_at_a_time(self) -> None:
+        model = tiny.build("mamba")
+
+        def noisy(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output * (1 + 0.01 * (output.shape[0] - 1))
+
+        tiny.blocks(model)[1].register_forward_hook(noisy)
+        assert check_rows(model, last(SHARING))._ways[0].one_at_a_time
+
+    @pytest.mark.parametrize("columns", [slice(0, 3), slice(3, None), slice(20, 22)], ids=str)
+    def test_what_a_hook_does_by_column_is_what_it_does_to_each_prompt_alone(self, columns: slice) -> None:
+        model = tiny.build("llama")
+
+        def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+            state = (output if isinstance(output, Tensor) else output[0]).clone()
+            state[:, columns] += 1
+            return state if isinstance(output, Tensor) else (state, *output[1:])
+
+        tiny.blocks(model)[2].register_forward_hook(add)
+        check_rows(model, last(SHARING))
+
+    def test_what_a_hook_does_to_the_last_column_is_refused(self) -> None:
+        model = tiny.build("llama")
+
+        def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+            state = (output if isinstance(output, Tensor) else output[0]).clone()
+            state[:, -1] += 1
+            return state if isinstance(output, Tensor) else (state, *output[1:])
+
+        tiny.blocks(model)[0].register_forward_hook(add)
+        with pytest.raises(ValueError, match="an activation changes with the tokens that follow it"):
+            check_rows(model, last(SHARING))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_activations_that_are_not_finite_are_told_as_such(self, dtype: torch.dtype) -> None:
+        model: Any = tiny.build("llama").to(dtype)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        message = rf"LlamaForCausalLM gives NaN or infinite activations at layer 2: .*{dtype}"
+        with pytest.raises(ValueError, match=message):
+            list(Extractor(model, modules_of(model, [2]), batch_size=1)(last(SHARING)))
+
+
+class TestThreads:
+    def test_two_may_read_and_a_third_may_run_the_model(self) -> None:
+        model = tiny.build("llama").train()
+        expected = rows_by_prompt(Extractor(model, modules_of(model), batch_size=1)(last(SHARING)))
+        ids = torch.tensor([SHARING[0]])
+        plain = tiny.hidden_states(model.eval(), SHARING[0])[2]
+        model.train()
+        errors: list[BaseException] = []
+
+        def guarded(work: Callable[[], None]) -> None:
+            try:
+                for _ in range(15):
+                    work()
+            except BaseException as error:
+                errors.append(error)
+
+        def read() -> None:
+            rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=1)(last(SHARING)))
+            assert all(torch.allclose(row, expected[key], atol=1e-5) for key, row in rows.items())
+
+        def run() -> None:
+            with torch.no_grad():
+                assert torch.allclose(model(ids, output_hidden_states=True).hidden_states[-2], plain, atol=9.0)
+
+        threads = [threading.Thread(target=guarded, args=(work,)) for work in (read, read, run)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert errors == []
+        assert all(module.training for module in model.modules())
+
+
+def tokens_run(model: Any, prompts: list[ReadPrompt], batch_size: int) -> int:
+    """How many tokens the model ran for the prompts, those that were compared left out."""
+    extractor = check_rows(model, prompts, batch_size=batch_size)
+    counted: list[int] = []
+    handle = tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: counted.append(args[0].shape[:2].numel()))
+    list(extractor(prompts))
+    handle.remove()
+    return sum(counted)
+
+
+class TestLongBeginnings:
+    @pytest.mark.parametrize("stem", [200, 500, 600, 1200])
+    def test_are_hardly_repeated(self, stem: int) -> None:
+        model = tiny.build("llama", max_position_embeddings=2048)
+        begin = [n % 290 + 10 for n in range(stem)]
+        prompts = last([[*begin, *(10 + (7 * n + k) % 290 for k in range(10))] for n in range(64)])
+        distinct = distinct_prefixes([prompt.input_ids for prompt in prompts])
+        assert tokens_run(model, prompts, batch_size=4) <= 1.6 * distinct
+
+    def test_are_run_once_for_equal_and_nested_prompts(self) -> None:
+        model = tiny.build("llama", max_position_embeddings=2048)
+        long = [n % 290 + 10 for n in range(600)]
+        nested = [ReadPrompt(long[:length], [length - 1]) for length in (600, 600, 590, 300, 600)]
+        short = last([[7, 8, 9, n] for n in range(10, 40)])
+        assert tokens_run(model, nested, batch_size=4) == 600
+        assert tokens_run(model, [*nested, *short], batch_size=4) <= 2 * (600 + 33)
+
+
 class TestRopeThatDependsOnLength:
+    @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+    def test_a_position_inside_is_what_the_whole_prompt_gives(self, kind: str) -> None:
+        prompts = [ReadPrompt([*range(11, 51)], [3]), ReadPrompt([*range(11, 51)], [30]), ReadPrompt([5, 6, 7], [1])]
+        model = scaled_rope(kind)
+        rows = rows_by_prompt(Extractor(model, modules_of(model, [1]), batch_size=8)(prompts))
+        for number, prompt in enumerate(prompts):
+            (position,) = prompt.positions
+            expected = tiny.hidden_states(scaled_rope(kind), prompt.input_ids)[1][position]
+            torch.testing.assert_close(rows[1, number], expected, atol=2e-5, rtol=1e-4)
+
+    def test_frequencies_that_the_model_keeps_are_as_before_and_move_no_later_window(self) -> None:
+        model = scaled_rope("dynamic")
+        before = tiny.hidden_states(scaled_rope("dynamic"), [*range(11, 31)])
+        extractor = Extractor(model, modules_of(model), batch_size=8)
+        for _window in range(2):
+            rows = rows_by_prompt(extractor(last([[*range(11, 31)], [*range(11, 71)]])))
+            torch.testing.assert_close(rows[2, 0], before[2][-1], atol=2e-5, rtol=1e-4)
+        for layer, state in enumerate(tiny.hidden_states(model, [*range(11, 31)])):
+            assert torch.equal(state, before[layer])
+
     @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
     @pytest.mark.parametrize("batch_size", [1, 8])
     def test_rows_are_what_each_prompt_alone_gives(self, kind: str, batch_size: int) -> None:

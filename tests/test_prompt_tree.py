@@ -1,10 +1,19 @@
 """Packs: each distinct prefix once, each prompt whole in one pack, and each token sees its own prefix alone."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering_vectors._prompt_tree import Pack, chains, pack_prompts, shared_prefix, visible
+from steering_vectors._prompt_tree import (
+    Pack,
+    chains,
+    cheapest_packs,
+    distinct_prefixes,
+    pack_prompts,
+    shared_prefix,
+    visible,
+)
 
 # Few tokens, so that prompts share much.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12)
@@ -47,7 +56,7 @@ def test_chains_are_prompts_that_hold_those_that_they_begin_with(prompts: list[l
     check(packs, prompts)
     assert not any(pack.branches for pack in packs)
     lengths = [len(pack) for pack in packs]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
     distinct = {tuple(prompt) for prompt in prompts}
     if share:
         begun = {
@@ -71,3 +80,28 @@ def test_only_the_prompts_that_are_named_are_packed_and_only_their_positions_are
     (pack,) = pack_prompts(prompts, [[2], [0, 2], [0]], [0, 1])
     assert pack.input_ids == [1, 2, 3, 4]
     assert pack.nodes == {0: [2], 1: [0, 3]}
+
+
+@given(PROMPTS)
+def test_distinct_prefixes_are_counted_once(prompts: list[list[int]]) -> None:
+    assert distinct_prefixes(prompts) == len({tuple(p[:end]) for p in prompts for end in range(1, len(p) + 1)})
+
+
+@given(PROMPTS, st.integers(1, 1000))
+def test_the_cheapest_packs_hold_all_prompts(prompts: list[list[int]], most: int) -> None:
+    check(cheapest_packs(prompts, everywhere(prompts), range(len(prompts)), most=most), prompts)
+
+
+@pytest.mark.parametrize(("stem", "most", "tokens"), [(100, 512, 1.4), (500, 4000, 1.6), (1000, 4000, 1.6)])
+def test_the_cheapest_packs_repeat_a_long_beginning_seldom(stem: int, most: int, tokens: float) -> None:
+    prompts = [[*range(stem), *(stem + 10 * n + k for k in range(10))] for n in range(100)]
+    packs = cheapest_packs(prompts, [[len(p) - 1] for p in prompts], range(len(prompts)), most=most)
+    assert sum(map(len, packs)) <= tokens * distinct_prefixes(prompts)
+    assert max(map(len, packs)) <= max(most, stem + 10)
+
+
+def test_prompts_longer_than_a_pack_share_it_where_they_are_equal_or_nested() -> None:
+    long = list(range(700))
+    prompts = [long, long, long[:690], long[:20], [*long[:20], 5]]
+    packs = list(pack_prompts(prompts, [[len(p) - 1] for p in prompts], range(len(prompts))))
+    assert sorted(map(len, packs)) == [21, 700]

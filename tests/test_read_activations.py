@@ -2,10 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from steering_vectors import SteeringVector, completion, extract_activations, from_index, read_activations
+from steering_vectors import (
+    SteeringVector,
+    completion,
+    extract_activations,
+    from_index,
+    read_activations,
+    train_steering_vector,
+)
 from tests import tiny
 
 TEXTS = ["I love it", "I hate it", "I", "You"]
@@ -75,3 +83,22 @@ def test_what_cannot_be_read(prompts: Any, kind: type[Exception], message: str) 
 def test_a_position_outside_names_the_prompt() -> None:
     with pytest.raises(ValueError, match="prompt 2: read_token_index 3 is outside the prompt, which has 1 tokens"):
         read_activations(tiny.shared("llama"), tiny.tokenizer(), TEXTS, read_token_index=3)
+
+
+def test_rows_read_under_inference_mode_may_be_learnt_from() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    with torch.inference_mode():
+        rows = read_activations(model, tokenizer, ["a b", "c"], layers=[1])[1]
+        vector = train_steering_vector(model, tokenizer, [("a b", "c")], layers=[1])
+        positive, _ = extract_activations(model, tokenizer, [("a b", "c")], layers=[1])
+    for made in (rows, vector.layer_activations[1], positive[1][0]):
+        weight = torch.ones(made.shape[-1], requires_grad=True)
+        (made @ weight).sum().backward()
+        assert weight.grad is not None
+
+
+def test_token_ids_may_be_an_array_librarys_numbers() -> None:
+    model, ids = tiny.shared("llama"), [5, 6, 7]
+    got = read_activations(model, tiny.tokenizer(), [[np.int64(n) for n in ids], [torch.tensor(n) for n in ids]])
+    expected = read_activations(model, tiny.tokenizer(), [ids, ids])
+    assert all(torch.equal(got[layer], expected[layer]) for layer in expected)

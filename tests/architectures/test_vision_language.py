@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, from_index, generated, prompted, record_activations
 from steering_vectors.layer_matching import find_layers
+from tests.architectures.reading import how_rows_are_read
 from tests.architectures.test_causal import Note, by_hand, close
 from tests.architectures.tiny_models import tiny_vision_language_model, vision_language_model_types
 
@@ -34,6 +35,19 @@ BLOCKS_BY_HAND = {
 }
 
 
+NO_TEXT_ALONE = {
+    *BLOCKS_BY_HAND,
+    *REFUSED,
+    "diffusion_gemma",  # fills in a canvas
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),  # their tiny configs lack what places images
+}
+# What can't be read for training, and the words in which it is refused.
+NOT_READ = {
+    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), "can't tell the tokens of a pass"),
+    "paligemma": "an activation changes with the tokens that follow it",  # all of a prompt sees all of it
+}
+
+
 @pytest.mark.parametrize("vision_layers", [2, 5])
 @pytest.mark.parametrize("model_type", vision_language_model_types())
 def test_layers_are_the_text_model_s(model_type: str, vision_layers: int, note: Note) -> None:
@@ -56,6 +70,24 @@ def test_layers_are_the_text_model_s(model_type: str, vision_layers: int, note: 
     for layer in range(found.count - 1):
         assert torch.equal(activations[layer][0], states[layer + 1])
     note(model_type, "text layers", "as hidden_states")
+
+
+@pytest.mark.parametrize("model_type", [n for n in vision_language_model_types() if n not in NO_TEXT_ALONE])
+def test_rows_of_texts_are_read_as_of_each_prompt_alone(model_type: str, note: Note) -> None:
+    torch.set_num_threads(1)
+    model = tiny_vision_language_model(model_type, vision_layers=2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.is_floating_point():
+            torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    if model_type in NOT_READ:
+        with pytest.raises(ValueError, match=NOT_READ[model_type]):
+            how_rows_are_read(model)
+        note(model_type, "reads", "refused")
+        return
+    how, worst = how_rows_are_read(model)
+    assert worst < 3e-5
+    note(model_type, "reads", how)
 
 
 def with_image(model_type: str) -> tuple[Any, dict[str, Tensor]]:

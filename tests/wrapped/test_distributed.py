@@ -225,7 +225,45 @@ def a_failure_in_one_process_fails_all_with_its_words() -> None:
         together(PAIRS, layers=9 if rank == 1 else 0)
 
 
+def other_arguments_in_one_process_are_an_error_in_all() -> None:
+    rank = torch.distributed.get_rank()
+    for arguments in (
+        {"layers": [rank]},
+        {"layer_type": ("mlp", "decoder_block")[rank]},
+        {"aggregator": (mean_aggregator(), pca_aggregator())[rank]},
+    ):
+        with pytest.raises(RuntimeError, match="were given different samples or arguments"):
+            together(PAIRS, **arguments)
+
+
+def an_aggregator_that_fails_in_one_process_fails_all() -> None:
+    rank = torch.distributed.get_rank()
+
+    def failing(positive: Tensor, _negative: Tensor) -> Tensor:
+        if rank == 1:
+            raise KeyError("the aggregator of this process is broken")
+        return positive[0]
+
+    with pytest.raises((KeyError, RuntimeError), match="of this process is broken"):
+        together(PAIRS, aggregator=failing)
+    with pytest.raises((TypeError, RuntimeError), match="aggregator must be callable"):
+        together(PAIRS, aggregator=3 if rank == 1 else mean_aggregator())
+
+
+def groups_that_are_none_are_refused() -> None:
+    first = torch.distributed.new_group([0])
+    if torch.distributed.get_rank() == 1:
+        with pytest.raises(ValueError, match="this process is not in process_group"):
+            together(PAIRS, process_group=first)
+    for group in ("WORLD", True, 2):
+        with pytest.raises(TypeError, match="process_group must be a group such as torch.distributed.group.WORLD"):
+            together(PAIRS, process_group=group)
+
+
 WITH_A_PROCESS_GROUP = (
+    other_arguments_in_one_process_are_an_error_in_all,
+    an_aggregator_that_fails_in_one_process_fails_all,
+    groups_that_are_none_are_refused,
     processes_together_give_one_processes_vector,
     fewer_pairs_than_processes_are_no_matter,
     each_process_runs_its_share_alone_and_one_shows_the_bar,
