@@ -18,6 +18,7 @@ from steering_vectors.layer_matching import (
 )
 from steering_vectors.read_activations import read_activations
 from steering_vectors.record_activations import record_activations
+from steering_vectors.residual_norms import residual_norms
 from steering_vectors.steering_operators import (
     PatchDeltaOperator,
     ablation_operator,
@@ -80,6 +81,7 @@ __all__ = [
     "prompted",
     "read_activations",
     "record_activations",
+    "residual_norms",
     "rotation_operator",
     "show_versions",
     "train_steering_vector",

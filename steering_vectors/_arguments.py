@@ -1,6 +1,7 @@
-"""Check what users give: whole numbers, and callables such as operators, selectors and aggregators."""
+"""Check what users give: numbers, and callables such as operators, selectors and aggregators."""
 
 import inspect
+import math
 import operator
 
 
@@ -30,3 +31,20 @@ def is_whole_number(value: object) -> bool:
     except (TypeError, ValueError, RuntimeError):  # arrays and tensors claim to be, and are if they hold just one
         return False
     return not isinstance(value, bool)
+
+
+def finite_number(value: object, what: str) -> float:
+    """``value`` as a float. Raises TypeError unless it is one number, and ValueError unless it is finite.
+
+    >>> finite_number(2, "the angle")
+    2.0
+    """
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be a number, got {type(value).__name__}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be finite, got {number}")
+    return number

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steering_vectors._arguments import check_takes
+from steering_vectors._arguments import check_takes, finite_number
 
 PatchDeltaOperator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -63,15 +63,16 @@ def clamp_operator(min: float | None = None, max: float | None = None) -> PatchD
     They are in the activation's units: see :func:`~steering_vectors.residual_norms`. A direction of zeros changes
     nothing.
 
-    Raises TypeError for bounds that are no numbers, and ValueError for no bound, for NaN, and where ``min`` is above
-    ``max``.
+    Raises TypeError for bounds that are no numbers, and ValueError for none at all, for an infinite one, and where
+    ``min`` is above ``max``.
 
     Source: for ``min`` alone, steering to a target projection, arXiv 2604.08169.
 
     >>> clamp_operator(min=1.0)(torch.tensor([[[0.5, 2.0]]]), torch.tensor([3.0, 0.0]))
     tensor([[[0.5000, 0.0000]]])
     """
-    bounds = [_bound(name, value) for name, value in (("min", min), ("max", max)) if value is not None]
+    given = {"min": min, "max": max}
+    bounds = [finite_number(bound, f"{name} of clamp_operator") for name, bound in given.items() if bound is not None]
     if not bounds:
         raise ValueError("clamp_operator needs a bound: give min, max or both")
     if bounds[0] > bounds[-1]:
@@ -95,9 +96,7 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
     >>> rotation_operator(torch.pi / 2)(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
     tensor([[[ 2., -2.]]])
     """
-    if not math.isfinite(_number("angle", angle)):
-        raise ValueError(f"the angle of rotation_operator must be finite, got {angle}")
-    return _Rotation(float(angle))
+    return _Rotation(finite_number(angle, "the angle of rotation_operator"))
 
 
 def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator:
@@ -191,22 +190,6 @@ class _NormPreserving:
 
     def __repr__(self) -> str:
         return f"norm_preserving_operator({self.operator!r})"
-
-
-def _bound(name: str, value: object) -> float:
-    number = _number(name, value)
-    if math.isnan(number):
-        raise ValueError(f"{name} of clamp_operator must be a number, got nan")
-    return number
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
 
 
 def _wide(tensor: Tensor) -> Tensor:

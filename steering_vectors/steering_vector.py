@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._arguments import check_takes, is_whole_number
+from steering_vectors._arguments import check_takes, finite_number, is_whole_number
 from steering_vectors._changes import width_message
 from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
 from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
@@ -145,6 +145,35 @@ class SteeringVector:
         directions = {layer: torch.as_tensor(self.layer_activations[layer]).detach() for layer in self.layers}
         return {layer: float(direction.cpu().double().norm()) for layer, direction in directions.items()}
 
+    def normalized(self) -> "SteeringVector":
+        """A vector with each direction at norm 1. Raises ValueError for a direction of zeros.
+
+        >>> SteeringVector({1: [3.0, 4.0]}).normalized().layer_activations[1]
+        tensor([0.6000, 0.8000])
+        """
+        norms = self.norms()
+        zeros = [layer for layer, norm in norms.items() if norm == 0]
+        if zeros:
+            raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
+        return self.scaled({layer: 1 / norm for layer, norm in norms.items()})
+
+    def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":
+        """A vector with each direction times ``factor``: one number, or one for each layer.
+
+        Of a mapping, layers that this vector lacks are ignored: :func:`~steering_vectors.residual_norms` gives all of
+        a model. Raises TypeError for other factors, and ValueError for a mapping that lacks one of this vector's
+        layers, and for numbers that aren't finite.
+
+        >>> SteeringVector({1: [3.0, 4.0]}).scaled({0: 10.0, 1: 2.0}).norms()
+        {1: 10.0}
+        """
+        factors = factor if isinstance(factor, Mapping) else dict.fromkeys(self.layers, factor)
+        missing = [layer for layer in self.layers if layer not in factors]
+        if missing:
+            raise ValueError(f"factor has no number for layers {missing}; it has some for {sorted(factors)}")
+        numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
+        return self._with({layer: numbers[layer] * d for layer, d in _checked(self.layer_activations).items()})
+
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
@@ -156,7 +185,7 @@ class SteeringVector:
         missing = [layer for layer in wanted if layer not in self.layer_activations]
         if missing or not wanted:
             raise LookupError(f"no direction for layers {missing or layers}; there are directions for {self.layers}")
-        return replace(self, layer_activations={layer: self.layer_activations[layer] for layer in wanted})
+        return self._with({layer: self.layer_activations[layer] for layer in wanted})
 
     def _numbers(self, layers: Any) -> list[int]:
         if isinstance(layers, slice):
@@ -190,7 +219,10 @@ class SteeringVector:
         torch.bfloat16
         """
         moved = {layer: direction.to(*args, **kwargs) for layer, direction in self.layer_activations.items()}
-        return replace(self, layer_activations=moved)
+        return self._with(moved)
+
+    def _with(self, layer_activations: dict[int, Tensor]) -> "SteeringVector":
+        return replace(self, layer_activations=layer_activations)
 
     def __eq__(self, other: object) -> bool:
         """Whether layers, layer type, and all numbers with their dtypes and shapes are the same; devices may differ."""

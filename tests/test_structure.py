@@ -55,7 +55,7 @@ PUBLIC_SINCE_0_12_2 = {
 PUBLIC_SINCE_1_0 = {
     *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
     *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
-    *("clamp_operator", "norm_preserving_operator", "rotation_operator"),
+    *("residual_norms", "clamp_operator", "norm_preserving_operator", "rotation_operator"),
 }
 
 
