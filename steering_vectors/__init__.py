@@ -1,6 +1,7 @@
 """Train, apply and record steering vectors for Hugging Face language models."""
 
 from steering_vectors._steering import active_patches
+from steering_vectors.ablate_everywhere import ablate_everywhere
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -61,6 +62,7 @@ __all__ = [
     "SteeringVectorTrainingSample",
     "StreamingAggregator",
     "TokenPositions",
+    "ablate_everywhere",
     "ablation_operator",
     "ablation_then_addition_operator",
     "active_patches",

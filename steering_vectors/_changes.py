@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._hooks import activation_of, after_forward, never_compiled, with_activation
+from steering_vectors._hooks import (
+    Removable,
+    activation_of,
+    after_forward,
+    before_forward,
+    input_of,
+    never_compiled,
+    with_activation,
+    with_input,
+)
 from steering_vectors._positions import along_tokens
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.token_selection import expand_rows
 
-_ATTRIBUTE = "_steering_vectors"  # of a steered module
+# The attributes of a steered module, by what of it is steered.
+OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOCK = threading.Lock()
 
@@ -149,18 +159,22 @@ def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
 
 
 class _Steered:
-    """What is done to a module's output: the changes, in the order in which they were entered.
+    """What is done to a module's output, or input: the changes, in the order in which they were entered.
 
     It stands on the module itself, where torch.compile sees what compiled code depends on.
     """
 
-    def __init__(self, module: nn.Module, original: "_Steered | None") -> None:
+    def __init__(self, module: nn.Module, place: str, original: "_Steered | None") -> None:
         self.module = weakref.ref(module)
         self.original = original  # what steers the module that this one is a copy of
         self.changes: tuple[Change, ...] = ()
-        # First, so that whoever captures the output later sees what was steered. A copy of a steered model has it.
-        is_copy = _steer in module._forward_hooks.values()
-        self.hook = None if is_copy else after_forward(module, _steer, first=True, traceable=True)
+        # A copy of a steered module has the hook. It comes first, so that whoever captures the output later sees what
+        # was steered.
+        self.hook: Removable | None = None
+        if place == OUTPUT and _steer not in module._forward_hooks.values():
+            self.hook = after_forward(module, _steer, first=True, traceable=True)
+        if place == INPUT and _steer_input not in module._forward_pre_hooks.values():
+            self.hook = before_forward(module, _steer_input, traceable=True)
 
     def __deepcopy__(self, _memo: Any) -> "_Steered":
         return self  # a copy of the model is steered no longer than the model
@@ -173,40 +187,49 @@ def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
     return output if steered is activation else with_activation(output, steered)
 
 
+def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    activation = input_of(args, kwargs)
+    for change in changes_of(module, INPUT):
+        activation = change(activation)
+    return with_input(args, kwargs, activation)
+
+
 @dataclass(frozen=True, eq=False)
 class _AttachedChange:
     """What takes a change off its module, and the module's hook with the last one."""
 
     module: "weakref.ref[nn.Module]"
+    place: str
     change: Change
 
     def remove(self) -> None:
         with _LOCK:
             module = self.module()
-            steered = None if module is None else module.__dict__.get(_ATTRIBUTE)
+            steered = None if module is None else module.__dict__.get(self.place)
             if module is None or steered is None:
                 return
             steered.changes = tuple(change for change in steered.changes if change is not self.change)
             if not steered.changes:
                 if steered.hook is not None:
                     steered.hook.remove()
-                del module.__dict__[_ATTRIBUTE]
+                del module.__dict__[self.place]
                 if steered.original is not None:
-                    module.__dict__[_ATTRIBUTE] = steered.original
+                    module.__dict__[self.place] = steered.original
 
 
-def attach_change(module: nn.Module, change: Change) -> _AttachedChange:
+def attach_change(module: nn.Module, change: Change, place: str = OUTPUT) -> _AttachedChange:
+    """Make the change to the module's output, or at the place ``INPUT`` to its input, from now on."""
     with _LOCK:
-        steered = module.__dict__.get(_ATTRIBUTE)
+        steered = module.__dict__.get(place)
         if steered is None or steered.module() is not module:
-            steered = module.__dict__[_ATTRIBUTE] = _Steered(module, original=steered)
+            steered = module.__dict__[place] = _Steered(module, place, original=steered)
         steered.changes = (*steered.changes, change)
-    return _AttachedChange(weakref.ref(module), change)
+    return _AttachedChange(weakref.ref(module), place, change)
 
 
-def changes_of(module: nn.Module) -> tuple[Change, ...]:
-    """The changes that are made to the module's output, in the order in which they were entered."""
-    steered: _Steered | None = module.__dict__.get(_ATTRIBUTE)
+def changes_of(module: nn.Module, place: str = OUTPUT) -> tuple[Change, ...]:
+    """The changes that are made to the module's output, or input, in the order in which they were entered."""
+    steered: _Steered | None = module.__dict__.get(place)
     if steered is None:
         return ()
     return steered.changes if steered.original is None else (*steered.original.changes, *steered.changes)

@@ -20,9 +20,9 @@ class Removable(Protocol):
 
 
 def before_forward(
-    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], *, traceable: bool = False
+    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any], *, traceable: bool = False
 ) -> Removable:
-    """Call ``hook`` with the module's arguments before each of its passes.
+    """Call ``hook`` with the module's arguments before each of its passes; arguments that it returns replace them.
 
     Code that torch.compile makes calls it too: as a part of itself if the hook is ``traceable``, which it is only if
     nothing that it closes over ever changes, and else in between.
@@ -83,6 +83,21 @@ def with_activation(output: Any, activation: Tensor) -> Any:
         replaced[_activation_key(output)] = activation  # type: ignore[index]
         return replaced
     return activation
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The activation among a block's arguments. Raises TypeError if there is none."""
+    activation = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(activation, Tensor):
+        raise TypeError("a block must get its input as its first argument or as hidden_states")
+    return activation
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], activation: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with ``activation`` in its place."""
+    return ((activation, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": activation})
 
 
 def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removable]:

@@ -29,12 +29,13 @@ from steering_vectors.token_selection import KnownSelector, Selector, selected
 class Steering:
     """What is to be done to a model's activations; checked, and not attached yet.
 
-    ``directions`` are ``(hidden,)`` by layer number, ``modules`` the modules of the same layers. None as ``selector``
+    ``directions`` are ``(hidden,)`` by layer number, ``places`` the modules that are changed, each with its layer's
+    number and whether its output or its input is meant. None as ``selector``
     means all tokens. With ``this_thread_only`` only passes in the thread that attaches it are steered.
     """
 
     model: nn.Module
-    modules: Mapping[int, nn.Module]
+    places: Sequence[tuple[int, nn.Module, str]]
     directions: Mapping[int, Tensor]
     operator: PatchDeltaOperator
     multiplier: float | Tensor
@@ -55,7 +56,7 @@ class SteeringPatchHandle:
     def __init__(self, steering: Steering) -> None:
         """Attach all hooks or, if one can't be attached, none."""
         # Nothing here refers to the model: a steering that is never removed must not keep it in memory.
-        self.layers = sorted(steering.modules)
+        self.layers = sorted(steering.directions)
         self._operator = steering.operator
         self._multiplier = steering.multiplier
         self._selector = steering.selector
@@ -82,12 +83,15 @@ class SteeringPatchHandle:
                 self._shape_for,
                 None if self._thread is None else self._is_of_own_thread,
             )
-            for layer in self.layers
+            for layer, _, _ in steering.places
         ]
         self._hooks = attach_all(
             [
                 *self._tracker.registrations(pass_modules(steering.model)),
-                *(partial(attach_change, steering.modules[change.layer], change) for change in self._changes),
+                *(
+                    partial(attach_change, module, change, place)
+                    for change, (_, module, place) in zip(self._changes, steering.places, strict=True)
+                ),
             ]
         )
 
@@ -126,9 +130,9 @@ class SteeringPatchHandle:
             self._warn_of_nothing()
 
     def _warn_of_nothing(self) -> None:
-        idle = [change.layer for change in self._changes if not change.ran]
+        idle = sorted({change.layer for change in self._changes if not change.ran})
         nothing_selected = self._any_selected and not any(bool(flag) for flag in self._any_selected.values())
-        if self._thread is not None and len(idle) == len(self._changes):
+        if self._thread is not None and idle == self.layers:
             message = (
                 f"the model ran, but not in the thread that this steering is for, by this_thread_only=True: layers "
                 f"{self.layers} were not steered"

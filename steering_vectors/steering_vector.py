@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._arguments import check_takes, finite_number, is_whole_number
-from steering_vectors._changes import width_message
+from steering_vectors._changes import OUTPUT, width_message
+from steering_vectors._directions import checked_directions, layer_number
 from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
 from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._token_indices import TokenSelection, one_selection
@@ -42,7 +43,7 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         check_layer_type(self.layer_type)
-        self.layer_activations = _checked(self.layer_activations)
+        self.layer_activations = checked_directions(self.layer_activations)
 
     def apply(
         self,
@@ -172,7 +173,9 @@ class SteeringVector:
         if missing:
             raise ValueError(f"factor has no number for layers {missing}; it has some for {sorted(factors)}")
         numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
-        return self._with({layer: numbers[layer] * d for layer, d in _checked(self.layer_activations).items()})
+        return self._with(
+            {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
+        )
 
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
@@ -194,7 +197,7 @@ class SteeringVector:
             stop = last + 1 if layers.stop is None else layers.stop
             return list(range(start, stop, 1 if layers.step is None else layers.step))
         numbers = [layers] if is_whole_number(layers) else list(layers)
-        return [_layer_number(layer) for layer in dict.fromkeys(numbers)]
+        return [layer_number(layer) for layer in dict.fromkeys(numbers)]
 
     # The signatures of torch.Tensor.to.
     @overload
@@ -264,7 +267,7 @@ def _steering(
     check_takes(operator, 2, "operator", "ablation_operator()")
     if selector is not None or isinstance(multiplier, Tensor):
         _check_tokens_can_be_told(model)
-    directions = _checked(vector.layer_activations)
+    directions = checked_directions(vector.layer_activations)
     if not directions:
         raise ValueError("this steering vector has no directions")
     by_number: dict[int, Tensor] = {}
@@ -282,7 +285,8 @@ def _steering(
         raise ValueError(
             f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
         )
-    return Steering(model, modules, by_number, operator, multiplier, selector, this_thread_only)
+    places = [(number, module, OUTPUT) for number, module in modules.items()]
+    return Steering(model, places, by_number, operator, multiplier, selector, this_thread_only)
 
 
 def _check_tokens_can_be_told(model: nn.Module) -> None:
@@ -296,43 +300,6 @@ def _check_tokens_can_be_told(model: nn.Module) -> None:
             f"can't tell where the tokens stand in {type(model).__name__}, which takes some of a row's again and in "
             f"another order; steer all tokens"
         )
-
-
-def _checked(layer_activations: object) -> dict[int, Tensor]:
-    """The directions as a dictionary of its own. Raises as :class:`SteeringVector`."""
-    if not isinstance(layer_activations, Mapping):
-        raise TypeError(
-            f"layer_activations must map layer numbers to directions, got {type(layer_activations).__name__}"
-        )
-    directions = {_layer_number(layer): _direction(layer, value) for layer, value in layer_activations.items()}
-    widths = {direction.shape[-1] for direction in directions.values()}
-    if len(widths) > 1:
-        raise ValueError(f"directions must have one width, got {sorted(widths)}")
-    return directions
-
-
-def _layer_number(layer: Any) -> int:
-    if not is_whole_number(layer):
-        raise TypeError(f"a layer is told by a whole number, got {layer!r}")
-    return int(layer)
-
-
-def _direction(layer: int, value: Any) -> Tensor:
-    try:
-        direction = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"the direction of layer {layer} must be a tensor of numbers, got {value!r}") from error
-    if not isinstance(value, Tensor) and not direction.is_floating_point() and not direction.is_complex():
-        direction = direction.to(torch.get_default_dtype())
-    if not direction.is_floating_point():
-        raise TypeError(f"the direction of layer {layer} must hold real numbers, got {direction.dtype}")
-    if direction.ndim not in (1, 2) or (direction.ndim == 2 and direction.shape[0] != 1) or direction.numel() == 0:
-        raise ValueError(
-            f"the direction of layer {layer} must have the shape (hidden,) or (1, hidden), got {tuple(direction.shape)}"
-        )
-    if not bool(direction.isfinite().all()):
-        raise ValueError(f"the direction of layer {layer} has NaN or infinite numbers")
-    return direction
 
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:

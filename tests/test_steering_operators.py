@@ -256,7 +256,11 @@ def test_rotation_leaves_an_activation_along_the_direction(factor: float, dtype:
     assert torch.equal(rotation_operator(1.0)(h, d), torch.zeros_like(h))
 
 
-@pytest.mark.parametrize("inner", [addition_operator(), ablation_operator(), lambda h, d: 5 * d + h], ids=repr)
+@pytest.mark.parametrize(
+    "inner",
+    [addition_operator(), ablation_operator(), lambda h, d: 5 * d + h],
+    ids=["addition", "ablation", "callable"],
+)
 def test_norm_preserving_keeps_the_norm_and_the_inner_operator_s_direction(inner: PatchDeltaOperator) -> None:
     h, d = random(2, 3, 8), random(8, seed=1)
     steered, free = h + norm_preserving_operator(inner)(h, d), h + inner(h, d)

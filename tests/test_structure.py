@@ -33,9 +33,10 @@ RANKS: dict[int, list[str]] = {
         "_passes",
         "_running",
         "_token_indices",
+        "_directions",
         "_verification",
     ],
-    2: ["_changes", "_steering", "_extraction", "_processes", "aggregators", "ablate_everywhere"],
+    2: ["_changes", "_steering", "_stream_parts", "_extraction", "_processes", "aggregators", "ablate_everywhere"],
     3: ["steering_vector", "_reading"],
     4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
     5: ["evaluation", "export", "serving", "versions"],
@@ -55,7 +56,7 @@ PUBLIC_SINCE_0_12_2 = {
 PUBLIC_SINCE_1_0 = {
     *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
     *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
-    *("residual_norms", "clamp_operator", "norm_preserving_operator", "rotation_operator"),
+    *("ablate_everywhere", "residual_norms", "clamp_operator", "norm_preserving_operator", "rotation_operator"),
 }
 
 

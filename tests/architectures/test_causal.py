@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steering_vectors import SteeringVector, generated, record_activations
+from steering_vectors import SteeringVector, ablate_everywhere, generated, record_activations
+from steering_vectors._stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
 from tests.architectures.reading import how_rows_are_read
 from tests.architectures.tiny_models import causal_model_types, tiny_causal_model
@@ -220,6 +221,23 @@ def test_rows_are_read_as_of_each_prompt_alone(model_type: str, note: Note) -> N
     how, worst = how_rows_are_read(model)
     assert worst < 3e-5
     note(model_type, "reads", how)
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+def test_a_direction_is_ablated_everywhere(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    blocks = [model.get_submodule(name) for name in find_layers(model).names.values()]
+    (direction,) = directions(model, [0]).values()
+    unit, hooks = direction / direction.norm(), count_hooks(model)
+    with ablate_everywhere(model, direction), record_activations(model) as outputs, torch.no_grad():
+        model(torch.tensor([PROMPTS[1]]))
+    runs = [output for of_layer in outputs.values() for output in of_layer]
+    largest = max(float((output @ unit).abs().max() / output.norm(dim=-1).max()) for output in runs)
+    assert largest < 1e-5
+    assert count_hooks(model) == hooks
+    parts = written_parts(model, blocks)
+    told = sum(part != [block] for part, block in zip(parts, blocks, strict=True))
+    note(model_type, "ablates", "each part" if told == len(blocks) else f"parts of {told} of {len(blocks)}")
 
 
 def batch(prompts: list[list[int]]) -> dict[str, Tensor]:

@@ -1,0 +1,47 @@
+"""Check directions: tensors ``(hidden,)`` of finite real numbers, all of one width."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering_vectors._arguments import is_whole_number
+
+
+def checked_directions(layer_activations: object) -> dict[int, Tensor]:
+    """The directions as a dictionary of its own. Raises as :class:`SteeringVector`."""
+    if not isinstance(layer_activations, Mapping):
+        raise TypeError(
+            f"layer_activations must map layer numbers to directions, got {type(layer_activations).__name__}"
+        )
+    directions = {
+        layer_number(layer): checked_direction(value, f"the direction of layer {layer}")
+        for layer, value in layer_activations.items()
+    }
+    widths = {direction.shape[-1] for direction in directions.values()}
+    if len(widths) > 1:
+        raise ValueError(f"directions must have one width, got {sorted(widths)}")
+    return directions
+
+
+def layer_number(layer: Any) -> int:
+    if not is_whole_number(layer):
+        raise TypeError(f"a layer is told by a whole number, got {layer!r}")
+    return int(layer)
+
+
+def checked_direction(value: Any, name: str) -> Tensor:
+    try:
+        direction = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor of numbers, got {value!r}") from error
+    if not isinstance(value, Tensor) and not direction.is_floating_point() and not direction.is_complex():
+        direction = direction.to(torch.get_default_dtype())
+    if not direction.is_floating_point():
+        raise TypeError(f"{name} must hold real numbers, got {direction.dtype}")
+    if direction.ndim not in (1, 2) or (direction.ndim == 2 and direction.shape[0] != 1) or direction.numel() == 0:
+        raise ValueError(f"{name} must have the shape (hidden,) or (1, hidden), got {tuple(direction.shape)}")
+    if not bool(direction.isfinite().all()):
+        raise ValueError(f"{name} has NaN or infinite numbers")
+    return direction
