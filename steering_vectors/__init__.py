@@ -39,6 +39,7 @@ from steering_vectors.token_selection import (
     generated,
     prompted,
 )
+from steering_vectors.trace_steering import LayerSummary, SteeringTrace, trace_steering
 from steering_vectors.train_steering_vector import (
     SteeringVectorTrainingSample,
     aggregate_activations,
@@ -53,11 +54,13 @@ __all__ = [
     "Accumulator",
     "Aggregator",
     "LayerMatcher",
+    "LayerSummary",
     "LayerType",
     "ModelLayerConfig",
     "PatchDeltaOperator",
     "Selector",
     "SteeringPatchHandle",
+    "SteeringTrace",
     "SteeringVector",
     "SteeringVectorTrainingSample",
     "StreamingAggregator",
@@ -86,5 +89,6 @@ __all__ = [
     "residual_norms",
     "rotation_operator",
     "show_versions",
+    "trace_steering",
     "train_steering_vector",
 ]

@@ -2,9 +2,10 @@
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,25 @@ def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
     return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
 
 
+# Called with each steered module, and its activation before and after.
+Trace: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
+_traces: tuple[Trace, ...] = ()
+
+
+@contextmanager
+def traced(trace: Trace) -> Iterator[None]:
+    """A block in which ``trace`` is told of each steering of a module's output."""
+    global _traces  # noqa: PLW0603  # compiled code looks at it, and is made anew
+    own = never_compiled(trace)
+    with _LOCK:
+        _traces = (*_traces, own)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _traces = tuple(other for other in _traces if other is not own)
+
+
 class _Steered:
     """What is done to a module's output, or input: the changes, in the order in which they were entered.
 
@@ -184,6 +204,8 @@ def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
     activation = steered = activation_of(output)
     for change in changes_of(module):
         steered = change(steered)
+    for trace in _traces:
+        trace(module, activation, steered)
     return output if steered is activation else with_activation(output, steered)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +26,15 @@ from steering_vectors._positions import (
 )
 from steering_vectors.token_selection import TokenPositions
 
+_NUMBERS = itertools.count()
+
 
 class ForwardPass:
     """One forward pass that is under way; :attr:`positions` are worked out when first asked for."""
 
     def __init__(self, begun_by: nn.Module, memory: "_CacheMemory | None") -> None:
         self.begun_by = begun_by
+        self.number = next(_NUMBERS)
         self.thread = threading.get_ident()  # a backward pass may run some of it again in another
         self.depth = -1
         self.weights: dict[torch.device, Tensor] = {}  # the selection of this pass, once it was asked for

@@ -56,7 +56,16 @@ PUBLIC_SINCE_0_12_2 = {
 PUBLIC_SINCE_1_0 = {
     *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
     *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
-    *("ablate_everywhere", "residual_norms", "clamp_operator", "norm_preserving_operator", "rotation_operator"),
+    *(
+        "LayerSummary",
+        "SteeringTrace",
+        "trace_steering",
+        "ablate_everywhere",
+        "residual_norms",
+        "clamp_operator",
+        "norm_preserving_operator",
+        "rotation_operator",
+    ),
 }
 
 

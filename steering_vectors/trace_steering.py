@@ -1,0 +1,199 @@
+"""See what a steering does while a model runs: which tokens, at which layers, and by how much."""
+
+import html
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._changes import changes_of, traced
+from steering_vectors._hooks import attach_all, remove_all
+from steering_vectors._model_structure import pass_modules
+from steering_vectors._passes import ForwardPass, PassTracker
+from steering_vectors._positions import along_tokens
+from steering_vectors.layer_matching import check_model
+
+
+def trace_steering(model: nn.Module) -> "SteeringTrace":
+    """A context manager that notes what steerings do in the passes of ``model`` inside it.
+
+    It gives a :class:`SteeringTrace`, to be read inside the block or after it. Steerings may be entered before it or in
+    it. Where it isn't entered it costs nothing; where it is, it keeps a few numbers for each layer and pass, and waits
+    for no device until it is read.
+
+    Raises TypeError for what is no model.
+
+    >>> with trace_steering(model) as trace, vector.apply(model, tokens=slice(1, None)):
+    ...     _ = model(torch.tensor([[5, 6, 7]]))
+    >>> trace.summary()
+    {1: LayerSummary(runs=1, steered_tokens=2, change=...)}
+    """
+    check_model(model)
+    return SteeringTrace(model)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What was done at a layer.
+
+    ``runs``: how often it ran; ``steered_tokens``: how many tokens were changed, padding left out; ``change``: the mean
+    over these of the change's norm, as a share of the activation's; NaN if there were none.
+
+    >>> LayerSummary(runs=5, steered_tokens=4, change=0.25)
+    LayerSummary(runs=5, steered_tokens=4, change=0.25)
+    """
+
+    runs: int
+    steered_tokens: int
+    change: float
+
+
+class SteeringTrace:
+    """What steerings did; made by :func:`trace_steering`. As a text it is a table of the layers.
+
+    >>> with trace_steering(model) as trace, vector.apply(model, multiplier=0):
+    ...     _ = model(torch.tensor([[5, 6, 7]]))
+    >>> print(trace)
+    layer    runs  steered tokens    change
+        1       1               0      nan%
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tracker = PassTracker(need_positions=True, need_prompt_length=False)
+        self._notes: dict[int, dict[nn.Module, list[tuple[Tensor, Tensor]]]] = {}
+        self._passes: dict[int, _TracedPass] = {}
+        self._modules: set[nn.Module] = set()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "SteeringTrace":
+        handles = attach_all(self._tracker.registrations(pass_modules(self._model)))
+        self._stack.callback(remove_all, handles)
+        self._modules = set(self._model.modules())
+        self._stack.enter_context(traced(self._note))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._modules.clear()
+
+    def summary(self) -> dict[int, LayerSummary]:
+        """What was done at each layer that was steered and ran, by its number."""
+        return {layer: _summary(list(self._notes[layer].values())) for layer in sorted(self._notes)}
+
+    def show(self, tokenizer: Any) -> None:
+        """Print the tokens of the passes, row by row, with the steered ones marked.
+
+        In a notebook and in a terminal they are set off by colour, elsewhere by double brackets. A token is marked if
+        it was steered at any layer. Beams change rows, and so are not told apart. Raises ValueError if the model got
+        embeddings in place of token ids.
+        """
+        rows = list(_sequences(list(self._passes.values())))
+        texts = [[(tokenizer.decode(ids), steered) for ids, steered in _runs(row)] for row in rows]
+        ipython: Any = sys.modules.get("IPython")
+        if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
+            lines = [f"<pre style='white-space: pre-wrap'>{_marked(text, _HTML, html.escape)}</pre>" for text in texts]
+            ipython.display.display(ipython.display.HTML("".join(lines)))
+            return
+        for text in texts:
+            print(_marked(text, _COLOUR if sys.stdout.isatty() else _BRACKETS))
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':>5}  {'runs':>6}  {'steered tokens':>14}  {'change':>8}"]
+        for layer, found in self.summary().items():
+            lines.append(f"{layer:5}  {found.runs:6}  {found.steered_tokens:14}  {found.change:8.1%}")
+        return "\n".join(lines)
+
+    def _note(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
+        """A steered layer has run."""
+        current = self._tracker.current
+        if module not in self._modules or current is None:
+            return
+        index = current.positions.index
+        batch, seq = index.shape
+        places = along_tokens(torch.arange(batch * seq, device=before.device).reshape(batch, seq, 1), before)
+        places = places.expand(*before.shape[:-1], 1).squeeze(-1)
+        own = (index >= 0).to(before.device).flatten()[places]
+        moved = (after != before).any(dim=-1) & own
+        with torch.no_grad():
+            wide = before.to(torch.promote_types(before.dtype, torch.float32))
+            share = (after - wide).norm(dim=-1) / wide.norm(dim=-1)
+            share = torch.where(moved, share, 0).sum()
+            steered = torch.zeros(batch * seq, dtype=torch.long, device=before.device)
+            steered = steered.index_add_(0, places.flatten(), moved.flatten().long()) > 0
+        of_module = self._notes.setdefault(changes_of(module)[0].layer, {}).setdefault(module, [])
+        of_module.append((steered.sum(), share / moved.sum().clamp(min=1) * steered.sum()))
+        self._pass_of(current).add(steered.reshape(batch, seq))
+
+    def _pass_of(self, current: ForwardPass) -> "_TracedPass":
+        if current.number not in self._passes:
+            positions = current.positions
+            ids = None if positions.input_ids is None else positions.input_ids.detach()
+            self._passes[current.number] = _TracedPass(ids, positions.index)
+        return self._passes[current.number]
+
+
+@dataclass
+class _TracedPass:
+    input_ids: Tensor | None
+    index: Tensor
+    steered: list[Tensor] = field(default_factory=list)
+
+    def add(self, steered: Tensor) -> None:
+        self.steered.append(steered.to(self.index.device))
+
+
+# Token ids, each with whether it was steered.
+_Sequence = list[tuple[int, bool]]
+_HTML, _COLOUR, _BRACKETS = ("<mark>", "</mark>"), ("\x1b[7m", "\x1b[0m"), ("[[", "]]")
+
+
+def _summary(by_module: Sequence[list[tuple[Tensor, Tensor]]]) -> LayerSummary:
+    """Of a layer, at which one module or more were steered."""
+    counts = [sum(int(count) for count, _ in notes) for notes in by_module]
+    shares = sum(float(share) for notes in by_module for _, share in notes)
+    change = shares / sum(counts) if sum(counts) else float("nan")
+    return LayerSummary(max(map(len, by_module)), max(counts), change)
+
+
+def _sequences(passes: Sequence[_TracedPass]) -> Iterator[_Sequence]:
+    """The rows that went through the model: what a pass adds to a cache is added to its row."""
+    rows: list[_Sequence] = []
+    for one in passes:
+        if one.input_ids is None:
+            raise ValueError("the model got embeddings, not token ids: there is no text to show")
+        ids, index = one.input_ids.tolist(), one.index.tolist()
+        steered = torch.stack(one.steered).any(dim=0).tolist()
+        if len(rows) != len(ids):
+            yield from rows
+            rows = [[] for _ in ids]
+        for number, (row_ids, row_index, row_steered) in enumerate(zip(ids, index, steered, strict=True)):
+            tokens = [(i, s) for i, n, s in zip(row_ids, row_index, row_steered, strict=True) if n >= 0]
+            first = next((n for n in row_index if n >= 0), 0)
+            before = [token for token, _ in rows[number]]
+            is_new = first == 0 and [token for token, _ in tokens][: len(before)] != before
+            if is_new and before:
+                yield rows[number]
+            rows[number] = rows[number][:first] + tokens
+    yield from rows
+
+
+def _runs(row: _Sequence) -> Iterator[tuple[list[int], bool]]:
+    """Neighbours that are steered alike, together."""
+    ids: list[int] = []
+    for n, (token, steered) in enumerate(row):
+        ids.append(token)
+        if n + 1 == len(row) or row[n + 1][1] != steered:
+            yield ids, steered
+            ids = []
+
+
+def _marked(text: Sequence[tuple[str, bool]], marks: tuple[str, str], escape: Callable[[str], str] = str) -> str:
+    return "".join(f"{marks[0]}{escape(part)}{marks[1]}" if steered else escape(part) for part, steered in text)
