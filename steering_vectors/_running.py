@@ -4,7 +4,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_pass(
 
     handles = attach_all(partial(after_forward, part, partial(note, layer)) for layer, part in layers.items())
     try:
-        with _evaluation(module), torch.no_grad(), _uncompiled():
+        with _evaluation(module), torch.no_grad(), _UNCOMPILED:
             _call_once(module, inputs)
     except _AllRead:
         pass
@@ -159,8 +159,24 @@ def _evaluation(model: nn.Module) -> Generator[None, None, None]:
                     module.training = True
 
 
-def _uncompiled() -> AbstractContextManager[None]:
-    if not hasattr(torch.compiler, "set_stance"):  # before PyTorch 2.6
-        return nullcontext()
-    eager: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return eager
+class _Uncompiled:
+    """A block in which torch.compile's code doesn't run. PyTorch's stance is the process's: threads share one."""
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        with _LOCK:
+            if self._blocks == 0 and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._blocks += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with _LOCK:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._stance.close()
+
+
+_UNCOMPILED = _Uncompiled()

@@ -635,6 +635,9 @@ class TestThreads:
             thread.join(timeout=60)
         assert errors == []
         assert all(module.training for module in model.modules())
+        compiled: list[Any] = []
+        torch.compile(lambda x: x + 1, backend=lambda graph, _inputs: compiled.append(graph) or graph)(torch.ones(1))
+        assert compiled  # PyTorch compiles again
 
 
 def tokens_run(model: Any, prompts: list[ReadPrompt], batch_size: int) -> int:

@@ -288,7 +288,7 @@ class TestUnchangedScripts:
         ]
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
         assert [(p.name, p.default) for p in positional] == old
-        assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == ["tokens"]
+        assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == ["tokens", "this_thread_only"]
 
     def test_patch_activations_is_patch(self) -> None:
         assert SteeringVector.patch_activations is SteeringVector.patch
