@@ -27,8 +27,9 @@ test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the old
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
 
-test-quantized: $(VENV)/.installed ## models in four and eight bits, by bitsandbytes and torchao
+test-quantized: $(VENV)/.installed ## models in four and eight bits, by bitsandbytes and torchao, and a quantized cache
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt bitsandbytes torchao
+	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt --no-deps optimum-quanto ninja
 	@$(VENV)/bin/python -m pytest tests/wrapped/test_quantized.py -q
 
 test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it away from the source

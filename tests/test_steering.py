@@ -1085,6 +1085,35 @@ class TestGenerate:
             expected = answer(model, inputs)
             assert torch.equal(answer(model, inputs, assistant_model=assistant), expected)
 
+    @pytest.mark.parametrize("architecture", sorted({"llama", "gpt2", "gemma3", "qwen3"} & set(tiny.ARCHITECTURES)))
+    def test_prompt_lookup_is_steered_as_plain_decoding(self, architecture: str) -> None:
+        model, inputs = tiny.shared(architecture), padded([11, 12, 13, 14, 11, 12, 13])
+        for tokens in (generated(inputs), prompted(inputs), from_index(2), [1, 8]):
+            with vector().apply(model, multiplier=3, tokens=tokens):
+                expected = answer(model, inputs, use_cache=False)
+                assert torch.equal(answer(model, inputs, prompt_lookup_num_tokens=3), expected)
+
+    @pytest.mark.parametrize("architecture", sorted({"llama", "gpt2", "mistral", "gemma3"} & set(tiny.ARCHITECTURES)))
+    def test_turns_of_a_chat_on_one_cache_are_steered_as_without(self, architecture: str) -> None:
+        """Each turn's answer, and of the earlier ones what was steered then."""
+        model, ids, cache, by_hand = tiny.shared(architecture), list(PROMPT), {}, []
+        uncached: list[int] = list(PROMPT)
+        for turn in ([], [61, 62, 63], [71]):
+            ids, uncached = [*ids, *turn], [*uncached, *turn]
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+            with vector().apply(model, multiplier=3, tokens=generated(inputs)):
+                out: Any = model.generate(  # type: ignore[operator]
+                    **inputs, **cache, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+                )
+            cache = {CACHE: getattr(out, CACHE)}
+            ids = out.sequences[0].tolist()
+            by_hand.append((len(uncached) - 1, len(uncached) + 2))  # from the prompt's last token to the last one run
+            steered = [place for first, last in by_hand for place in range(first, last)]
+            for _ in range(3):
+                with vector().apply(model, multiplier=3, tokens=[p for p in steered if p < len(uncached)]):
+                    uncached.append(int(logits(model, torch.tensor([uncached]), use_cache=False)[0, -1].argmax()))
+            assert ids == uncached
+
 
 class TestPromptUnknown:
     @pytest.mark.parametrize("selector", [generated(), prompted(), completion()], ids=shown)

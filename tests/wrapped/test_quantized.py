@@ -1,4 +1,4 @@
-"""Quantized weights: bitsandbytes' four bits and torchao's int8, where the stream is in another dtype than any weight."""
+"""Quantized weights, bitsandbytes' four bits and torchao's int8: the stream is in another dtype. And a quantized cache."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from steering_vectors import SteeringVector, record_activations
+from steering_vectors import SteeringVector, generated, record_activations
 from tests import tiny
 from tests.wrapped.promises import INPUTS, LAYER, SELECTIONS, check_steered, check_trained, some_vector
 
@@ -99,3 +99,27 @@ def test_parts_are_moved_by_exactly_the_direction_in_their_own_dtype(model: Any,
         runs.append(records[LAYER][0])
     assert runs[0].dtype is runs[1].dtype
     assert torch.equal(runs[1], runs[0] + vector.layer_activations[LAYER].to(runs[0].dtype))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("tokens", [None, generated(INPUTS)], ids=["all", "generated"])
+def test_under_a_quantized_cache_the_same_tokens_are_steered_as_by_hand(tokens: Any) -> None:
+    """Its own rounding moves the logits; so the oracle runs under the same cache."""
+    pytest.importorskip("optimum.quanto")
+    model: Any = tiny.build("llama", hidden_size=64, num_attention_heads=2, head_dim=32)
+    vector = some_vector(64)
+    cache = {"backend": "quanto", "nbits": 4, "q_group_size": 32, "residual_length": 4}
+    options = {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 6, "do_sample": False}
+    first = 0 if tokens is None else INPUTS["input_ids"].shape[1] - 1
+
+    def by_hand(_module: Any, _args: Any, output: Any) -> Any:
+        steered = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+        steered[:, first if steered.shape[1] > 1 else 0 :] += vector.layer_activations[LAYER]
+        return steered
+
+    handle = tiny.blocks(model)[LAYER].register_forward_hook(by_hand)
+    expected = model.generate(**INPUTS, **options)
+    handle.remove()
+    with vector.apply(model, tokens=tokens):
+        assert torch.equal(model.generate(**INPUTS, **options), expected)
+    assert not torch.equal(model.generate(**INPUTS, **options), expected)
