@@ -34,7 +34,8 @@ class Change:
     """One steering at one layer: activation → steered activation.
 
     ``multiplier`` is one number, or a tensor of one for each row of a batch ``(rows,)``.
-    ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it; None means all.
+    ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it, or True for all
+    and False for none of them; None means all.
     ``shape_for`` says how many rows and columns the pass has that gave an activation. ``applies`` says whether a pass
     is to be steered at all; None means each. ``owner`` is whose change it is. ``ran`` is set once the layer has run in
     such a pass.
@@ -47,7 +48,7 @@ class Change:
         direction: Tensor,
         operator: PatchDeltaOperator,
         multiplier: float | Tensor,
-        weights_for: Callable[[Tensor], Tensor] | None,
+        weights_for: Callable[[Tensor], Tensor | bool] | None,
         shape_for: Callable[[Tensor], tuple[int, int]],
         applies: Callable[[], bool] | None,
     ) -> None:
@@ -79,13 +80,13 @@ class Change:
         if self._applies is not None and not self._applies():
             return activation
         self.ran = True
-        weights = None if self._weights_for is None else self._weights_for(activation)
-        if self._changes_nothing:
+        weights = True if self._weights_for is None else self._weights_for(activation)
+        if self._changes_nothing or weights is False:
             return activation
         if activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
         delta = self._delta(activation)
-        if weights is not None and weights.dtype is not torch.bool:
+        if weights is not True and weights.dtype is not torch.bool:
             delta = weights.to(activation.dtype) * delta
             weights = weights != 0
         steered = activation + delta
@@ -93,11 +94,14 @@ class Change:
             left = _only_gradients(activation, delta) if self._learns_multiplier else activation
             steered = torch.where(self._is_zero(activation), left, steered)
         # What is not selected stays bit for bit: to add zero would change a negative zero.
-        return steered if weights is None else torch.where(weights, steered, activation)
+        return steered if weights is True else torch.where(weights, steered, activation)
 
     def _delta(self, activation: Tensor) -> Tensor:
         """What is to be added, broadcastable to ``activation``."""
-        delta = self._operator(activation, self._direction_for(activation))
+        direction = self._direction_for(activation)
+        delta = self._operator(activation, direction)
+        if delta is direction:
+            return delta
         if not isinstance(delta, Tensor) or not _broadcasts_to(delta, activation):
             got = f"shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else type(delta).__name__
             raise ValueError(

@@ -50,11 +50,16 @@ def after_forward(
 
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook``, for torch.compile to call between two pieces of code instead of making it a part of one."""
-    own: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    own._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # disable(reason=…) came with PyTorch 2.7
+    apart: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    apart._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # disable(reason=…) came with PyTorch 2.7
         "steering some of the tokens, or recording, goes on between two pieces of compiled code: compile the model "
         "without fullgraph=True, or steer all tokens"
     )
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        # Elsewhere the way around the compiler would take longer than a hook.
+        return apart(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else hook(*args, **kwargs)
+
     return own
 
 

@@ -22,6 +22,7 @@ from steering_vectors._positions import (
     first_position,
     merge_arguments,
     pass_arguments,
+    say_the_same,
     token_index,
 )
 from steering_vectors.token_selection import TokenPositions
@@ -37,16 +38,24 @@ class ForwardPass:
         self.number = next(_NUMBERS)
         self.thread = threading.get_ident()  # a backward pass may run some of it again in another
         self.depth = -1
-        self.weights: dict[torch.device, Tensor] = {}  # the selection of this pass, once it was asked for
+        self.weights: dict[torch.device, Tensor | bool] = {}  # the selection of this pass, once it was asked for
         self._calls: list[PassArguments] = []
         self._memory = memory
+        self._given: Mapping[str, Any] | None = None
+        self._merged: PassArguments | None = None
         self._positions: TokenPositions | None = None
 
-    def enter(self, depth: int, arguments: PassArguments | None) -> None:
+    def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
         """A module that is ``depth`` steps inside the outermost one has been called."""
         self.depth = depth
-        if arguments is not None:
-            self._calls.append(arguments)
+        if arguments is not None and (self._given is None or not say_the_same(arguments, self._given)):
+            self._given = arguments
+            self._calls.append(pass_arguments(arguments, parameters))
+            self._merged = None
+
+    def leave(self) -> None:
+        """The pass has ended; what gradient checkpointing may run of it again needs no arguments."""
+        self._given = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,7 +73,7 @@ class ForwardPass:
         return self._positions
 
     def _arguments(self) -> PassArguments:
-        call = merge_arguments(self._calls)
+        call = self._merged_arguments()
         if call is None:
             raise ValueError(
                 f"can't tell where the tokens stand: {type(self.begun_by).__name__} was called without input_ids "
@@ -72,9 +81,14 @@ class ForwardPass:
             )
         return call
 
+    def _merged_arguments(self) -> PassArguments | None:
+        if self._merged is None:
+            self._merged = merge_arguments(self._calls)
+        return self._merged
+
     def remember(self, output: Any) -> None:
         """Note what this pass fed into its cache, where the cache itself doesn't tell or is another object now."""
-        call = merge_arguments(self._calls)
+        call = None if self._memory is None else self._merged_arguments()
         if call is None or self._memory is None:
             return
         given, made = call.cache, _cache_of(output)
@@ -146,11 +160,11 @@ class PassTracker:
             # A module that was entered already belongs to a new pass: the old one was abandoned.
             if current is None or depth <= current.depth:
                 current = self._thread.current = ForwardPass(module, self._memory)
-            known = None
+            given: dict[str, Any] | None = None
             if self._need_arguments:
-                default = {"use_cache": getattr(getattr(module, "config", None), "use_cache", None)}
-                known = pass_arguments({**default, **dict(zip(names, args, strict=False)), **kwargs}, names)
-            current.enter(depth, known)
+                given = dict(zip(names, args, strict=False)) | kwargs
+                given.setdefault("use_cache", getattr(getattr(module, "config", None), "use_cache", None))
+            current.enter(depth, given, names)
 
         def end(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
@@ -159,6 +173,7 @@ class PassTracker:
             if current is None or current.begun_by is not module:
                 return
             self._thread.current = None
+            current.leave()
             if output is not None:  # else the pass raised
                 self.completed += 1
                 current.remember(output)

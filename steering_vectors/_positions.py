@@ -17,6 +17,11 @@ CACHE_NAMES = (
 )
 # Arguments with which many prompts' tokens are run as one row, as generate_batch does.
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+_TOKEN_NAMES = ("input_ids", "inputs_embeds", "attention_mask")
+_NAMES = (
+    *("position_ids", "cache_position", "use_cache", *CACHE_NAMES, *_PACKING_NAMES, *_TOKEN_NAMES),
+    *(f"decoder_{name}" for name in _TOKEN_NAMES),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ class PassArguments:
 def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = ()) -> PassArguments:
     """What the named arguments of a forward method with these ``parameters`` say."""
     # Encoder-decoder models give the plain names to the encoder.
-    prefix = "decoder_" if "decoder_input_ids" in {*arguments, *parameters} else ""
+    prefix = "decoder_" if "decoder_input_ids" in arguments or "decoder_input_ids" in parameters else ""
     cache = _first(arguments.get(name) for name in CACHE_NAMES)
     masks = arguments.get(f"{prefix}attention_mask")
     return PassArguments(
@@ -69,6 +74,11 @@ def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = (
     )
 
 
+def say_the_same(some: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the arguments of two modules around one pass say the same of its tokens."""
+    return all(some.get(name) is other.get(name) for name in _NAMES)
+
+
 def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
     """The best of what the modules around one pass were given, outermost first; None if none was told its shape.
 
@@ -76,6 +86,8 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
     dimensions than it got; prompt tuning gives the decoder a longer prompt than it got. So the innermost module says
     what the shape is, and of what fits that shape, two-dimensional arguments come first.
     """
+    if len(calls) == 1 and (calls[0].position_ids is None or calls[0].position_ids.ndim == 2):
+        return None if calls[0].shape is None else calls[0]
     shape = _first(call.shape for call in reversed(calls))
     if shape is None:
         return None
@@ -126,8 +138,13 @@ def token_index(call: PassArguments, fed: Fed) -> tuple[Tensor, Tensor]:
     given = call.input_ids if call.inputs_embeds is None else call.inputs_embeds
     assert given is not None
     past = fed.columns if call.cached is None else call.cached
-    # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
-    column = torch.arange(seq, device=given.device) + past if call.columns is None else call.columns.to(given.device)
+    if call.columns is not None:
+        # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
+        column = call.columns.to(given.device)
+    elif isinstance(past, int):
+        column = torch.arange(past, past + seq, device=given.device)
+    else:
+        column = torch.arange(seq, device=given.device) + past
     if call.mask is not None and (seen := _index_from_mask(call.mask, past, column, batch)) is not None:
         return seen.to(given.device), column
     tokens = _is_token(call, column, batch)
@@ -199,9 +216,10 @@ def _index_from_mask(mask: Tensor, past: int | Tensor, column: Tensor, batch: in
     if isinstance(past, int) and columns < past + seq:
         return None
     tokens = mask != 0
-    index = torch.where(tokens, tokens.cumsum(dim=1) - 1, -1)
     if isinstance(past, int):
-        return index[:, past : past + seq].expand(batch, seq)
+        now = slice(past, past + seq)
+        return torch.where(tokens[:, now], tokens.cumsum(dim=1)[:, now] - 1, -1).expand(batch, seq)
+    index = torch.where(tokens, tokens.cumsum(dim=1) - 1, -1)
     # The mask may be as long as a static cache.
     return index[:, column.to(index.device).clamp(max=columns - 1)].expand(batch, seq)
 

@@ -69,7 +69,8 @@ class SteeringPatchHandle:
         )
         self._thread = threading.get_ident() if steering.this_thread_only else None
         self._order = next(_ORDER)
-        self._any_selected: dict[torch.device, Tensor] = {}
+        self._any_selected: bool | None = None  # until something is known
+        self._any_selected_on: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
         weights_for = None if steering.selector is None else self._weights_for
         self._changes = [
@@ -131,7 +132,8 @@ class SteeringPatchHandle:
 
     def _warn_of_nothing(self) -> None:
         idle = sorted({change.layer for change in self._changes if not change.ran})
-        nothing_selected = self._any_selected and not any(bool(flag) for flag in self._any_selected.values())
+        flags = [*self._any_selected_on.values(), *([] if self._any_selected is None else [self._any_selected])]
+        nothing_selected = flags and not any(bool(flag) for flag in flags)
         if self._thread is not None and idle == self.layers:
             message = (
                 f"the model ran, but not in the thread that this steering is for, by this_thread_only=True: layers "
@@ -148,18 +150,29 @@ class SteeringPatchHandle:
             return
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    def _weights_for(self, activation: Tensor) -> Tensor:
-        """What the selector says of the pass that this thread is in, broadcastable to ``activation``."""
-        assert self._selector is not None
+    def _weights_for(self, activation: Tensor) -> Tensor | bool:
+        """What the selector says of the pass that this thread is in, broadcastable to ``activation``.
+
+        True for all tokens and False for none of them, where that is known without waiting for a device.
+        """
         current = self._current_pass()
-        device = activation.device
-        if device not in current.weights:
-            if not current.weights:
-                weights = selected(self._selector, current.positions)
-                current.weights[weights.device] = weights
-                self._note_selected(weights)
-            current.weights[device] = next(iter(current.weights.values())).to(device)
-        return along_tokens(current.weights[device][..., None], activation)
+        weights = current.weights.get(activation.device)
+        if weights is None:
+            weights = self._select(current, activation.device)
+        return weights if isinstance(weights, bool) else along_tokens(weights[..., None], activation)
+
+    def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
+        """The selection of a pass, kept for its other layers."""
+        assert self._selector is not None
+        weights = next(iter(current.weights.values()), None)
+        if weights is None:
+            weights = _all_or_none(selected(self._selector, current.positions))
+            self._note_selected(weights)
+        if isinstance(weights, Tensor):
+            current.weights[weights.device] = weights
+            weights = weights.to(device)
+        current.weights[device] = weights
+        return weights
 
     def _shape_for(self, activation: Tensor) -> tuple[int, int]:
         """How many rows and columns the pass has that gave ``activation``."""
@@ -181,12 +194,21 @@ class SteeringPatchHandle:
             )
         return current
 
-    def _note_selected(self, weights: Tensor) -> None:
-        flag = self._any_selected.get(weights.device)
-        if flag is None:
-            self._any_selected[weights.device] = (weights != 0).any()
-        elif weights.device.type != "cpu" or not flag:  # a read of a device's flag would wait for the device
-            self._any_selected[weights.device] = flag | (weights != 0).any()
+    def _note_selected(self, weights: Tensor | bool) -> None:
+        if isinstance(weights, bool) or weights.device.type == "cpu":
+            self._any_selected = self._any_selected or weights is not False
+        else:
+            some = (weights != 0).any()
+            self._any_selected_on[weights.device] = some | self._any_selected_on.get(weights.device, some)
+
+
+def _all_or_none(weights: Tensor) -> Tensor | bool:
+    """Whether all tokens or none are selected, on the CPU: to look at another device's weights would wait for it."""
+    if weights.device.type != "cpu":
+        return weights
+    if weights.dtype is torch.bool and bool(weights.all()):
+        return True
+    return weights if bool(weights.any()) else False
 
 
 class SteeringContext(ContextDecorator):

@@ -1085,7 +1085,8 @@ class TestGenerate:
             expected = answer(model, inputs)
             assert torch.equal(answer(model, inputs, assistant_model=assistant), expected)
 
-    @pytest.mark.parametrize("architecture", sorted({"llama", "gpt2", "gemma3", "qwen3"} & set(tiny.ARCHITECTURES)))
+    @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="prompt lookup of transformers 4.46 needs an end of sequence")
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "qwen3"])
     def test_prompt_lookup_is_steered_as_plain_decoding(self, architecture: str) -> None:
         model, inputs = tiny.shared(architecture), padded([11, 12, 13, 14, 11, 12, 13])
         for tokens in (generated(inputs), prompted(inputs), from_index(2), [1, 8]):
