@@ -1,6 +1,7 @@
 """Train, apply and record steering vectors for Hugging Face language models."""
 
 from steering_vectors._steering import active_patches
+from steering_vectors._version import __version__ as __version__
 from steering_vectors.ablate_everywhere import ablate_everywhere
 from steering_vectors.aggregators import (
     Accumulator,
@@ -47,8 +48,6 @@ from steering_vectors.train_steering_vector import (
     train_steering_vector,
 )
 from steering_vectors.versions import show_versions
-
-__version__ = "1.0.0.dev0"
 
 __all__ = [
     "Accumulator",

@@ -1,25 +1,23 @@
 """Steering vectors: directions by layer, and how to apply them to a model."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._arguments import check_takes, finite_number, is_whole_number
-from steering_vectors._changes import OUTPUT, width_message
+from steering_vectors._algebra import cosines, orthogonal, projections, united
+from steering_vectors._arguments import finite_number, is_whole_number
 from steering_vectors._directions import checked_directions, layer_number
-from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
+from steering_vectors._files import read, write
+from steering_vectors._metadata import Metadata, derived
 from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
+from steering_vectors._steering_of_vectors import steering_of, warn_of_another_model
 from steering_vectors._token_indices import TokenSelection, one_selection
-from steering_vectors.layer_matching import (
-    LayerType,
-    ModelLayerConfig,
-    check_layer_type,
-    find_layers,
-)
-from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type
+from steering_vectors.steering_operators import PatchDeltaOperator
 
 __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
@@ -31,8 +29,11 @@ class SteeringVector:
     ``layer_activations`` maps layer numbers, from 0 (negative ones count from the model's end), to directions
     ``(hidden,)`` or ``(1, hidden)``, all of one width: tensors, which are kept as they are, or numpy arrays and lists.
 
+    ``metadata`` is a read-only mapping of strings: where the vector comes from. Training fills it, files keep it, and
+    equality ignores it.
+
     Raises TypeError for other values, and ValueError for other shapes, numbers that aren't finite, and an unknown layer
-    type; when it is made, and again when it is applied.
+    type; when it is made, and again when it is applied or saved.
 
     >>> SteeringVector({1: [3.0, 4.0], 2: [0.0, 1.0]})
     SteeringVector(layers=[1, 2], hidden_size=2, layer_type='decoder_block', norms=1 to 5)
@@ -40,10 +41,20 @@ class SteeringVector:
 
     layer_activations: dict[int, Tensor]
     layer_type: LayerType = "decoder_block"
+    metadata: Mapping[str, str] = field(default=Metadata({}), kw_only=True)
 
     def __post_init__(self) -> None:
         check_layer_type(self.layer_type)
         self.layer_activations = checked_directions(self.layer_activations)
+        self.metadata = Metadata(self.metadata)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # With plain types, so that the class of 0.12.2 takes it too.
+        state = {"layer_activations": self.layer_activations, "layer_type": self.layer_type}
+        return {**state, "metadata": dict(self.metadata)} if self.metadata else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "metadata": Metadata(state.get("metadata", {}))})
 
     def apply(
         self,
@@ -85,7 +96,8 @@ class SteeringVector:
 
         Raises, when called and again on entering, before anything is attached: TypeError for arguments of a wrong kind;
         ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more
-        than one selection of tokens. Warns with a RuntimeWarning on leaving if the model ran and was steered nowhere.
+        than one selection of tokens. Warns with a UserWarning if the metadata are of another type of model or another
+        depth, and with a RuntimeWarning on leaving if the model ran and was steered nowhere.
 
         >>> with vector.apply(model, multiplier=2.0, tokens=generated(inputs)):
         ...     output = model.generate(**inputs, max_new_tokens=4)
@@ -93,9 +105,12 @@ class SteeringVector:
 
         def steering() -> Steering:
             selector = one_selection(min_token_index, token_indices, tokens)
-            return _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only)
+            return steering_of(
+                self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
+            )
 
         steering()  # a mistake shows here, before the block
+        warn_of_another_model(self.metadata, model)
         return SteeringContext(lambda: SteeringPatchHandle(steering()))
 
     def patch(
@@ -118,9 +133,11 @@ class SteeringVector:
         >>> handle.remove()
         """
         selector = one_selection(min_token_index, token_indices, tokens)
-        return SteeringPatchHandle(
-            _steering(self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only)
+        steering = steering_of(
+            self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
         )
+        warn_of_another_model(self.metadata, model)
+        return SteeringPatchHandle(steering)
 
     patch_activations = patch
 
@@ -146,6 +163,100 @@ class SteeringVector:
         directions = {layer: torch.as_tensor(self.layer_activations[layer]).detach() for layer in self.layers}
         return {layer: float(direction.cpu().double().norm()) for layer, direction in directions.items()}
 
+    def __add__(self, other: object) -> "SteeringVector":
+        """The sum at each layer that either vector has. Raises ValueError for other layer types and widths."""
+        made: SteeringVector = self._combined(other, "{} + {}", torch.add)
+        return made
+
+    def __radd__(self, other: object) -> "SteeringVector":
+        """For ``sum(vectors)``, which begins with 0."""
+        return self if other == 0 else NotImplemented
+
+    def __sub__(self, other: object) -> "SteeringVector":
+        """The difference at each layer that either vector has. Raises as a sum."""
+        made: SteeringVector = self._combined(other, "{} - {}", torch.sub)
+        return made
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        """Each direction times a number.
+
+        >>> (2 * SteeringVector({1: [3.0, 4.0]})).layer_activations
+        {1: tensor([6., 8.])}
+        """
+        return NotImplemented if isinstance(factor, SteeringVector) else self.scaled(finite_number(factor, "a factor"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        """Each direction divided by a number. Raises ZeroDivisionError for 0."""
+        number = finite_number(divisor, "a divisor")
+        if number == 0:
+            raise ZeroDivisionError("a steering vector can't be divided by 0")
+        made = {layer: direction / number for layer, direction in self.layer_activations.items()}
+        return self._with(made, f"{{}} / {number:g}")
+
+    def __neg__(self) -> "SteeringVector":
+        return self._with({layer: -direction for layer, direction in self.layer_activations.items()}, "-{}")
+
+    def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
+        """The cosine of the angle between the directions, at each layer that both vectors have; NaN for zeros.
+
+        Raises ValueError for other layer types and widths, and where there is no such layer.
+
+        >>> SteeringVector({1: [3.0, 4.0]}).cosine_similarity(SteeringVector({1: [4.0, 3.0], 2: [1.0, 0.0]}))
+        {1: 0.96}
+        """
+        self._check_alike(other)
+        found = cosines(self.layer_activations, other.layer_activations)
+        if not found:
+            raise ValueError(f"the vectors share no layer: one has {self.layers}, the other {other.layers}")
+        return found
+
+    def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
+        """The vector without what lies along the other's direction at each layer; where there is none, as it is.
+
+        Raises ValueError for other layer types and widths.
+
+        >>> SteeringVector({1: [3.0, 4.0]}).orthogonal_to(SteeringVector({1: [2.0, 0.0]})).layer_activations
+        {1: tensor([0., 4.])}
+        """
+        self._check_alike(other)
+        made = orthogonal(self.layer_activations, other.layer_activations)
+        return self._with(made, "{} without what is along {}", other)
+
+    def project(self, activations: Mapping[int, Tensor | Sequence[Tensor]]) -> dict[int, Any]:
+        """How far activations go along the directions: ``h·u`` with ``u = d / ‖d‖``, for monitoring.
+
+        ``activations`` map layers to tensors ``(…, hidden)`` or lists of them, as ``record_activations`` and
+        ``read_activations`` give them. Each comes back without its last axis, in float32 or wider, for the layers that
+        both have. Raises ValueError where there is none, and for another width.
+
+        >>> SteeringVector({1: [3.0, 4.0]}).project({1: torch.tensor([[1.0, 0.0], [3.0, 4.0]])})
+        {1: tensor([0.6000, 5.0000])}
+        """
+        found = projections(self.normalized().layer_activations, activations)
+        if not found:
+            raise ValueError(f"there are no activations of layers {self.layers}, but of {sorted(activations)}")
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vector to one safetensors file, bit for bit, as a whole or not at all.
+
+        Raises FileNotFoundError for a folder that isn't there, IsADirectoryError for a folder in the file's place, and
+        ValueError for a vector without directions.
+        """
+        write(path, self.layer_activations, self.layer_type, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
+        """The vector in a file that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
+
+        Raises FileNotFoundError if there is none, and ValueError for what is no whole file of a steering vector: a
+        pickle, a file that is cut off or too large, one of a newer format, numbers that aren't finite.
+        """
+        directions, layer_type, metadata = read(path)
+        return cls(directions, layer_type, metadata=metadata)  # type: ignore[arg-type]  # it was checked
+
     def normalized(self) -> "SteeringVector":
         """A vector with each direction at norm 1. Raises ValueError for a direction of zeros.
 
@@ -156,7 +267,10 @@ class SteeringVector:
         zeros = [layer for layer, norm in norms.items() if norm == 0]
         if zeros:
             raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
-        return self.scaled({layer: 1 / norm for layer, norm in norms.items()})
+        made = {
+            layer: direction / norms[layer] for layer, direction in checked_directions(self.layer_activations).items()
+        }
+        return self._with(made, "{} at norm 1")
 
     def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":
         """A vector with each direction times ``factor``: one number, or one for each layer.
@@ -173,9 +287,8 @@ class SteeringVector:
         if missing:
             raise ValueError(f"factor has no number for layers {missing}; it has some for {sorted(factors)}")
         numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
-        return self._with(
-            {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
-        )
+        made = {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
+        return self._with(made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{float(factor):g} * {{}}")
 
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
@@ -188,7 +301,7 @@ class SteeringVector:
         missing = [layer for layer in wanted if layer not in self.layer_activations]
         if missing or not wanted:
             raise LookupError(f"no direction for layers {missing or layers}; there are directions for {self.layers}")
-        return self._with({layer: self.layer_activations[layer] for layer in wanted})
+        return replace(self, layer_activations={layer: self.layer_activations[layer] for layer in wanted})
 
     def _numbers(self, layers: Any) -> list[int]:
         if isinstance(layers, slice):
@@ -222,10 +335,27 @@ class SteeringVector:
         torch.bfloat16
         """
         moved = {layer: direction.to(*args, **kwargs) for layer, direction in self.layer_activations.items()}
-        return self._with(moved)
+        return replace(self, layer_activations=moved)
 
-    def _with(self, layer_activations: dict[int, Tensor]) -> "SteeringVector":
-        return replace(self, layer_activations=layer_activations)
+    def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        self._check_alike(other)
+        return self._with(united(self.layer_activations, other.layer_activations, combine), operation, other)
+
+    def _with(self, directions: dict[int, Tensor], operation: str, *others: "SteeringVector") -> "SteeringVector":
+        """What an operation made of this vector and others; its metadata say so."""
+        metadata = derived(operation, self.metadata, *(other.metadata for other in others))
+        return SteeringVector(directions, self.layer_type, metadata=metadata)
+
+    def _check_alike(self, other: object) -> None:
+        if not isinstance(other, SteeringVector):
+            raise TypeError(f"expected a SteeringVector, got {type(other).__name__}")
+        if self.layer_type != other.layer_type:
+            raise ValueError(f"the vectors are of other layer types: {self.layer_type!r} and {other.layer_type!r}")
+        widths = {vector.hidden_size for vector in (self, other) if vector.layer_activations}
+        if len(widths) > 1:
+            raise ValueError(f"the vectors' directions have other widths: {self.hidden_size} and {other.hidden_size}")
 
     def __eq__(self, other: object) -> bool:
         """Whether layers, layer type, and all numbers with their dtypes and shapes are the same; devices may differ."""
@@ -248,57 +378,6 @@ class SteeringVector:
         return (
             f"SteeringVector(layers={_ranges(self.layers)}, hidden_size={self.hidden_size}, "
             f"layer_type={self.layer_type!r}, norms={low if low == high else f'{low} to {high}'})"
-        )
-
-
-def _steering(
-    vector: SteeringVector,
-    model: nn.Module,
-    layer_config: ModelLayerConfig | None,
-    operator: PatchDeltaOperator | None,
-    multiplier: float | Tensor,
-    selector: Any,
-    this_thread_only: bool,
-) -> Steering:
-    """The vector's steering of a model, with all that can be checked before the model runs."""
-    check_layer_type(vector.layer_type)
-    found = find_layers(model, vector.layer_type, layer_config)
-    operator = addition_operator() if operator is None else operator
-    check_takes(operator, 2, "operator", "ablation_operator()")
-    if selector is not None or isinstance(multiplier, Tensor):
-        _check_tokens_can_be_told(model)
-    directions = checked_directions(vector.layer_activations)
-    if not directions:
-        raise ValueError("this steering vector has no directions")
-    by_number: dict[int, Tensor] = {}
-    for layer, direction in directions.items():
-        number = found.number(layer)
-        if number in by_number:
-            same = [key for key in directions if found.number(key) == number]
-            raise ValueError(f"the vector's layers {same} are one layer of this model, number {number}")
-        by_number[number] = direction
-    widths = [] if layer_config and vector.layer_type in layer_config else layer_widths(model)
-    if widths and vector.hidden_size not in widths:
-        raise ValueError(width_message(vector.hidden_size, min(by_number), widths[0]))
-    modules = {number: model.get_submodule(found.names[number]) for number in sorted(by_number)}
-    if len(set(modules.values())) < len(modules):
-        raise ValueError(
-            f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
-        )
-    places = [(number, module, OUTPUT) for number, module in modules.items()]
-    return Steering(model, places, by_number, operator, multiplier, selector, this_thread_only)
-
-
-def _check_tokens_can_be_told(model: nn.Module) -> None:
-    if learns_prompts(model):
-        raise ValueError(
-            "prompt learning puts virtual tokens before the prompt's own, so it can't be told exactly which tokens to "
-            "steer; steer all tokens"
-        )
-    if takes_tokens_again(model):
-        raise ValueError(
-            f"can't tell where the tokens stand in {type(model).__name__}, which takes some of a row's again and in "
-            f"another order; steer all tokens"
         )
 
 

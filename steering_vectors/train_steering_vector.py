@@ -1,6 +1,5 @@
 """Train a steering vector from contrasting prompts, in one call or in its two halves."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from steering_vectors._arguments import check_takes
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
+from steering_vectors._metadata import TrainingRecord, of_libraries, of_model, of_tokenizer, without_addresses
 from steering_vectors._processes import Processes
 from steering_vectors._prompts import Prompt, PromptTokenizer
 from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
@@ -107,6 +107,9 @@ def train_steering_vector(
     With ``process_group``, such as ``torch.distributed.group.WORLD``, each process of the group makes the same call,
     runs its share of the pairs, and returns the same vector; without it each works alone.
 
+    The vector's ``metadata`` say how to make it again: the model, its revision and dtype, the method, what was read,
+    the number of samples, and hashes of their token ids and of the chat template.
+
     Raises TypeError for arguments of a wrong kind. Raises ValueError for layers that the model hasn't, for models that
     aren't decoder-only, and for samples that can't be read: none at all, no pair, an empty prompt, a position outside
     the prompt, a selection of no token, chat messages without a chat template or with other content than text; and
@@ -118,7 +121,7 @@ def train_steering_vector(
     >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
-    processes = Processes(process_group)
+    processes, record = Processes(process_group), TrainingRecord()
 
     def accumulated() -> _Accumulators:
         """Of this process's share of the samples."""
@@ -127,17 +130,20 @@ def train_steering_vector(
         extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
         reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
         processes.check_model(model)
-        processes.check_alike("the arguments", _without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
+        processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
         own = _Accumulators(aggregator)
-        for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None, processes):
-            on_cpu = move_to_cpu or process_group is not None
+        on_cpu = move_to_cpu or process_group is not None
+        for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None, processes, record):
             own.add(replace(part, rows=part.rows.to("cpu")) if on_cpu else part)
         return own
 
     with torch.inference_mode(False):  # from its tensors nothing could learn later
         parts = processes.together("the rows", accumulated)
         directions = processes.together("the directions", partial(_directions, aggregator, parts))[processes.rank]
-    return SteeringVector(directions, layer_type)
+    read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
+    made = {"method": without_addresses(repr(aggregator)), "read": without_addresses(read), **record.entries()}
+    metadata = {**of_model(model), **of_tokenizer(tokenizer, chat_template_kwargs), **made, **of_libraries()}
+    return SteeringVector(directions, layer_type, metadata=metadata)
 
 
 def extract_activations(
@@ -230,10 +236,6 @@ def _directions(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> dic
     return merged.directions()
 
 
-def _without_addresses(shown: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", shown)
-
-
 class _Accumulators:
     """An accumulator for each layer, with the width of its rows."""
 
@@ -272,10 +274,12 @@ def _rows(
     training_samples: Iterable[TrainingSample],
     description: str | None,
     processes: Processes = Processes(),
+    record: TrainingRecord | None = None,
 ) -> Iterator[LayerRows]:
     """The rows of the samples that are this process's, in the order in which the model runs.
 
-    A description brings a bar. Prompt 2n is the positive side of the sample n, prompt 2n + 1 the negative one.
+    A description brings a bar. Prompt 2n is the positive side of the sample n, prompt 2n + 1 the negative one. All
+    processes' samples are noted in the ``record``.
     """
     if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
@@ -286,6 +290,8 @@ def _rows(
         while window := list(islice(samples, WINDOW)):
             prompts = [prompt for number, sample in window for prompt in _prompts_of(reading, number, sample)]
             processes.check_alike(f"the samples from {first} on", _digest(prompts) if processes.count > 1 else "")
+            if record is not None:
+                record.add([prompt.input_ids for prompt in prompts])
             own = processes.share(len(window))
             done = 0
             for part in extract(prompts[2 * own.start : 2 * own.stop]):

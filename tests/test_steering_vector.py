@@ -269,7 +269,7 @@ class TestKeeping:
         with vector.apply(tiny.shared("llama")), vector.patch(tiny.shared("llama")):
             pass
         assert vector == before
-        assert vars(vector).keys() == {"layer_activations", "layer_type"}
+        assert vars(vector).keys() == {"layer_activations", "layer_type", "metadata"}
 
 
 class TestUnchangedScripts:

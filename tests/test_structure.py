@@ -24,19 +24,16 @@ MOST_LINES_OF_A_FUNCTION = 40
 RANKS: dict[int, list[str]] = {
     0: [
         *("layer_matching", "token_selection", "_positions", "_hooks", "torch_utils", "_storage", "_statistics"),
-        *("_prompt_tree", "_model_structure", "_attention", "_arguments"),
+        *("_prompt_tree", "_model_structure", "_attention", "_arguments", "_algebra", "_version"),
     ],
     1: [
-        "record_activations",
-        "steering_operators",
-        "_prompts",
-        "_passes",
-        "_running",
-        "_token_indices",
-        "_directions",
-        "_verification",
+        *("record_activations", "steering_operators", "_prompts", "_passes", "_running", "_token_indices"),
+        *("_verification", "_directions", "_metadata", "_files"),
     ],
-    2: ["_changes", "_steering", "_stream_parts", "_extraction", "_processes", "aggregators", "ablate_everywhere"],
+    2: [
+        *("_changes", "_steering", "_steering_of_vectors", "_stream_parts", "_extraction", "_processes"),
+        *("aggregators", "ablate_everywhere"),
+    ],
     3: ["steering_vector", "_reading"],
     4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
     5: ["evaluation", "export", "serving", "versions"],

@@ -392,8 +392,10 @@ class TestPickles:
         assert "layers=[3, 5]" in repr(vector)
 
     def test_of_ours_keep_to_the_two_old_fields_under_the_old_path(self) -> None:
-        vector = SteeringVector({1: torch.ones(4)})
-        assert vars(vector).keys() == {"layer_activations", "layer_type"}
+        vector = SteeringVector({1: torch.ones(4)}, metadata={"method": "by hand"})
+        assert vector.__getstate__() == {**vars(vector), "metadata": {"method": "by hand"}}
+        assert type(vector.__getstate__()["metadata"]) is dict  # of no class that 0.12.2 lacks
+        assert SteeringVector({1: torch.ones(4)}).__getstate__().keys() == {"layer_activations", "layer_type"}
         assert (
             f"{SteeringVector.__module__}.{SteeringVector.__qualname__}"
             == "steering_vectors.steering_vector.SteeringVector"

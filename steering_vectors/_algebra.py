@@ -1,0 +1,67 @@
+"""Arithmetic of directions by layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Directions: TypeAlias = Mapping[int, Tensor]
+
+
+def united(some: Directions, other: Directions, combine: Callable[[Tensor, Tensor], Tensor]) -> dict[int, Tensor]:
+    """``combine`` of the two at each layer that either has; where one has none, it counts as zeros."""
+    found = {}
+    for layer in sorted({*some, *other}):
+        own, others = some.get(layer), other.get(layer)
+        if own is None:
+            assert others is not None
+            own = torch.zeros_like(others)
+        found[layer] = combine(_flat(own), torch.zeros_like(_flat(own)) if others is None else _flat(others))
+    return found
+
+
+def cosines(some: Directions, other: Directions) -> dict[int, float]:
+    """By layer, where both have one; NaN where one of them is zero."""
+    found = {}
+    for layer in sorted(some.keys() & other.keys()):
+        own, others = (_flat(directions[layer]).detach().cpu().double() for directions in (some, other))
+        found[layer] = float(own @ others / (own.norm() * others.norm()))
+    return found
+
+
+def orthogonal(some: Directions, other: Directions) -> dict[int, Tensor]:
+    """``some`` without their parts along the ``other`` at the same layers; where there is none, as they are."""
+    return {layer: _without(_flat(own), other.get(layer)) for layer, own in some.items()}
+
+
+def projections(directions: Directions, activations: Mapping[int, Tensor | Sequence[Tensor]]) -> dict[int, Any]:
+    """``h·u``, with the direction at norm 1, of each activation at each layer that both have."""
+    found: dict[int, Any] = {}
+    for layer in sorted(directions.keys() & activations.keys()):
+        of_layer = activations[layer]
+        direction = _flat(directions[layer])
+        found[layer] = (
+            _along(of_layer, direction)
+            if isinstance(of_layer, Tensor)
+            else [_along(part, direction) for part in of_layer]
+        )
+    return found
+
+
+def _along(activation: Tensor, direction: Tensor) -> Tensor:
+    wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
+    own = direction.to(wide.device, wide.dtype)
+    along: Tensor = wide @ (own / own.norm())
+    return along
+
+
+def _without(own: Tensor, other: Tensor | None) -> Tensor:
+    if other is None or not bool(other.detach().any()):
+        return own
+    wide, others = own.double(), _flat(other).to(own.device).double()
+    return (wide - (wide @ others) / (others @ others) * others).to(own.dtype)
+
+
+def _flat(direction: Tensor) -> Tensor:
+    return direction.reshape(-1)
