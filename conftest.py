@@ -32,6 +32,7 @@ def example_names(request: pytest.FixtureRequest) -> None:
         model = tiny.build("gpt2", n_layer=2)
         inputs = {"input_ids": torch.arange(10, 20).reshape(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
         request.getfixturevalue("doctest_namespace").update(
+            folder=request.getfixturevalue("tmp_path"),
             model=model,
             tokenizer=tiny.tokenizer(),
             vector=SteeringVector({1: torch.ones(tiny.HIDDEN)}),

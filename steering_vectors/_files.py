@@ -63,7 +63,7 @@ def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[d
         )
     layer_type = metadata.get("layer_type", "")
     check_layer_type(layer_type)
-    directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in tensors.items()})
+    directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
     if len(directions) < len(tensors):
         raise ValueError(f"two of its tensors are of one layer: {sorted(tensors)[:10]}")
     if not directions:

@@ -57,7 +57,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if size > LARGEST_FILE:
         raise ValueError(f"{path} has {size} bytes; a steering vector has at most {LARGEST_FILE}")
     with open(path, "rb") as file:
-        content = file.read(LARGEST_FILE + 1)
+        content = file.read(size)
     _check_beginning(path, content)
     try:
         tensors = safetensors.torch.load(content)

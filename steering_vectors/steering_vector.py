@@ -257,6 +257,37 @@ class SteeringVector:
         directions, layer_type, metadata = read(path)
         return cls(directions, layer_type, metadata=metadata)  # type: ignore[arg-type]  # it was checked
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the vector and a model card into a folder: :func:`steering_vectors.hub.save_pretrained`."""
+        from steering_vectors import hub
+
+        hub.save_pretrained(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a steering vector",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the vector to the Hugging Face hub: :func:`steering_vectors.hub.push_to_hub`."""
+        from steering_vectors import hub
+
+        options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
+        return hub.push_to_hub(self, repo_id, token=token, commit_message=commit_message, **options)
+
+    @staticmethod
+    def from_pretrained(
+        repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> "SteeringVector":
+        """The vector of a folder or of a repository of the hub: :func:`steering_vectors.hub.from_pretrained`."""
+        from steering_vectors import hub
+
+        return hub.from_pretrained(repo_id_or_folder, revision=revision, token=token)
+
     def normalized(self) -> "SteeringVector":
         """A vector with each direction at norm 1. Raises ValueError for a direction of zeros.
 

@@ -1,0 +1,151 @@
+"""Steering vectors in folders and on the Hugging Face hub: the file, and a card that says what it is."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+from steering_vectors.steering_vector import SteeringVector
+
+__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
+
+FILE, CARD = "steering_vector.safetensors", "README.md"
+_TOLD = {  # of the metadata, in the card
+    "base_model": "model",
+    "base_model_revision": "revision of the model",
+    "dtype": "dtype of the model",
+    "method": "method",
+    "read": "what was read",
+    "samples": "samples",
+    "samples_hash": "SHA-256 of their token ids",
+    "chat_template_hash": "SHA-256 of the chat template",
+    "derivation": "made as",
+    "versions": "versions",
+}
+
+
+def save_pretrained(vector: SteeringVector, folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
+    """Write ``steering_vector.safetensors`` and a card into a folder, which is made if it isn't there.
+
+    A ``README.md`` that is there stays. ``repo_id`` is the name under which the card shows how to load the vector; the
+    folder's by default. Raises as :meth:`SteeringVector.save`.
+
+    >>> save_pretrained(vector, folder / "joy")
+    >>> sorted(path.name for path in (folder / "joy").iterdir())
+    ['README.md', 'steering_vector.safetensors']
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    vector.save(target / FILE)
+    if not (target / CARD).exists():
+        (target / CARD).write_text(model_card(vector, repo_id or target.name), encoding="utf-8")
+
+
+def push_to_hub(
+    vector: SteeringVector,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a steering vector",
+    create_pr: bool = False,
+) -> str:
+    """Upload the vector, with a card if the repository has none, and return the commit's address.
+
+    The repository is made if it isn't there, ``private`` or not. ``token`` is by default the one of ``hf auth login``;
+    ``revision`` is the branch. Raises what huggingface_hub raises.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        save_pretrained(vector, folder, repo_id=repo_id)
+        if api.file_exists(repo_id, CARD, revision=revision):
+            os.unlink(os.path.join(folder, CARD))
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit.commit_url)
+
+
+def from_pretrained(
+    repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> SteeringVector:
+    """The vector in a folder that :func:`save_pretrained` wrote, or in a repository of the hub, at a ``revision``.
+
+    Raises FileNotFoundError for a folder or repository without such a file, ValueError for what is neither a folder nor
+    a repository's name and as :meth:`SteeringVector.load`, and what huggingface_hub raises.
+
+    >>> save_pretrained(vector, folder / "joy")
+    >>> from_pretrained(folder / "joy") == vector
+    True
+    """
+    if os.path.isdir(repo_id_or_folder):
+        if revision is not None:
+            raise ValueError(f"{repo_id_or_folder} is a folder, and has no revision {revision!r}")
+        return SteeringVector.load(os.path.join(repo_id_or_folder, FILE))
+    repo_id = os.fspath(repo_id_or_folder)
+    try:
+        return SteeringVector.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder {repo_id}, nor can a repository have that name: {error}") from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} on the Hugging Face hub has no {FILE}: no steering vector") from error
+
+
+def model_card(vector: SteeringVector, repo_id: str) -> str:
+    """What the vector is, how to use it, and how it was made, in the form of the hub's model cards."""
+    base = _name_on_the_hub(vector.metadata)
+    header = ModelCardData(
+        base_model=base, library_name="steering-vectors", tags=["steering-vectors", "activation-steering"]
+    ).to_yaml()
+    layers = ", ".join(map(str, vector.layers))
+    for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
+    made = [
+        f"| {words} | `{_in_code(vector.metadata[name])}` |" for name, words in _TOLD.items() if name in vector.metadata
+    ]
+    norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in vector.norms().items())
+    what = (
+        f"directions of {vector.hidden_size} numbers for the outputs of layers {layers} "
+        f"(`{vector.layer_type}`, counted from 0)"
+    )
+    return f"""---
+{header}
+---
+
+# {repo_id}
+
+A [steering vector](https://pypi.org/project/steering-vectors/){for_model}: {what}.
+Added to a model's activations while it runs, times a multiplier, they change its behaviour.
+
+```python
+from steering_vectors import SteeringVector
+
+vector = SteeringVector.from_pretrained("{repo_id}")
+with vector.apply(model, multiplier=1.0):
+    output = model.generate(**inputs)
+```
+
+## How it was made
+
+| | |
+|---|---|
+{chr(10).join([*made, f"| norms by layer | {norms} |"])}
+"""
+
+
+def _name_on_the_hub(metadata: Mapping[str, str]) -> str | None:
+    """The base model's name, where it is no path of some machine."""
+    name = metadata.get("base_model", "")
+    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not os.path.exists(name) else None
+
+
+def _in_code(text: str) -> str:
+    return text.replace("`", "'").replace("|", "\\|").replace("\n", " ")
