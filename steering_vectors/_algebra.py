@@ -37,19 +37,22 @@ def orthogonal(some: Directions, other: Directions) -> dict[int, Tensor]:
 
 def projections(directions: Directions, activations: Mapping[int, Tensor | Sequence[Tensor]]) -> dict[int, Any]:
     """``h·u``, with the direction at norm 1, of each activation at each layer that both have."""
+    if not isinstance(activations, Mapping):
+        raise TypeError(f"activations must map layers to tensors or lists of them, got {type(activations).__name__}")
     found: dict[int, Any] = {}
     for layer in sorted(directions.keys() & activations.keys()):
-        of_layer = activations[layer]
-        direction = _flat(directions[layer])
-        found[layer] = (
-            _along(of_layer, direction)
-            if isinstance(of_layer, Tensor)
-            else [_along(part, direction) for part in of_layer]
-        )
+        of_layer, direction = activations[layer], _flat(directions[layer])
+        if isinstance(of_layer, Tensor):
+            found[layer] = _along(of_layer, direction, layer)
+        else:
+            found[layer] = [_along(part, direction, layer) for part in of_layer]
     return found
 
 
-def _along(activation: Tensor, direction: Tensor) -> Tensor:
+def _along(activation: Tensor, direction: Tensor, layer: int) -> Tensor:
+    if activation.shape[-1:] != direction.shape:
+        widths = f"{activation.shape[-1] if activation.ndim else 0} numbers, the directions {len(direction)}"
+        raise ValueError(f"the activations of layer {layer} have {widths}")
     wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
     own = direction.to(wide.device, wide.dtype)
     along: Tensor = wide @ (own / own.norm())
@@ -58,7 +61,7 @@ def _along(activation: Tensor, direction: Tensor) -> Tensor:
 
 def _without(own: Tensor, other: Tensor | None) -> Tensor:
     if other is None or not bool(other.detach().any()):
-        return own
+        return own.clone()
     wide, others = own.double(), _flat(other).to(own.device).double()
     return (wide - (wide @ others) / (others @ others) * others).to(own.dtype)
 

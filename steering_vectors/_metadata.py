@@ -1,5 +1,6 @@
 """What is known of how a vector was made: strings by name, which no computation depends on."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -61,8 +62,9 @@ def of_model(model: nn.Module) -> dict[str, str]:
     """What tells a model: its type and size, its name and revision, and what its activations' last digits depend on."""
     config: Any = getattr(configured(model), "config", None)
     text: Any = text_config(model)
+    name = str(getattr(config, "_name_or_path", None) or "")
     found: dict[str, Any] = {
-        "base_model": getattr(config, "_name_or_path", None),
+        "base_model": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
         "base_model_revision": getattr(config, "_commit_hash", None),
         "attention_implementation": getattr(text, "_attn_implementation", None),
         **type_and_depth(model),

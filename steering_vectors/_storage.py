@@ -53,10 +53,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
-    size = os.path.getsize(path)
-    if size > LARGEST_FILE:
-        raise ValueError(f"{path} has {size} bytes; a steering vector has at most {LARGEST_FILE}")
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size  # of the file that is open: another may take its name meanwhile
+        if size > LARGEST_FILE:
+            raise ValueError(f"{path} has {size} bytes; a steering vector has at most {LARGEST_FILE}")
         content = file.read(size)
     _check_beginning(path, content)
     try:

@@ -108,9 +108,8 @@ def model_card(vector: SteeringVector, repo_id: str) -> str:
     ).to_yaml()
     layers = ", ".join(map(str, vector.layers))
     for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
-    made = [
-        f"| {words} | `{_in_code(vector.metadata[name])}` |" for name, words in _TOLD.items() if name in vector.metadata
-    ]
+    told = {name: text for name, text in vector.metadata.items() if base or not name.startswith("base_model")}
+    made = [f"| {words} | `{_in_code(told[name])}` |" for name, words in _TOLD.items() if name in told]
     norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in vector.norms().items())
     what = (
         f"directions of {vector.hidden_size} numbers for the outputs of layers {layers} "

@@ -79,7 +79,7 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
         if len(directions) < len(tensors):
             raise ValueError(f"several of the names are of one layer: {list(tensors)}")
     else:
-        rows = list(tensors) if isinstance(tensors, Sequence) else torch.as_tensor(tensors)
+        rows = _rows(tensors)
         is_one = (isinstance(rows, Tensor) and rows.ndim == 1) or (isinstance(rows, list) and _is_number(rows[:1]))
         if is_one and layer is None:
             raise ValueError("one direction needs its layer: from_tensors(direction, layer=12)")
@@ -131,6 +131,19 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of tensors alone that torch.load reads: {error}") from error
+
+
+def _rows(tensors: Any) -> Any:
+    """Directions, or the numbers of one."""
+    if isinstance(tensors, Sequence) and not isinstance(tensors, str):
+        return list(tensors)
+    try:
+        rows = torch.as_tensor(tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"tensors must be a tensor, a sequence or a mapping, got {_shown(tensors)}") from error
+    if rows.ndim == 0:
+        raise TypeError("tensors must be a direction or several, got one number, of no dimension")
+    return rows
 
 
 def _number(name: Any) -> int:
