@@ -199,10 +199,14 @@ def steered_columns(tokens: Callable[[dict[str, Tensor]], Any]) -> tuple[list[Te
 
     def noting(activation: Tensor, direction: Tensor) -> Tensor:
         before.append(activation.clone())
-        return direction
+        return torch.zeros_like(direction)
 
     vector = SteeringVector({1: torch.ones(tiny.HIDDEN)})
-    with vector.apply(model, operator=noting, tokens=tokens(inputs)), record_activations(model, layers=1) as after:
+    with (
+        vector.apply(model, operator=noting),
+        vector.apply(model, tokens=tokens(inputs)),
+        record_activations(model, layers=1) as after,
+    ):
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
     return [(a != b).any(dim=-1) for a, b in zip(after[1], before, strict=True)], inputs
 

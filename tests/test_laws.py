@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,6 +382,19 @@ def restore_modes(model: nn.Module, taken: dict[str, Any]) -> None:
 
 class TestRoundTrips:
     """Law 5."""
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_a_vector_out_of_a_file_is_the_vector(self, architecture: str, tmp_path: Path) -> None:
+        model, tokenizer, inputs = tiny.shared(architecture), tiny.tokenizer(), padded(PROMPTS[:1])
+        vector = train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("yes", "no")])
+        vector.save(tmp_path / "vector.safetensors")
+        loaded = SteeringVector.load(tmp_path / "vector.safetensors")
+        assert loaded == vector
+        with vector.apply(model, multiplier=2.0):
+            _, expected = generate(model, inputs)
+        with loaded.apply(model, multiplier=2.0):
+            _, logits = generate(model, inputs)
+        assert torch.equal(logits, expected)
 
     @pytest.mark.parametrize("operator", [None, *OPERATORS])
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
