@@ -1,7 +1,12 @@
 """Streaming, mergeable statistics of rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+# Lanczos' method is given up after so many steps; its error is below _CONVERGED, in radians.
+_STEPS, _CONVERGED = 40, 1e-9
 
 
 class RunningMean:
@@ -63,19 +68,22 @@ class SecondMoment:
         """The direction ``(hidden,)`` of norm 1 of most second moment, towards the mean; None if all rows are zero."""
         if self._mean.count == 0:
             raise ValueError("no rows: there is no principal component")
-        rows = _wide(torch.cat(self._rows)) if self._rows else None
-        if self._squares is None and rows is not None:
-            values, vectors = torch.linalg.eigh(rows @ rows.T)  # (n, n): fewer rows than they are wide
-            component = vectors[:, -1] @ rows
-        else:
-            assert self._squares is not None
-            values, vectors = torch.linalg.eigh(self._squares if rows is None else self._squares + rows.T @ rows)
-            component = vectors[:, -1]
+        mean = _wide(self._mean.mean)
+        rows = _wide(torch.cat(self._rows)) if self._rows else mean.new_zeros(0, len(mean))
+        squares = self._squares
+
+        def times(vector: Tensor) -> Tensor:
+            product = rows.T @ (rows @ vector)
+            return product if squares is None else product + squares @ vector
+
+        component = _dominant_eigenvector(times, mean)
+        if component is None:
+            component = _by_decomposition(rows, squares)
         norm = component.norm()
-        if not bool(values[-1] > 0) or not bool(norm > 0):
+        if not bool(norm > 0):
             return None
         component = component / norm
-        return torch.where(component @ _wide(self._mean.mean) < 0, -component, component)
+        return torch.where(component @ mean < 0, -component, component)
 
     def _compress(self) -> None:
         count = sum(map(len, self._rows))
@@ -84,6 +92,48 @@ class SecondMoment:
         rows = _wide(torch.cat(self._rows))
         self._squares = rows.T @ rows if self._squares is None else self._squares + rows.T @ rows
         self._rows = []
+
+
+def _dominant_eigenvector(times: Callable[[Tensor], Tensor], near: Tensor) -> Tensor | None:
+    """The eigenvector of the largest eigenvalue of a symmetric matrix, by Lanczos' method with all vectors kept.
+
+    ``times`` multiplies with the matrix; ``near`` is where to begin. None where it hasn't converged after a few steps:
+    the eigenvalues are too close for it.
+    """
+    # Something of every direction, so that none is overlooked.
+    noise = torch.randn(near.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(near)
+    start = near / near.norm().clamp(min=torch.finfo(near.dtype).tiny) + 0.1 * noise / noise.norm()
+    basis = [start / start.norm()]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for _ in range(min(_STEPS, len(near))):
+        product = times(basis[-1])
+        diagonal.append(float(product @ basis[-1]))
+        kept = torch.stack(basis)
+        for _twice in range(2):  # once leaves too much
+            product = product - kept.T @ (kept @ product)
+        rest = float(product.norm())
+        small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        small += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)  # eigh reads the lower half
+        values, vectors = torch.linalg.eigh(small)
+        gap = float(values[-1] - values[-2]) if len(values) > 1 else float(values[-1])
+        if len(values) > 1 and rest * abs(float(vectors[-1, -1])) <= _CONVERGED * gap:
+            found: Tensor = kept.T @ vectors[:, -1].to(near)
+            return found
+        beside.append(rest)
+        basis.append(product / max(rest, torch.finfo(near.dtype).tiny))
+    return None
+
+
+def _by_decomposition(rows: Tensor, squares: Tensor | None) -> Tensor:
+    """The same by the whole decomposition, of the smaller of two matrices; zeros where all is zero."""
+    if squares is None:
+        values, vectors = torch.linalg.eigh(rows @ rows.T)  # (n, n): fewer rows than they are wide
+        component = vectors[:, -1] @ rows
+    else:
+        values, vectors = torch.linalg.eigh(squares + rows.T @ rows)
+        component = vectors[:, -1]
+    return component if bool(values[-1] > 0) else torch.zeros_like(component)
 
 
 def _wide(rows: Tensor) -> Tensor:

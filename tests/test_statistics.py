@@ -124,3 +124,44 @@ class TestSecondMoment:
         for _ in range(50):
             moment.add(torch.randn(7, 8))
             assert sum(map(len, moment._rows)) < 8
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 60),
+    hidden=st.integers(1, 60),
+    spectrum=st.sampled_from(["random", "one direction", "decaying", "close", "equal"]),
+    mean=st.sampled_from(["none", "along the second", "large"]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_principal_component_is_that_of_the_decomposition(
+    n: int, hidden: int, spectrum: str, mean: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, hidden, generator=generator, dtype=torch.float64)
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    places = torch.arange(len(sizes), dtype=torch.float64)
+    sizes = {
+        "random": sizes,
+        "one direction": torch.where(places == 0, 100.0, 0.01),
+        "decaying": 0.7**places,
+        "close": 1 - 1e-3 * places / len(sizes),
+        "equal": torch.ones(len(sizes), dtype=torch.float64),
+    }[spectrum]
+    rows = left * sizes @ right
+    if mean == "along the second" and len(sizes) > 1:
+        rows = rows + 1e-6 * right[1]
+    elif mean == "large":
+        rows = rows + 3 * torch.randn(hidden, generator=generator, dtype=torch.float64)
+    moment = SecondMoment()
+    moment.add(rows)
+    component = moment.principal_component()
+    assert component is not None
+    values = torch.linalg.svdvals(rows)
+    # Among equal values any is right: what counts is how much of the second moment it holds.
+    torch.testing.assert_close((rows @ component).norm(), values[0], atol=1e-9, rtol=1e-9)
+    if len(values) > 1 and values[0] > 1.01 * values[1]:
+        expected = torch.linalg.svd(rows)[2][0]
+        torch.testing.assert_close(
+            (component @ expected).abs(), torch.ones((), dtype=torch.float64), atol=1e-10, rtol=0
+        )
