@@ -20,9 +20,7 @@ from steering_vectors._hooks import (
     with_activation,
     with_input,
 )
-from steering_vectors._positions import along_tokens
-from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import expand_rows
+from steering_vectors.steering_operators import PatchDeltaOperator, ignores_length, unit_direction
 
 # The attributes of a steered module, by what of it is steered.
 OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
@@ -36,9 +34,9 @@ class Change:
     ``multiplier`` is one number, or a tensor of one for each row of a batch ``(rows,)``.
     ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it, or True for all
     and False for none of them; None means all.
-    ``shape_for`` says how many rows and columns the pass has that gave an activation. ``applies`` says whether a pass
-    is to be steered at all; None means each. ``owner`` is whose change it is. ``ran`` is set once the layer has run in
-    such a pass.
+    ``rows_along`` brings one row for each multiplier ``(rows, n)`` to an activation's axes. ``applies`` says whether a
+    pass is to be steered at all; None means each. ``owner`` is whose change it is. ``ran`` is set once the layer has
+    run in such a pass.
     """
 
     def __init__(
@@ -49,7 +47,7 @@ class Change:
         operator: PatchDeltaOperator,
         multiplier: float | Tensor,
         weights_for: Callable[[Tensor], Tensor | bool] | None,
-        shape_for: Callable[[Tensor], tuple[int, int]],
+        rows_along: Callable[[Tensor, Tensor], Tensor],
         applies: Callable[[], bool] | None,
     ) -> None:
         self.owner = owner
@@ -59,7 +57,8 @@ class Change:
         self._operator = operator
         self._multiplier = multiplier
         self._weights_for = None if weights_for is None else never_compiled(weights_for)
-        self._shape_for = shape_for
+        self._rows_along = rows_along
+        self._ignores_length = ignores_length(operator)
         self._applies = None if applies is None else never_compiled(applies)
         # Compiled code is made anew for other booleans, and not for another multiplier.
         self._by_row = isinstance(multiplier, Tensor) and multiplier.ndim == 1
@@ -75,6 +74,7 @@ class Change:
             largest = float(self._scaled.abs().max())
         self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._zeros: dict[torch.device, Tensor] = {}
 
     def __call__(self, activation: Tensor) -> Tensor:
         if self._applies is not None and not self._applies():
@@ -122,7 +122,7 @@ class Change:
                 f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
             )
         if self._by_row:
-            return self._along_rows(self._scaled_for(activation, [-1, activation.shape[-1]]), activation)
+            return self._rows_along(self._scaled_for(activation, [-1, activation.shape[-1]]), activation)
         return self._scaled_for(activation, [1] * min(activation.ndim - 1, 2) + [-1])
 
     def _scaled_for(self, activation: Tensor, shape: list[int]) -> Tensor:
@@ -138,24 +138,30 @@ class Change:
         return self._copies[key]
 
     def _times_multiplier(self, direction: Tensor) -> Tensor:
-        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself."""
+        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself.
+
+        For an operator that ignores the length it has norm 1, since it might vanish or overflow in half precision.
+        """
         if not isinstance(self._multiplier, Tensor) or not self._by_row:
-            return self._multiplier * direction
-        rows = self._multiplier.to(direction.device)
-        if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
-            rows = torch.where(rows == 0, 1, rows)
-        return rows.to(direction.dtype)[:, None] * direction.reshape(1, -1)
+            scaled = self._multiplier * direction
+        else:
+            rows = self._multiplier
+            if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
+                rows = torch.where(rows == 0, 1, rows)
+            scaled = rows.to(direction.dtype).to(direction.device)[:, None] * direction.reshape(1, -1)
+        return unit_direction(scaled) if self._ignores_length else scaled
 
     def _is_zero(self, activation: Tensor) -> Tensor:
         """Whether the multiplier is 0, broadcastable to ``activation``."""
-        is_zero = torch.as_tensor(self._multiplier, device=activation.device) == 0
-        return self._along_rows(is_zero[:, None], activation) if self._by_row else is_zero
-
-    def _along_rows(self, rows: Tensor, activation: Tensor) -> Tensor:
-        """``rows (rows, n)``, those of the multiplier, as a view that broadcasts to ``activation``'s axes."""
-        batch, seq = self._shape_for(activation)
-        expanded = expand_rows(rows, batch, "the multiplier")[:, None]  # (batch, 1, n)
-        return expanded if activation.ndim == 3 else along_tokens(expanded.expand(-1, seq, -1), activation)
+        if self._learns_multiplier:
+            is_zero = torch.as_tensor(self._multiplier, device=activation.device) == 0
+        elif torch.compiler.is_dynamo_compiling():
+            is_zero = (torch.as_tensor(self._multiplier) == 0).to(activation.device)
+        else:
+            if activation.device not in self._zeros:  # a decoding step must not copy from host to device
+                self._zeros[activation.device] = (torch.as_tensor(self._multiplier) == 0).to(activation.device)
+            is_zero = self._zeros[activation.device]
+        return self._rows_along(is_zero[:, None], activation) if self._by_row else is_zero
 
 
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
@@ -224,23 +230,22 @@ def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 class _AttachedChange:
     """What takes a change off its module, and the module's hook with the last one."""
 
-    module: "weakref.ref[nn.Module]"
+    steered: _Steered  # which copies of the module share, and may outlive it by
     place: str
     change: Change
 
     def remove(self) -> None:
         with _LOCK:
-            module = self.module()
-            steered = None if module is None else module.__dict__.get(self.place)
-            if module is None or steered is None:
-                return
+            steered = self.steered
             steered.changes = tuple(change for change in steered.changes if change is not self.change)
-            if not steered.changes:
-                if steered.hook is not None:
-                    steered.hook.remove()
-                del module.__dict__[self.place]
-                if steered.original is not None:
-                    module.__dict__[self.place] = steered.original
+            module = steered.module()
+            if steered.changes or module is None or module.__dict__.get(self.place) is not steered:
+                return
+            if steered.hook is not None:
+                steered.hook.remove()
+            del module.__dict__[self.place]
+            if steered.original is not None:
+                module.__dict__[self.place] = steered.original
 
 
 def attach_change(module: nn.Module, change: Change, place: str = OUTPUT) -> _AttachedChange:
@@ -250,7 +255,7 @@ def attach_change(module: nn.Module, change: Change, place: str = OUTPUT) -> _At
         if steered is None or steered.module() is not module:
             steered = module.__dict__[place] = _Steered(module, place, original=steered)
         steered.changes = (*steered.changes, change)
-    return _AttachedChange(weakref.ref(module), place, change)
+    return _AttachedChange(steered, place, change)
 
 
 def changes_of(module: nn.Module, place: str = OUTPUT) -> tuple[Change, ...]:

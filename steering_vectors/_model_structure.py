@@ -170,6 +170,11 @@ def takes_tokens_again(model: nn.Module) -> bool:
     return any("perm_mask" in inspect.signature(module.forward).parameters for module in pass_modules(model))
 
 
+def puts_columns_first(model: nn.Module) -> bool:
+    """Whether activations are ``(seq, batch, hidden)``."""
+    return getattr(getattr(configured(model), "config", None), "model_type", None) in ("fsmt", "xlnet")
+
+
 def learns_prompts(model: nn.Module) -> bool:
     """Whether a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))

@@ -28,6 +28,15 @@ from steering_vectors._positions import (
 from steering_vectors.token_selection import TokenPositions
 
 _NUMBERS = itertools.count()
+_THREAD = threading.local()
+
+
+def this_thread() -> object:
+    """What stands for the thread that asks, and for no other: the numbers of threads are used again."""
+    mark: object = getattr(_THREAD, "mark", None)
+    if mark is None:
+        mark = _THREAD.mark = object()
+    return mark
 
 
 class ForwardPass:
@@ -36,7 +45,8 @@ class ForwardPass:
     def __init__(self, begun_by: nn.Module, memory: "_CacheMemory | None") -> None:
         self.begun_by = begun_by
         self.number = next(_NUMBERS)
-        self.thread = threading.get_ident()  # a backward pass may run some of it again in another
+        self.thread = this_thread()  # a backward pass may run some of it again in another
+        self.ended = False
         self.depth = -1
         self.weights: dict[torch.device, Tensor | bool] = {}  # the selection of this pass, once it was asked for
         self._calls: list[PassArguments] = []
@@ -56,6 +66,7 @@ class ForwardPass:
     def leave(self) -> None:
         """The pass has ended; what gradient checkpointing may run of it again needs no arguments."""
         self._given = None
+        self.ended = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +100,7 @@ class ForwardPass:
     def remember(self, output: Any) -> None:
         """Note what this pass fed into its cache, where the cache itself doesn't tell or is another object now."""
         call = None if self._memory is None else self._merged_arguments()
-        if call is None or self._memory is None:
+        if call is None or self._memory is None or call.packs_rows:
             return
         given, made = call.cache, _cache_of(output)
         cache = given if made is None else made

@@ -86,8 +86,8 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
     dimensions than it got; prompt tuning gives the decoder a longer prompt than it got. So the innermost module says
     what the shape is, and of what fits that shape, two-dimensional arguments come first.
     """
-    if len(calls) == 1 and (calls[0].position_ids is None or calls[0].position_ids.ndim == 2):
-        return None if calls[0].shape is None else calls[0]
+    if len(calls) == 1 and _fits_itself(calls[0]):
+        return calls[0]
     shape = _first(call.shape for call in reversed(calls))
     if shape is None:
         return None
@@ -107,6 +107,12 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
         makes_cache=not cached and any(call.makes_cache for call in fitting),
         packs_rows=any(call.packs_rows for call in fitting),
     )
+
+
+def _fits_itself(call: PassArguments) -> bool:
+    """Whether there is nothing in it to leave out."""
+    shape, ids, columns = call.shape, call.position_ids, call.columns
+    return shape is not None and (ids is None or ids.ndim == 2) and (columns is None or columns.shape == shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,15 +174,17 @@ def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
     return torch.where(index >= 0, offset, 0).amax()
 
 
-def along_tokens(values: Tensor, activation: Tensor) -> Tensor:
+def along_tokens(values: Tensor, activation: Tensor, *, columns_first: bool = False) -> Tensor:
     """``values (batch, seq, n)`` with the activation's axes, so that they broadcast to it.
 
     Activations are ``(batch, seq, hidden)`` in most models; ``(batch * seq, hidden)`` in some feed-forward parts,
-    ``(seq, batch, hidden)`` or with one more axis for parallel streams in a few. Raises ValueError where it can't be
-    told which axes are batch and seq.
+    ``(seq, batch, hidden)``, for sure with ``columns_first``, or with one more axis for parallel streams in a few.
+    Raises ValueError where it can't be told which axes are batch and seq.
     """
     batch, seq, n = values.shape
     axes = tuple(activation.shape[:-1])
+    if columns_first and axes == (seq, batch):
+        return values.transpose(0, 1)
     if axes == (batch, seq):
         return values
     if axes == (batch * seq,):

@@ -7,6 +7,7 @@ of the walk.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,8 +134,8 @@ def visible(ends: Tensor) -> Tensor:
     return (places <= places[:, None]) & (places[:, None] <= ends[:, None, :])
 
 
-def shared_prefix(some: list[int], other: list[int]) -> int:
-    """How many tokens two prompts begin with together."""
+def shared_prefix(some: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens, or letters, two sequences of one type begin with together."""
     length = min(len(some), len(other))
     if some[:length] == other[:length]:
         return length

@@ -68,9 +68,9 @@ class SecondMoment:
         """The direction ``(hidden,)`` of norm 1 of most second moment, towards the mean; None if all rows are zero."""
         if self._mean.count == 0:
             raise ValueError("no rows: there is no principal component")
-        mean = _wide(self._mean.mean)
-        rows = _wide(torch.cat(self._rows)) if self._rows else mean.new_zeros(0, len(mean))
-        squares = self._squares
+        mean = _wide(self._mean.mean).detach()
+        rows = _wide(torch.cat(self._rows)).detach() if self._rows else mean.new_zeros(0, len(mean))
+        squares = None if self._squares is None else self._squares.detach()
 
         def times(vector: Tensor) -> Tensor:
             product = rows.T @ (rows @ vector)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from steering_vectors._changes import Change, attach_change, changes_of
 from steering_vectors._hooks import attach_all, remove_all
-from steering_vectors._model_structure import pass_modules
-from steering_vectors._passes import ForwardPass, PassTracker
+from steering_vectors._model_structure import pass_modules, puts_columns_first
+from steering_vectors._passes import ForwardPass, PassTracker, this_thread
 from steering_vectors._positions import along_tokens
 from steering_vectors.layer_matching import check_model
 from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import KnownSelector, Selector, selected
+from steering_vectors.token_selection import KnownSelector, Selector, expand_rows, selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class SteeringPatchHandle:
         self._operator = steering.operator
         self._multiplier = steering.multiplier
         self._selector = steering.selector
+        self._columns_first = puts_columns_first(steering.model)
         self._tracker = PassTracker(
             need_positions=steering.selector is not None,
             need_shape=_is_by_row(steering.multiplier),
@@ -67,25 +68,19 @@ class SteeringPatchHandle:
             need_prompt_length=not isinstance(steering.selector, KnownSelector)
             or steering.selector.needs_prompt_length,
         )
-        self._thread = threading.get_ident() if steering.this_thread_only else None
+        self._thread = this_thread() if steering.this_thread_only else None
         self._order = next(_ORDER)
         self._any_selected: bool | None = None  # until something is known
         self._any_selected_on: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
-        weights_for = None if steering.selector is None else self._weights_for
-        self._changes = [
-            Change(
-                self,
-                layer,
-                steering.directions[layer],
-                steering.operator,
-                steering.multiplier,
-                weights_for,
-                self._shape_for,
-                None if self._thread is None else self._is_of_own_thread,
-            )
-            for layer, _, _ in steering.places
-        ]
+        asked: dict[str, Any] = {
+            "operator": steering.operator,
+            "multiplier": steering.multiplier,
+            "weights_for": None if steering.selector is None else self._weights_for,
+            "rows_along": self._rows_along,
+            "applies": None if self._thread is None else self._is_of_own_thread,
+        }
+        self._changes = [Change(self, layer, steering.directions[layer], **asked) for layer, _, _ in steering.places]
         self._hooks = attach_all(
             [
                 *self._tracker.registrations(pass_modules(steering.model)),
@@ -159,7 +154,9 @@ class SteeringPatchHandle:
         weights = current.weights.get(activation.device)
         if weights is None:
             weights = self._select(current, activation.device)
-        return weights if isinstance(weights, bool) else along_tokens(weights[..., None], activation)
+        if isinstance(weights, bool):
+            return weights
+        return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
 
     def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
         """The selection of a pass, kept for its other layers."""
@@ -174,16 +171,18 @@ class SteeringPatchHandle:
         current.weights[device] = weights
         return weights
 
-    def _shape_for(self, activation: Tensor) -> tuple[int, int]:
-        """How many rows and columns the pass has that gave ``activation``."""
-        if activation.ndim == 3:
-            return activation.shape[0], activation.shape[1]
-        return self._current_pass().shape
+    def _rows_along(self, rows: Tensor, activation: Tensor) -> Tensor:
+        """``rows (rows, n)``, one for each multiplier, expanded to the batch, broadcastable to ``activation``."""
+        if activation.ndim == 3 and not self._columns_first:
+            return expand_rows(rows, activation.shape[0], "the multiplier")[:, None]
+        batch, seq = self._current_pass().shape
+        expanded = expand_rows(rows, batch, "the multiplier")[:, None].expand(-1, seq, -1)
+        return along_tokens(expanded, activation, columns_first=self._columns_first)
 
     def _is_of_own_thread(self) -> bool:
         """Whether the pass that runs now is one of the thread that attached the steering."""
         current = self._tracker.current
-        return (threading.get_ident() if current is None else current.thread) == self._thread
+        return (this_thread() if current is None else current.thread) is self._thread
 
     def _current_pass(self) -> ForwardPass:
         current = self._tracker.current
@@ -216,15 +215,18 @@ class SteeringContext(ContextDecorator):
 
     def __init__(self, attach: Callable[[], SteeringPatchHandle]) -> None:
         self._attach = attach
-        self._handles: list[SteeringPatchHandle] = []
+        self._handles: list[tuple[object, SteeringPatchHandle]] = []  # with the threads that entered
 
     def __enter__(self) -> None:
-        self._handles.append(self._attach())
+        self._handles.append((this_thread(), self._attach()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._handles.pop()._detach(quiet=kind is not None)
+        # This thread's last one; a generator may be left by another thread than the one that entered.
+        own = [n for n, (thread, _) in enumerate(self._handles) if thread is this_thread()]
+        _, handle = self._handles.pop(own[-1] if own else -1)
+        handle._detach(quiet=kind is not None)
 
     def __call__(self, function: Any) -> Any:
         """Raises TypeError for functions that do their work after they have returned: they would run unsteered."""
@@ -257,6 +259,11 @@ def is_steered_by_token(model: nn.Module) -> bool:
     return any(patch._selector is not None for patch in active_patches(model))
 
 
+def is_steered_by_token_or_row(model: nn.Module) -> bool:
+    """Whether some steering asks how a pass's tokens are laid out."""
+    return any(patch._selector is not None or _is_by_row(patch._multiplier) for patch in active_patches(model))
+
+
 def check_not_steered_by_row(model: nn.Module) -> None:
     """Raise ValueError if a steering depends on the rows of a batch or their padding: in training they aren't the
     caller's.
@@ -283,6 +290,8 @@ def as_multiplier(multiplier: Any) -> float | Tensor:
     if isinstance(multiplier, (str, bytes)):
         raise TypeError(f"{wanted}, got {multiplier!r}")
     try:
+        if isinstance(multiplier, Sequence) and any(isinstance(n, Tensor) and n.requires_grad for n in multiplier):
+            multiplier = torch.stack([torch.as_tensor(number) for number in multiplier])  # keeps the gradients
         numbers = multiplier if isinstance(multiplier, Tensor) else torch.as_tensor(multiplier, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{wanted}, got {type(multiplier).__name__}") from error

@@ -37,7 +37,7 @@ def steering_of(
     found = find_layers(model, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_takes(operator, 2, "operator", "ablation_operator()")
-    if selector is not None or isinstance(multiplier, Tensor):
+    if selector is not None or (isinstance(multiplier, Tensor) and multiplier.ndim == 1):
         _check_tokens_can_be_told(model)
     directions = checked_directions(vector.layer_activations)
     if not directions:

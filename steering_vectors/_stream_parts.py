@@ -1,5 +1,7 @@
 """Which of a block's modules write to the residual stream: told by what the block makes of other outputs of theirs."""
 
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -46,16 +48,20 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     blends = {block: _Blend() for block in blocks}
     running: list[_Blend] = []
 
+    thread = threading.get_ident()  # passes of others go on as they are
+
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running[:] = [blends[block]]
-        blends[block].begin(input_of(args, kwargs))
+        if threading.get_ident() == thread:
+            running[:] = [blends[block]]
+            blends[block].begin(input_of(args, kwargs))
 
     def replace(part: nn.Module, _args: Any, output: Any) -> Any:
-        return running[0].replace(part, output) if running else None
+        return running[0].replace(part, output) if running and threading.get_ident() == thread else None
 
     def end(block: nn.Module, _args: Any, output: Any) -> None:
-        running.clear()
-        blends[block].end(activation_of(output))
+        if threading.get_ident() == thread:
+            running.clear()
+            blends[block].end(activation_of(output))
 
     parts = dict.fromkeys(part for block in blocks for part in _at_depth(block, depth))
     handles = attach_all(
@@ -68,11 +74,17 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     )
     device = input_device(model)
     ids = torch.arange(1, _TOKENS + 1, device=device)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     try:
         with kept_states(stateful_modules(model)):
             read_pass(model, {}, inputs, activation_of, stop_early=False)
-    except Exception:  # a model that can't be run so raises what it likes, and tells nothing
+    except Exception as error:  # a model that can't be run so raises what it likes
+        warnings.warn(
+            f"{type(model).__name__} can't be run on a few tokens alone, so that its blocks' parts can't be told, and "
+            f"only the blocks' outputs are ablated: {type(error).__name__}: {error}",
+            UserWarning,
+            stacklevel=2,
+        )
         return
     finally:
         remove_all(handles)
@@ -139,8 +151,7 @@ class _Blend:
         return (term.float() / size).double().flatten().cpu()
 
 
-def all_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
-    """Each block's parts that write to the stream, with the block's number, and the block itself last."""
+def parts_inside(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
+    """The parts of blocks that write to the stream, each with its block's number, as far as they can be told."""
     for number, (block, parts) in enumerate(zip(blocks, written_parts(model, blocks), strict=True)):
         yield from ((number, part) for part in parts if part is not block)
-        yield number, block

@@ -32,8 +32,8 @@ def addition_operator() -> PatchDeltaOperator:
 def ablation_operator() -> PatchDeltaOperator:
     """Take away the activation's part along the direction: ``h − (h·u)u`` with ``u = d / ‖d‖``.
 
-    The length and sign of the direction do nothing here, and so neither does the size of the multiplier: it only
-    matters whether it is 0. A direction of zeros changes nothing.
+    The multiplier's size and sign do nothing: it only matters whether it is 0. Nor does the direction's length; one of
+    zeros changes nothing.
 
     Source: directional ablation, arXiv 2406.11717, equation 4.
 
@@ -57,11 +57,10 @@ def ablation_then_addition_operator() -> PatchDeltaOperator:
 def clamp_operator(min: float | None = None, max: float | None = None) -> PatchDeltaOperator:  # noqa: A002
     """Bring the activation's projection on the direction between bounds: ``h + (clamp(p) − p)u``, ``p = h·u``.
 
-    ``u`` is the direction at norm 1, ``d / ‖d‖``.
-    The size of the multiplier does nothing here, but whether it is 0; where it is negative, ``u`` points the other way.
-    ``min`` alone lifts what lies below it and leaves the rest, ``max`` alone caps, equal bounds set the projection.
-    They are in the activation's units: see :func:`~steering_vectors.residual_norms`. A direction of zeros changes
-    nothing.
+    The multiplier's size does nothing: it only matters whether it is 0, and where it is negative ``u``, the direction
+    at norm 1, points the other way. ``min`` alone lifts what lies below it and leaves the rest, ``max`` alone caps,
+    equal bounds set the projection. They are in the activation's units: see :func:`~steering_vectors.residual_norms`.
+    A direction of zeros changes nothing.
 
     Raises TypeError for bounds that are no numbers, and ValueError for none at all, for an infinite one, and where
     ``min`` is above ``max``.
@@ -83,11 +82,10 @@ def clamp_operator(min: float | None = None, max: float | None = None) -> PatchD
 def rotation_operator(angle: float) -> PatchDeltaOperator:
     """Turn the activation by ``angle`` radians towards the direction, in the plane of the two; its norm stays.
 
-    ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the part of ``u = d / ‖d‖`` at right angles to ``h``, at norm 1.
-
-    The size of the multiplier does nothing here, but whether it is 0; where it is negative, ``u`` points the other way.
-    An angle beyond the one between the two turns past the direction. Where ``h`` is a multiple of the direction, or
-    one of them is zero, there is no plane, and nothing changes.
+    The multiplier's size does nothing: it only matters whether it is 0, and where it is negative the activation turns
+    away. ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the part of ``u = d / ‖d‖`` at right angles to ``h``, at
+    norm 1. An angle beyond the one between the two turns past the direction. Where ``h`` is along the direction,
+    or one of them is zero, there is no plane, and nothing changes.
 
     Raises TypeError for an angle that is no number, and ValueError for one that isn't finite.
 
@@ -115,6 +113,19 @@ def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator
     return _NormPreserving(operator)
 
 
+def ignores_length(operator: PatchDeltaOperator) -> bool:
+    """Whether it is known of the operator that the direction's length does nothing."""
+    inner = operator.operator if isinstance(operator, _NormPreserving) else operator
+    return isinstance(inner, (_Ablation, _Clamp, _Rotation))
+
+
+def unit_direction(direction: Tensor) -> Tensor:
+    """The direction at norm 1, or zeros for zeros, with finite gradients there too."""
+    wide = _wide(direction)
+    norm = _norm(wide)
+    return (wide / torch.where(norm > 0, norm, 1)).to(direction.dtype)
+
+
 @dataclass(frozen=True)
 class _Addition:
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class _Addition:
 @dataclass(frozen=True)
 class _Ablation:
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        unit = _unit(direction)
+        unit = unit_direction(direction)
         return -(activation * unit).sum(dim=-1, keepdim=True) * unit
 
     def __repr__(self) -> str:
@@ -149,7 +160,7 @@ class _Clamp:
     max: float | None
 
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        unit = _unit(_wide(direction))
+        unit = unit_direction(_wide(direction))
         projection = (_wide(activation) * unit).sum(dim=-1, keepdim=True)
         return ((projection.clamp(self.min, self.max) - projection) * unit).to(activation.dtype)
 
@@ -163,8 +174,8 @@ class _Rotation:
     angle: float
 
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        wide, unit = _wide(activation), _unit(_wide(direction))
-        own = _unit(wide)
+        wide, unit = _wide(activation), unit_direction(_wide(direction))
+        own = unit_direction(wide)
         aside = unit - (unit * own).sum(dim=-1, keepdim=True) * own
         # Of a direction along the activation only rounding is left, which must not be blown up to a plane.
         square = (aside * aside).sum(dim=-1, keepdim=True)
@@ -203,10 +214,3 @@ def _norm(wide: Tensor) -> Tensor:
     scaled = wide / torch.where(largest > 0, largest, 1)
     square = (scaled * scaled).sum(dim=-1, keepdim=True)
     return torch.where(square > 0, largest * torch.where(square > 0, square, 1).sqrt(), 0)
-
-
-def _unit(direction: Tensor) -> Tensor:
-    """The direction at norm 1, or zeros for zeros, with finite gradients there too."""
-    wide = _wide(direction)
-    norm = _norm(wide)
-    return (wide / torch.where(norm > 0, norm, 1)).to(direction.dtype)

@@ -316,7 +316,7 @@ class SteeringVector:
         factors = factor if isinstance(factor, Mapping) else dict.fromkeys(self.layers, factor)
         missing = [layer for layer in self.layers if layer not in factors]
         if missing:
-            raise ValueError(f"factor has no number for layers {missing}; it has some for {sorted(factors)}")
+            raise ValueError(f"factor has no number for layers {missing}; it has some for {list(factors)}")
         numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
         made = {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
         return self._with(made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{float(factor):g} * {{}}")

@@ -1,6 +1,7 @@
 """Ablation of a direction wherever the stream is written, against hooks that name what writes to it."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -262,3 +263,73 @@ def test_a_layer_config_says_where_the_blocks_are() -> None:
         expected = logits(model)
     with ablate_everywhere(model, DIRECTION, layer_config={"decoder_block": "model.layers.{num}"}):
         assert torch.equal(logits(model), expected)
+
+
+class TestWhileOthersUseTheModel:
+    def test_passes_of_other_threads_go_on_as_they_are(self) -> None:
+        model, wrong, done = tiny.shared("llama"), [], threading.Event()
+        expected = logits(model)
+
+        def run() -> None:
+            while not done.is_set():
+                wrong.append(float((logits(model) - expected).abs().max()))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        for _ in range(20):
+            written_parts(model, tiny.blocks(model))
+        done.set()
+        thread.join()
+        assert len(wrong) > 2
+        assert max(wrong) == 0
+
+    def test_a_steering_by_row_is_refused_as_one_by_token(self) -> None:
+        model = tiny.shared("llama")
+        with (
+            vector().apply(model, multiplier=[0.5, 1.0]),
+            pytest.raises(ValueError, match="the model is steered by token or by row: enter ablate_everywhere before"),
+        ):
+            ablate_everywhere(model, DIRECTION)
+
+    def test_a_model_that_can_not_be_run_on_tokens_alone_is_ablated_at_its_blocks_with_a_warning(self) -> None:
+        model = tiny.build("llama")
+
+        def fail(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if kwargs["input_ids"].shape == (1, 5):
+                raise KeyError("pixel_values")
+
+        model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+        context = ablate_everywhere(model, DIRECTION)
+        with pytest.warns(UserWarning, match=r"LlamaForCausalLM can't be run on a few tokens alone.*'pixel_values'"):
+            context.__enter__()
+        with record_activations(model) as outputs:
+            logits(model, torch.tensor([[3, 4, 5]]))
+        context.__exit__(None, None, None)
+        assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
+
+    def test_parts_are_found_again_on_entering(self) -> None:
+        model: Any = tiny.build("llama")
+        context = ablate_everywhere(model, DIRECTION)
+        for block in model.model.layers:
+            block.mlp = nn.Sequential(block.mlp)
+        with context, record_activations(model, "mlp") as outputs:
+            logits(model)
+        assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
+
+    def test_encoder_decoder_models_have_their_parts_found(self) -> None:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
+        blocks = list(model.decoder.block)
+        assert all(parts != [block] for parts, block in zip(written_parts(model, blocks), blocks, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e6])
+def test_the_length_does_nothing_in_half_precision_too(dtype: torch.dtype, factor: float) -> None:
+    model = tiny.build("llama").to(dtype)
+    with ablate_everywhere(model, factor * DIRECTION), record_activations(model) as outputs:
+        logits(model)
+    for parts in outputs.values():
+        assert float((parts[0].float() @ UNIT).abs().max() / parts[0].float().norm(dim=-1).max()) < 2e-2

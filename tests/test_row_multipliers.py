@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, XLNetConfig, XLNetLMHeadModel
+from transformers import (
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    PreTrainedModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from steering_vectors import (
     SteeringVector,
     ablation_then_addition_operator,
     addition_operator,
+    at,
     clamp_operator,
     from_index,
     generated,
@@ -246,3 +253,53 @@ def test_other_layer_types_have_rows_too(architecture: str, layer_type: Any) -> 
     moved = (steered - plain).reshape(2, -1, tiny.HIDDEN)
     expected = torch.tensor([1.0, -1.0])[:, None, None] * direction.layer_activations[1]
     torch.testing.assert_close(moved, expected.expand_as(moved), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_models_whose_columns_come_first_have_rows_too(columns: int) -> None:
+    """FSMT's decoder, whose activations are ``(seq, batch, hidden)``; also where both are as many."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    vocabulary = {"src_vocab_size": 64, "tgt_vocab_size": 64, "langs": ["en", "de"]}
+    model = FSMTForConditionalGeneration(FSMTConfig(**vocabulary, **sizes, **heads)).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    decoded = torch.arange(11, 11 + 2 * columns).reshape(2, columns)
+
+    def run(row: slice) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(ids[row], decoder_input_ids=decoded[row], use_cache=False).logits
+        return out
+
+    for tokens in (None, at([1])):
+        with vector().apply(model, multiplier=[1.0, -1.0], tokens=tokens):
+            together = run(slice(0, 2))
+        for row, multiplier in enumerate((1.0, -1.0)):
+            with vector().apply(model, multiplier=multiplier, tokens=tokens):
+                torch.testing.assert_close(together[row], run(slice(row, row + 1))[0], atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_that_are_learned_may_be_in_a_list(model: PreTrainedModel) -> None:
+    numbers = [torch.tensor(1.0, requires_grad=True), torch.tensor(0.5), 2.0]
+    with vector().apply(model, multiplier=numbers):
+        model(IDS.expand(3, -1)).logits.square().sum().backward()
+    assert numbers[0].grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("operator", [clamp_operator(min=0.5), rotation_operator(0.4)], ids=repr)
+@pytest.mark.parametrize("multiplier", [1e-9, [1e-9, 1e9], torch.tensor(1e-9, requires_grad=True)], ids=shown)
+def test_in_half_precision_too_the_size_does_nothing_where_an_operator_ignores_it(
+    operator: Any, multiplier: Any
+) -> None:
+    model = tiny.build("llama").half()
+    with vector().apply(model, operator=operator), torch.no_grad():
+        expected = logits(model, IDS.expand(2, -1))
+    with vector().apply(model, operator=operator, multiplier=multiplier), torch.no_grad():
+        torch.testing.assert_close(logits(model, IDS.expand(2, -1)), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_one_learned_number_is_no_row(model: PreTrainedModel) -> None:
+    learned = torch.tensor(1.0, requires_grad=True)
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=tiny.HIDDEN, n_layer=2, n_head=4, d_inner=48))
+    with vector().apply(xlnet, multiplier=learned):
+        xlnet(IDS).logits.sum().backward()
+    assert learned.grad is not None

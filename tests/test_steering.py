@@ -1466,6 +1466,16 @@ class TestCopies:
             assert torch.equal(logits(twin), once)
             assert torch.equal(logits(model), once)
 
+    def test_a_copy_that_outlives_the_model_is_steered_no_longer_than_the_block(self) -> None:
+        model: Any = tiny.build("llama")
+        plain, handle = logits(model), vector().patch(model)
+        twin = copy.deepcopy(model)
+        assert not torch.equal(logits(twin), plain)
+        del model
+        gc.collect()
+        handle.remove()
+        assert torch.equal(logits(twin), plain)
+
     def test_a_state_dict_taken_within_a_block_is_the_model_s(self, model: PreTrainedModel) -> None:
         before = model.state_dict()
         with vector().apply(model):

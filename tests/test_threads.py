@@ -178,3 +178,46 @@ def test_compiled_code_serves_each_thread_as_plain_code_does() -> None:
     ):
         logits(in_one_graph)
     torch.compiler.reset()
+
+
+def test_a_later_thread_is_not_taken_for_an_earlier_one(model: PreTrainedModel) -> None:
+    """The numbers of threads are used again."""
+    plain = logits(model)
+
+    def handler() -> Iterator[None]:
+        with vector().apply(model, this_thread_only=True):
+            yield
+
+    steps = handler()
+    in_threads(lambda: next(steps))
+    for _ in range(20):
+        (got,) = in_threads(lambda: logits(model))
+        assert torch.equal(got, plain)
+    with pytest.warns(RuntimeWarning, match="not in the thread that this steering is for"):
+        next(steps, None)
+
+
+def test_one_context_entered_by_two_threads_is_each_one_s_own(model: PreTrainedModel) -> None:
+    context = vector(scale=3.0).apply(model, this_thread_only=True)
+    with vector(scale=3.0).apply(model):
+        expected = logits(model)
+    inside, left = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+
+    inside_first = threading.Barrier(2, timeout=20)
+
+    def entered_first() -> Tensor:
+        with context:
+            inside_first.wait()
+            inside.wait()
+            left.wait()
+            return logits(model)
+
+    def entered_last() -> None:
+        inside_first.wait()
+        with context:
+            inside.wait()
+            logits(model)
+        left.wait()
+
+    _, got = in_threads(entered_last, entered_first)
+    assert torch.equal(got, expected)

@@ -1,7 +1,12 @@
 """What a trace tells of steerings, against what was asked for."""
 
+import gc
 import io
+import math
 import sys
+import threading
+import weakref
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +15,7 @@ import torch
 
 from steering_vectors import (
     LayerSummary,
+    SteeringVector,
     ablate_everywhere,
     ablation_operator,
     at,
@@ -20,6 +26,7 @@ from steering_vectors import (
 )
 from tests import tiny
 from tests.test_steering import answer, hooks_of, logits, padded, vector
+from tests.test_training_through import enable_checkpointing
 
 IDS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, 25]])
 INPUTS = padded([11, 12, 13, 14, 15], [21, 22])
@@ -87,6 +94,103 @@ def test_what_is_ablated_everywhere_is_told_by_layer() -> None:
     assert {layer: (found.runs, found.steered_tokens) for layer, found in trace.summary().items()} == dict.fromkeys(
         range(3), (1, 10)
     )
+
+
+def test_tokens_steered_at_several_parts_of_a_layer_count_once_each() -> None:
+    model = tiny.shared("llama")
+    with (
+        vector().apply(model, tokens=at([0, 1])),
+        vector(layer_type="mlp").apply(model, tokens=at([1, 2])),
+        trace_steering(model) as trace,
+    ):
+        logits(model, IDS)
+    assert trace.summary()[1].steered_tokens == 6
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_checkpointing_runs_again_is_not_counted(reentrant: bool) -> None:
+    model: Any = tiny.build("llama").train()
+    enable_checkpointing(model, reentrant=reentrant)
+    with vector(layer_type="mlp").apply(model), trace_steering(model) as trace:
+        model(IDS, use_cache=False).logits.square().mean().backward()
+    assert (trace.summary()[1].runs, trace.summary()[1].steered_tokens) == (1, 10)
+
+
+def test_an_activation_of_zeros_has_no_share() -> None:
+    model: Any = tiny.build("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 0, *args[1:]))
+    direction = SteeringVector({1: torch.ones(tiny.HIDDEN)})
+    with direction.apply(model), trace_steering(model) as trace:
+        logits(model, IDS)
+    assert trace.summary()[1].steered_tokens == 10
+    assert math.isfinite(trace.summary()[1].change) or math.isnan(trace.summary()[1].change)
+
+
+@pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="its Llama takes no prompts in one row")
+def test_a_pass_of_many_prompts_in_one_row_is_traced_as_a_whole() -> None:
+    model: Any = tiny.shared("llama")
+    with vector().apply(model), trace_steering(model) as trace, torch.no_grad():
+        model(IDS[:1], cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    assert trace.summary()[1].steered_tokens == 5
+
+
+def test_it_does_not_keep_the_model() -> None:
+    model: Any = tiny.build("llama")
+    with vector().apply(model), trace_steering(model) as trace:
+        logits(model, IDS)
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+    assert trace.summary()[1].runs == 1
+
+
+def test_texts_are_cut_where_their_letters_are() -> None:
+    class Words:
+        """Spaces belong to the token behind them, but for the first."""
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(f" {'abc'[n]}" for n in ids)[1:]
+
+    model = tiny.shared("llama")
+    with vector().apply(model, tokens=at(1)), trace_steering(model) as trace:
+        logits(model, torch.tensor([[0, 1, 2]]))
+    output = io.StringIO()
+    with redirect_stdout(output):
+        trace.show(Words())
+    assert output.getvalue() == "a[[ b]] c\n"
+
+
+def test_threads_have_rows_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    prompts = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in ("Hello", "Bye")]
+    with trace_steering(model) as trace:
+        threads = [
+            threading.Thread(
+                target=vector().apply(model, tokens=generated(p), this_thread_only=True)(model.generate),
+                kwargs={**p, "max_new_tokens": 6, "do_sample": False},
+            )
+            for p in prompts
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    trace.show(tokenizer)
+    shown = capsys.readouterr().out
+    assert "Hell[[o" in shown
+    assert "By[[e" in shown
+
+
+def test_token_ids_that_are_written_over_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    ids = tokenizer("one", return_tensors="pt")["input_ids"]
+    with vector().apply(model, tokens=from_index(1)), trace_steering(model) as trace:
+        logits(model, ids)
+        ids.copy_(tokenizer("two", return_tensors="pt")["input_ids"])
+        logits(model, ids)
+    trace.show(tokenizer)
+    assert capsys.readouterr().out == "o[[ne]]\nt[[wo]]\n"
 
 
 def test_a_multiplier_of_0_changes_nothing() -> None:
