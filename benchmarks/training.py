@@ -32,7 +32,7 @@ from steering_vectors import SteeringVector, pca_aggregator, train_steering_vect
 
 if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
     from steering_vectors._extraction import Extractor
-    from steering_vectors._prompt_tree import PACK_SIZE, pack_prompts
+    from steering_vectors._prompt_tree import PACK_SIZE, cheapest_packs
 
 Pairs = list[tuple[str, str]]
 Layers = Sequence[int] | None
@@ -115,8 +115,12 @@ def plain_loop(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_s
 def bare_decoder(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_size: int) -> None:
     """The decoder over the packs that ours runs, as deep, under a plain causal mask and without hooks."""
     ids = [tokenizer(text)["input_ids"] for pair in pairs for text in pair]
-    packs = sorted(pack_prompts(ids, [[len(row) - 1] for row in ids], range(len(ids))), key=len)
-    most = max(1, 2 * batch_size * max(map(len, ids)) // PACK_SIZE)
+    tokens = 2 * batch_size * max(map(len, ids))
+    packs = cheapest_packs(
+        ids, [[len(row) - 1] for row in ids], range(len(ids)), most=min(tokens, 4 * max(map(len, ids)))
+    )
+    packs.sort(key=len, reverse=True)
+    most = max(1, tokens // max(PACK_SIZE, len(packs[0])))
     decoder, blocks = model.model, model.model.layers
     if layers is not None:
         decoder.layers = blocks[: max(layers) + 1]
