@@ -6,14 +6,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from steering_vectors._arguments import check_takes
 from steering_vectors._changes import OUTPUT, width_message
 from steering_vectors._directions import checked_directions
 from steering_vectors._metadata import type_and_depth
 from steering_vectors._model_structure import layer_widths, learns_prompts, takes_tokens_again
 from steering_vectors._steering import Steering
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, find_layers
-from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator
+from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
 
 
 class Vector(Protocol):
@@ -36,7 +35,7 @@ def steering_of(
     check_layer_type(vector.layer_type)
     found = find_layers(model, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
-    check_takes(operator, 2, "operator", "ablation_operator()")
+    check_operator(operator)
     if selector is not None or (isinstance(multiplier, Tensor) and multiplier.ndim == 1):
         _check_tokens_can_be_told(model)
     directions = checked_directions(vector.layer_activations)

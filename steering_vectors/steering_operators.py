@@ -109,8 +109,22 @@ def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator
     >>> norm_preserving_operator(addition_operator())(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))
     tensor([[[ 2., -4.]]])
     """
-    check_takes(operator, 2, "operator", "addition_operator()")
+    check_operator(operator)
     return _NormPreserving(operator)
+
+
+def check_operator(operator: object) -> None:
+    """Raise TypeError for what is no operator, also for one of the functions here that make one."""
+    if any(operator is factory for factory in _FACTORIES):
+        name = getattr(operator, "__name__", "")
+        raise TypeError(f"{name} is no operator itself: did you mean {name}(…), what it gives?")
+    check_takes(operator, 2, "operator", "ablation_operator()")
+
+
+_FACTORIES = (
+    *(addition_operator, ablation_operator, ablation_then_addition_operator),
+    *(clamp_operator, rotation_operator, norm_preserving_operator),
+)
 
 
 def ignores_length(operator: PatchDeltaOperator) -> bool:

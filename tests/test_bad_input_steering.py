@@ -16,10 +16,12 @@ from steering_vectors import (
     active_patches,
     addition_operator,
     at,
+    clamp_operator,
     completion,
     from_index,
     generated,
     prompted,
+    rotation_operator,
 )
 from tests import tiny
 from tests.test_steering import IDS, logits, shown, unchanged, vector
@@ -377,8 +379,14 @@ def test_what_is_no_parameter_is_refused_before_anything_is_attached(model: PreT
 class TestWhatMakesAThingInTheThingSPlace:
     """A factory that was not called: its mistake shows where it is given, not in the model's pass."""
 
-    @pytest.mark.parametrize("operator", [ablation_operator, addition_operator, lambda a: a, lambda: 0])
+    @pytest.mark.parametrize("operator", [ablation_operator, addition_operator, clamp_operator, rotation_operator])
     def test_as_operator(self, model: PreTrainedModel, way: str, operator: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=operator)
+        name = operator.__name__
+        assert got == f"TypeError: {name} is no operator itself: did you mean {name}(…), what it gives?"
+
+    @pytest.mark.parametrize("operator", [lambda a: a, lambda: 0])
+    def test_as_operator_of_other_arguments(self, model: PreTrainedModel, way: str, operator: Any) -> None:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=operator)
         assert got.startswith("TypeError: operator must be callable with 2 arguments, such as ablation_operator()")
 
