@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from importlib.resources import files
+from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,6 +29,9 @@ def main() -> None:
     with vector.apply(model, multiplier=5, tokens=generated(inputs)):
         answer = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert answer.shape == (1, 5)
+    with TemporaryDirectory() as folder:
+        vector.save_pretrained(folder)
+        assert steering_vectors.SteeringVector.from_pretrained(folder) == vector
     steering_vectors.show_versions()
 
 
