@@ -73,7 +73,7 @@ def pca_aggregator() -> Aggregator:
 
     Source: representation engineering, arXiv 2310.01405, section 3.1.
 
-    >>> pca_aggregator()(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
+    >>> pca_aggregator()(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2)).round(decimals=4)
     tensor([1., 0.])
     """
     return _PCA()
