@@ -42,6 +42,8 @@ def projections(directions: Directions, activations: Mapping[int, Tensor | Seque
     found: dict[int, Any] = {}
     for layer in sorted(directions.keys() & activations.keys()):
         of_layer, direction = activations[layer], _flat(directions[layer])
+        if not bool(direction.detach().any()):
+            raise ValueError(f"the direction of layer {layer} is zero, and nothing goes along it")
         if isinstance(of_layer, Tensor):
             found[layer] = _along(of_layer, direction, layer)
         else:
@@ -54,8 +56,8 @@ def _along(activation: Tensor, direction: Tensor, layer: int) -> Tensor:
         widths = f"{activation.shape[-1] if activation.ndim else 0} numbers, the directions {len(direction)}"
         raise ValueError(f"the activations of layer {layer} have {widths}")
     wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
-    own = direction.to(wide.device, wide.dtype)
-    along: Tensor = wide @ (own / own.norm())
+    own = direction.to(wide.device).double()
+    along: Tensor = wide @ (own / own.norm()).to(wide.dtype)
     return along
 
 

@@ -45,6 +45,8 @@ def finite_number(value: object, what: str) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a number, got {type(value).__name__}") from error
+    except OverflowError as error:
+        raise ValueError(f"{what} must be finite, got a number beyond all floats") from error
     if not math.isfinite(number):
         raise ValueError(f"{what} must be finite, got {number}")
     return number

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from steering_vectors._arguments import is_whole_number
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def checked_directions(layer_activations: object) -> dict[int, Tensor]:
     """The directions as a dictionary of its own. Raises as :class:`SteeringVector`."""
@@ -38,8 +40,8 @@ def checked_direction(value: Any, name: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor of numbers, got {value!r}") from error
     if not isinstance(value, Tensor) and not direction.is_floating_point() and not direction.is_complex():
         direction = direction.to(torch.get_default_dtype())
-    if not direction.is_floating_point():
-        raise TypeError(f"{name} must hold real numbers, got {direction.dtype}")
+    if direction.dtype not in _DTYPES:
+        raise TypeError(f"{name} must hold real numbers of 16, 32 or 64 bits, got {direction.dtype}")
     if direction.ndim not in (1, 2) or (direction.ndim == 2 and direction.shape[0] != 1) or direction.numel() == 0:
         raise ValueError(f"{name} must have the shape (hidden,) or (1, hidden), got {tuple(direction.shape)}")
     if not bool(direction.isfinite().all()):

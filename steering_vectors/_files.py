@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_
         "norms": json.dumps(norms),
     }
     tensors = {f"{layer_type}.{layer}": direction for layer, direction in checked.items()}
+    for name in tensors:
+        _layer_of(name, layer_type)
     save_tensors(path, tensors, {**metadata, **own})
 
 
@@ -50,19 +53,19 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, Tensor], str, dict[str
 def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[dict[int, Tensor], str, dict[str, str]]:
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"this safetensors file is no steering vector: its metadata have format={metadata.get('format')!r}, not "
-            f"{FORMAT!r}; readers.from_tensors makes one of tensors"
+            f"this safetensors file is no steering vector: its metadata have format={_short(metadata.get('format'))}, "
+            f"not {FORMAT!r}; readers.from_tensors makes one of tensors"
         )
     version = metadata.get("format_version", "")
-    if not version.isdecimal():
-        raise ValueError(f"its format_version is {version[:20]!r}, expected a whole number")
-    if int(version[:20]) > VERSION:
+    if not re.fullmatch("[1-9][0-9]*", version):
+        raise ValueError(f"its format_version is {_short(version)}, expected a whole number from 1 on")
+    if len(version) > 9 or int(version) > VERSION:
         raise ValueError(
             f"its format is version {version[:20]}, newer than this library reads ({VERSION}): pip install --upgrade "
             f"steering-vectors"
         )
     layer_type = metadata.get("layer_type", "")
-    check_layer_type(layer_type)
+    check_layer_type(layer_type[:60])
     directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
     if len(directions) < len(tensors):
         raise ValueError(f"two of its tensors are of one layer: {sorted(tensors)[:10]}")
@@ -70,8 +73,14 @@ def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[d
         raise ValueError("it holds no directions")
     width = str(next(iter(directions.values())).shape[-1])
     if metadata.get("hidden_size") != width:
-        raise ValueError(f"its directions have {width} numbers, and its hidden_size says {metadata.get('hidden_size')}")
+        raise ValueError(
+            f"its directions have {width} numbers, and its hidden_size says {_short(metadata.get('hidden_size'))}"
+        )
     return dict(sorted(directions.items())), layer_type, metadata
+
+
+def _short(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 40 else f"{text[:40]}…")
 
 
 def _layer_of(name: str, layer_type: str) -> int:

@@ -42,29 +42,43 @@ class Metadata(Mapping[str, str]):
         return repr(self._entries)
 
 
+# What files tell of their own directions: it is computed anew for each.
+COMPUTED = ("format", "format_version", "layer_type", "layer_convention", "hidden_size", "norms")
+_LONGEST_DERIVATION = 400
+
+
 class TrainingRecord:
-    """What is noted of the samples while they pass by."""
+    """What is noted of the samples while they pass by.
+
+    ``samples_hash`` is the SHA-256 of the token ids, written as Python writes a list, prompt after prompt: of each
+    sample the positive one and then the negative one. ``read_hash`` is that of the positions that are read, in the same
+    way.
+    """
 
     def __init__(self) -> None:
-        self._samples = 0
-        self._hash = sha256()
+        self._prompts = 0
+        self._ids, self._positions = sha256(), sha256()
 
-    def add(self, prompts: Sequence[Sequence[int]]) -> None:
-        """The token ids of some samples: of each the positive and the negative prompt."""
-        self._samples += len(prompts) // 2
-        self._hash.update(repr([list(ids) for ids in prompts]).encode())
+    def add(self, input_ids: Sequence[int], positions: Sequence[int]) -> None:
+        """The next prompt."""
+        self._prompts += 1
+        self._ids.update(repr(list(input_ids)).encode())
+        self._positions.update(repr(list(positions)).encode())
 
     def entries(self) -> dict[str, str]:
-        return {"samples": str(self._samples), "samples_hash": self._hash.hexdigest()}
+        hashes = {"samples_hash": self._ids.hexdigest(), "read_hash": self._positions.hexdigest()}
+        return {"samples": str(self._prompts // 2), **hashes}
 
 
 def of_model(model: nn.Module) -> dict[str, str]:
     """What tells a model: its type and size, its name and revision, and what its activations' last digits depend on."""
     config: Any = getattr(configured(model), "config", None)
     text: Any = text_config(model)
-    name = str(getattr(config, "_name_or_path", None) or "")
+    quantization: Any = getattr(config, "quantization_config", None)
     found: dict[str, Any] = {
-        "base_model": os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name,
+        "base_model": _without_folders(str(getattr(config, "_name_or_path", None) or "")),
+        "quantization": getattr(quantization, "quant_method", None),
+        "adapters": ", ".join(f"{name}: {own}" for name, own in getattr(model, "peft_config", {}).items()),
         "base_model_revision": getattr(config, "_commit_hash", None),
         "attention_implementation": getattr(text, "_attn_implementation", None),
         **type_and_depth(model),
@@ -72,6 +86,12 @@ def of_model(model: nn.Module) -> dict[str, str]:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     found["dtype"] = ", ".join(sorted(dtypes))
     return {name: str(value) for name, value in found.items() if value}
+
+
+def _without_folders(name: str) -> str:
+    """A model's name, of a path its last part alone: what it stands in is nobody's business."""
+    is_path = "\\" in name or os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name)
+    return os.path.basename(os.path.normpath(name.replace("\\", "/"))) if is_path or name.count("/") > 1 else name
 
 
 def type_and_depth(model: nn.Module) -> dict[str, str]:
@@ -82,9 +102,8 @@ def type_and_depth(model: nn.Module) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def of_tokenizer(tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
+def of_template(template: object, template_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     """A hash of the chat template, and the arguments that it got."""
-    template = getattr(tokenizer, "chat_template", None)
     found = {} if not template else {"chat_template_hash": sha256(str(template).encode()).hexdigest()}
     return found if not template_kwargs else {**found, "chat_template_kwargs": repr(dict(template_kwargs))}
 
@@ -107,14 +126,19 @@ def derived(operation: str, *sources: Mapping[str, str]) -> Metadata:
     """
     first, *others = sources
     common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    common.pop("derivation", None)
-    return Metadata({**common, "derivation": operation.format(*map(_told, sources))})
+    return Metadata({**of_another(common), "derivation": operation.format(*map(_told, sources))})
+
+
+def of_another(metadata: Mapping[str, str]) -> Metadata:
+    """What holds of other directions that were made in the same way too."""
+    return Metadata({name: value for name, value in metadata.items() if name not in COMPUTED})
 
 
 def _told(metadata: Mapping[str, str]) -> str:
     """A vector in few words."""
-    if "derivation" in metadata:
-        return f"({metadata['derivation']})"
+    derivation = metadata.get("derivation", "")
+    if derivation:
+        return f"({derivation})" if len(derivation) <= _LONGEST_DERIVATION else f"({derivation[:_LONGEST_DERIVATION]}…)"
     if "method" not in metadata:
         return "a vector"
     return f"[{metadata['method']} of {metadata.get('samples', '?')} samples {metadata.get('samples_hash', '')[:8]}]"

@@ -157,6 +157,12 @@ class PromptTokenizer:
         return added + _shared(list(before), ids[added:])
 
 
+def chat_template_of(tokenizer: Any) -> object:
+    """The chat template of a tokenizer, or of a processor or the tokenizer in it; None if there is none."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    return getattr(tokenizer, "chat_template", None) or getattr(inner, "chat_template", None)
+
+
 def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
     """Whether ``prompt`` is a sequence of messages."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(m, Mapping) for m in prompt)

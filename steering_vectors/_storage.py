@@ -12,9 +12,10 @@ from torch import Tensor
 
 # A vector for all layers of the largest models has some megabytes.
 LARGEST_FILE = 2**30
+_MOST_TENSORS = 10_000
 # What other files begin with, and what they are.
 _OTHER_FORMATS = {
-    b"\x80": "a Python pickle",
+    **{bytes([0x80, protocol]): "a Python pickle" for protocol in range(2, 6)},
     b"PK\x03\x04": "a pickle of torch.save",
     b"GGUF": "a GGUF file",
     b"\x93NUMPY": "a numpy array",
@@ -32,13 +33,17 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to save in")
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(own, dict(metadata))
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path} is there, and no file")
+    content = _sorted(safetensors.torch.save(own, dict(metadata)))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,13 +68,15 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         tensors = safetensors.torch.load(content)
         metadata = _metadata_of(content)
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is no whole safetensors file: {type(error).__name__}: {error}") from error
     return tensors, metadata
 
 
 def _check_beginning(path: str | os.PathLike[str], content: bytes) -> None:
+    if content.count(b'"dtype"') > _MOST_TENSORS:
+        raise ValueError(f"{path} has more than {_MOST_TENSORS} tensors; a steering vector has one for each layer")
     for beginning, kind in _OTHER_FORMATS.items():
-        if content.startswith(beginning) and not _has_header(content):
+        if content.startswith(beginning) and content[8:9] != b"{":
             advice = ""
             if "pickle" in kind:
                 advice = (
@@ -79,6 +86,14 @@ def _check_beginning(path: str | os.PathLike[str], content: bytes) -> None:
             raise ValueError(f"{path} is {kind}, not a safetensors file{advice}")
     if not _has_header(content):
         raise ValueError(f"{path} is no whole safetensors file: its {len(content)} bytes hold no header")
+
+
+def _sorted(content: bytes) -> bytes:
+    """The same file with its header in order: safetensors writes metadata in any."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _has_header(content: bytes) -> bool:

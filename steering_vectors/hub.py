@@ -1,12 +1,14 @@
 """Steering vectors in folders and on the Hugging Face hub: the file, and a card that says what it is."""
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from steering_vectors.steering_vector import SteeringVector
 
@@ -38,10 +40,11 @@ def save_pretrained(vector: SteeringVector, folder: str | os.PathLike[str], *, r
     ['README.md', 'steering_vector.safetensors']
     """
     target = Path(folder)
+    card = model_card(vector, repo_id or target.resolve().name)  # raises for a vector without directions
     target.mkdir(parents=True, exist_ok=True)
     vector.save(target / FILE)
     if not (target / CARD).exists():
-        (target / CARD).write_text(model_card(vector, repo_id or target.name), encoding="utf-8")
+        (target / CARD).write_text(card, encoding="utf-8")
 
 
 def push_to_hub(
@@ -60,8 +63,9 @@ def push_to_hub(
     ``revision`` is the branch. Raises what huggingface_hub raises.
     """
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as folder:
+        vector.save(os.path.join(folder, FILE))  # what is wrong with it shows before a repository is made
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
         save_pretrained(vector, folder, repo_id=repo_id)
         if api.file_exists(repo_id, CARD, revision=revision):
             os.unlink(os.path.join(folder, CARD))
@@ -96,6 +100,8 @@ def from_pretrained(
         return SteeringVector.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
     except HFValidationError as error:
         raise ValueError(f"there is no folder {repo_id}, nor can a repository have that name: {error}") from error
+    except LocalEntryNotFoundError:  # no connection: the file may well be there
+        raise
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} on the Hugging Face hub has no {FILE}: no steering vector") from error
 
@@ -127,7 +133,7 @@ Added to a model's activations while it runs, times a multiplier, they change it
 ```python
 from steering_vectors import SteeringVector
 
-vector = SteeringVector.from_pretrained("{repo_id}")
+vector = SteeringVector.from_pretrained({json.dumps(repo_id)})
 with vector.apply(model, multiplier=1.0):
     output = model.generate(**inputs)
 ```
@@ -143,8 +149,8 @@ with vector.apply(model, multiplier=1.0):
 def _name_on_the_hub(metadata: Mapping[str, str]) -> str | None:
     """The base model's name, where it is no path of some machine."""
     name = metadata.get("base_model", "")
-    return name if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not os.path.exists(name) else None
+    return name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) and not os.path.exists(name) else None
 
 
 def _in_code(text: str) -> str:
-    return text.replace("`", "'").replace("|", "\\|").replace("\n", " ")
+    return " ".join(text.replace("`", "'").replace("|", "\\|").split())

@@ -4,7 +4,7 @@ Each function says which layer a direction is of. Here layer l is the output of 
 """
 
 import os
-import pickle
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +83,8 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
         is_one = (isinstance(rows, Tensor) and rows.ndim == 1) or (isinstance(rows, list) and _is_number(rows[:1]))
         if is_one and layer is None:
             raise ValueError("one direction needs its layer: from_tensors(direction, layer=12)")
+        if len(rows) == 0:
+            raise ValueError("tensors is empty: give at least one direction")
         directions = {layer: rows} if is_one and layer is not None else dict(enumerate(rows))
         layer = None if is_one else layer
     if layer is not None:
@@ -128,9 +130,11 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no file of tensors alone that torch.load reads: {error}") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file makes it raise anything
+        kind = type(error).__name__
+        raise ValueError(f"{path} is no file of tensors alone that torch.load reads, safely ({kind})") from error
+    return content.detach() if isinstance(content, Tensor) else content
 
 
 def _rows(tensors: Any) -> Any:
@@ -141,6 +145,8 @@ def _rows(tensors: Any) -> Any:
         rows = torch.as_tensor(tensors)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"tensors must be a tensor, a sequence or a mapping, got {_shown(tensors)}") from error
+    if not isinstance(tensors, Tensor) and not rows.is_floating_point():
+        rows = rows.to(torch.get_default_dtype())
     if rows.ndim == 0:
         raise TypeError("tensors must be a direction or several, got one number, of no dimension")
     return rows
@@ -150,14 +156,14 @@ def _number(name: Any) -> int:
     """The layer that a name tells of: a number, or a text with just one in it."""
     if is_whole_number(name):
         return int(name)
-    numbers = [part for part in str(name).replace("_", ".").split(".") if part.lstrip("-").isdecimal()]
+    numbers = [part for part in re.split("[._]", str(name)) if re.fullmatch("-?[0-9]{1,9}", part)]
     if len(numbers) != 1:
         raise ValueError(f"can't tell the layer from the name {name!r}: expected a number such as 12 or 'layers.12'")
     return int(numbers[0])
 
 
 def _is_number(first: Sequence[Any]) -> bool:
-    return bool(first) and isinstance(first[0], (int, float))
+    return bool(first) and not isinstance(first[0], (Sequence, Mapping)) and getattr(first[0], "ndim", 0) == 0
 
 
 def _shown(value: Any) -> str:

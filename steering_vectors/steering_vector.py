@@ -12,12 +12,12 @@ from steering_vectors._algebra import cosines, orthogonal, projections, united
 from steering_vectors._arguments import finite_number, is_whole_number
 from steering_vectors._directions import checked_directions, layer_number
 from steering_vectors._files import read, write
-from steering_vectors._metadata import Metadata, derived
+from steering_vectors._metadata import Metadata, derived, of_another
 from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
 from steering_vectors._steering_of_vectors import steering_of, warn_of_another_model
 from steering_vectors._token_indices import TokenSelection, one_selection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type
-from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.steering_operators import PatchDeltaOperator, unit_direction
 
 __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
@@ -52,6 +52,11 @@ class SteeringVector:
         # With plain types, so that the class of 0.12.2 takes it too.
         state = {"layer_activations": self.layer_activations, "layer_type": self.layer_type}
         return {**state, "metadata": dict(self.metadata)} if self.metadata else state
+
+    def __deepcopy__(self, _memo: Any) -> "SteeringVector":
+        # Tensors that were computed, with gradients, have no copy of their own.
+        copies = {n: d.detach().clone().requires_grad_(d.requires_grad) for n, d in self.layer_activations.items()}
+        return SteeringVector(copies, self.layer_type, metadata=self.metadata)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "metadata": Metadata(state.get("metadata", {}))})
@@ -170,7 +175,7 @@ class SteeringVector:
 
     def __radd__(self, other: object) -> "SteeringVector":
         """For ``sum(vectors)``, which begins with 0."""
-        return self if other == 0 else NotImplemented
+        return replace(self) if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: object) -> "SteeringVector":
         """The difference at each layer that either vector has. Raises as a sum."""
@@ -192,11 +197,11 @@ class SteeringVector:
         number = finite_number(divisor, "a divisor")
         if number == 0:
             raise ZeroDivisionError("a steering vector can't be divided by 0")
-        made = {layer: direction / number for layer, direction in self.layer_activations.items()}
+        made = {layer: d / number for layer, d in checked_directions(self.layer_activations).items()}
         return self._with(made, f"{{}} / {number:g}")
 
     def __neg__(self) -> "SteeringVector":
-        return self._with({layer: -direction for layer, direction in self.layer_activations.items()}, "-{}")
+        return self._with({n: -direction for n, direction in checked_directions(self.layer_activations).items()}, "-{}")
 
     def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
         """The cosine of the angle between the directions, at each layer that both vectors have; NaN for zeros.
@@ -229,12 +234,12 @@ class SteeringVector:
 
         ``activations`` map layers to tensors ``(…, hidden)`` or lists of them, as ``record_activations`` and
         ``read_activations`` give them. Each comes back without its last axis, in float32 or wider, for the layers that
-        both have. Raises ValueError where there is none, and for another width.
+        both have. Raises ValueError where there is none, for another width, and for a direction of zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).project({1: torch.tensor([[1.0, 0.0], [3.0, 4.0]])})
         {1: tensor([0.6000, 5.0000])}
         """
-        found = projections(self.normalized().layer_activations, activations)
+        found = projections(checked_directions(self.layer_activations), activations)
         if not found:
             raise ValueError(f"there are no activations of layers {self.layers}, but of {sorted(activations)}")
         return found
@@ -294,12 +299,12 @@ class SteeringVector:
         >>> SteeringVector({1: [3.0, 4.0]}).normalized().layer_activations[1]
         tensor([0.6000, 0.8000])
         """
-        norms = self.norms()
-        zeros = [layer for layer, norm in norms.items() if norm == 0]
+        zeros = [layer for layer, norm in self.norms().items() if norm == 0]
         if zeros:
             raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
+        directions = checked_directions(self.layer_activations)  # float64: squares of large numbers are larger
         made = {
-            layer: direction / norms[layer] for layer, direction in checked_directions(self.layer_activations).items()
+            layer: unit_direction(direction.double()).to(direction.dtype) for layer, direction in directions.items()
         }
         return self._with(made, "{} at norm 1")
 
@@ -332,7 +337,7 @@ class SteeringVector:
         missing = [layer for layer in wanted if layer not in self.layer_activations]
         if missing or not wanted:
             raise LookupError(f"no direction for layers {missing or layers}; there are directions for {self.layers}")
-        return replace(self, layer_activations={layer: self.layer_activations[layer] for layer in wanted})
+        return self._of_same_origin({layer: self.layer_activations[layer] for layer in wanted})
 
     def _numbers(self, layers: Any) -> list[int]:
         if isinstance(layers, slice):
@@ -366,7 +371,10 @@ class SteeringVector:
         torch.bfloat16
         """
         moved = {layer: direction.to(*args, **kwargs) for layer, direction in self.layer_activations.items()}
-        return replace(self, layer_activations=moved)
+        return self._of_same_origin(moved)
+
+    def _of_same_origin(self, directions: dict[int, Tensor]) -> "SteeringVector":
+        return replace(self, layer_activations=directions, metadata=of_another(self.metadata))
 
     def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Any:
         if not isinstance(other, SteeringVector):

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from steering_vectors._arguments import check_takes
 from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
-from steering_vectors._metadata import TrainingRecord, of_libraries, of_model, of_tokenizer, without_addresses
+from steering_vectors._metadata import TrainingRecord, of_libraries, of_model, of_template, without_addresses
 from steering_vectors._processes import Processes
-from steering_vectors._prompts import Prompt, PromptTokenizer
+from steering_vectors._prompts import Prompt, PromptTokenizer, chat_template_of
 from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
+from steering_vectors._steering import active_patches
 from steering_vectors._token_indices import TokenSelection
 from steering_vectors.aggregators import (
     Accumulator,
@@ -141,8 +142,9 @@ def train_steering_vector(
         parts = processes.together("the rows", accumulated)
         directions = processes.together("the directions", partial(_directions, aggregator, parts))[processes.rank]
     read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
-    made = {"method": without_addresses(repr(aggregator)), "read": without_addresses(read), **record.entries()}
-    metadata = {**of_model(model), **of_tokenizer(tokenizer, chat_template_kwargs), **made, **of_libraries()}
+    made = _of_call(model, repr(aggregator), read, layer_config)
+    template = of_template(chat_template_of(tokenizer), chat_template_kwargs)
+    metadata = {**of_model(model), **template, **made, **record.entries(), **of_libraries()}
     return SteeringVector(directions, layer_type, metadata=metadata)
 
 
@@ -226,6 +228,18 @@ def aggregate_activations(
     return directions
 
 
+def _of_call(model: nn.Module, method: str, read: str, layer_config: ModelLayerConfig | None) -> dict[str, str]:
+    """What the metadata tell of a training's arguments, and of what the model was steered by meanwhile."""
+    steered_by = ", ".join(map(repr, active_patches(model)))
+    told = {
+        "method": method,
+        "read": read,
+        "layer_config": repr(layer_config) if layer_config else "",
+        "steered_by": steered_by,
+    }
+    return {name: without_addresses(text) for name, text in told.items() if text}
+
+
 def _directions(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> dict[int, Tensor]:
     """The directions of all processes' rows, by layer."""
     if len(parts) == 1:
@@ -291,7 +305,8 @@ def _rows(
             prompts = [prompt for number, sample in window for prompt in _prompts_of(reading, number, sample)]
             processes.check_alike(f"the samples from {first} on", _digest(prompts) if processes.count > 1 else "")
             if record is not None:
-                record.add([prompt.input_ids for prompt in prompts])
+                for prompt in prompts:
+                    record.add(prompt.input_ids, prompt.positions)
             own = processes.share(len(window))
             done = 0
             for part in extract(prompts[2 * own.start : 2 * own.stop]):

@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.tokens.add(self.headers.get("Authorization", ""))
         if path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"  # the user whose token it is
             exists = name in self.hub.repositories
             self.hub.repositories.setdefault(
                 name, Repository("private" in (asked.get("visibility"), asked.get("private") and "private"))

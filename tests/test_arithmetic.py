@@ -1,5 +1,6 @@
 """Vectors as things to compute with; what they are made of stays as it was."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -215,3 +216,42 @@ class TestDerivation:
         assert (SteeringVector({0: [1.0]}) + SteeringVector({0: [1.0]})).metadata == {
             "derivation": "a vector + a vector"
         }
+
+
+def test_the_unit_direction_of_a_projection_is_not_rounded_to_the_vector_s_dtype() -> None:
+    direction = torch.randn(512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    activations = torch.randn(20, 512, generator=torch.Generator().manual_seed(1)).double()
+    wide = direction.double()
+    found = SteeringVector({0: direction}).project({0: activations})[0]
+    torch.testing.assert_close(found, activations @ (wide / wide.norm()), atol=1e-12, rtol=1e-12)
+
+
+def test_a_zero_direction_matters_only_where_it_is_asked() -> None:
+    vector = SteeringVector({0: [0.0, 0.0], 1: [3.0, 4.0]})
+    assert list(vector.project({1: torch.ones(2)})) == [1]
+    with pytest.raises(ValueError, match="the direction of layer 0 is zero"):
+        vector.project({0: torch.ones(2)})
+
+
+def test_normalized_has_the_gradient_of_the_unit_direction_and_does_not_overflow() -> None:
+    direction = torch.tensor([3.0, 4.0], requires_grad=True)
+    made = SteeringVector({0: direction}).normalized().layer_activations[0]
+    (made @ torch.tensor([3.0, 4.0])).backward()
+    torch.testing.assert_close(direction.grad, torch.zeros(2))
+    large = SteeringVector({0: torch.tensor([3e38, 3e38])}).normalized()
+    torch.testing.assert_close(large.layer_activations[0], torch.full((2,), math.sqrt(0.5)))
+
+
+def test_copies_of_computed_vectors_with_gradients() -> None:
+    vector = 2 * SteeringVector({0: torch.ones(2, requires_grad=True)})
+    twin = copy.deepcopy(vector)
+    assert twin == vector
+    assert twin.layer_activations[0].is_leaf
+    assert twin.layer_activations[0].requires_grad
+
+
+def test_assigned_lists_are_computed_with_too() -> None:
+    vector = SteeringVector({0: [1.0, 2.0]})
+    vector.layer_activations[0] = [1.0, 2.0]  # type: ignore[assignment]
+    assert -vector == SteeringVector({0: [-1.0, -2.0]})
+    assert vector / 2 == SteeringVector({0: [0.5, 1.0]})

@@ -23,7 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering_vectors import SteeringVector, from_index, pca_aggregator, train_steering_vector
+from steering_vectors import (
+    SteeringVector,
+    SteeringVectorTrainingSample,
+    from_index,
+    pca_aggregator,
+    train_steering_vector,
+)
 from tests import tiny
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -290,7 +296,7 @@ class TestReading:
             ({"format_version": "9" * 5000}, "newer than this library reads"),
             ({"layer_type": "heart"}, "unknown layer type 'heart'"),
             ({"layer_type": "mlp"}, "its tensor 'decoder_block.3' is none of the layer type 'mlp'"),
-            ({"hidden_size": "9"}, "its directions have 8 numbers, and its hidden_size says 9"),
+            ({"hidden_size": "9"}, "its directions have 8 numbers, and its hidden_size says '9'"),
         ],
         ids=str,
     )
@@ -491,3 +497,121 @@ class TestMetadata:
         assert vector == SteeringVector({1: [1.0], 2: [2.0]})
         for made in (vector[1], vector.to(torch.float64), copy.deepcopy(vector), pickle.loads(pickle.dumps(vector))):
             assert made.metadata == {"method": "by hand"}
+
+
+class TestMoreOfFiles:
+    def test_one_vector_gives_one_file_byte_for_byte(self, tmp_path: Path) -> None:
+        vector = SteeringVector({1: torch.ones(3), 2: torch.ones(3)}, metadata={f"name {n}": "ä" * n for n in range(9)})
+        contents = set()
+        for n in range(6):
+            vector.save(tmp_path / str(n))
+            contents.add((tmp_path / str(n)).read_bytes())
+        assert len(contents) == 1
+        assert (int.from_bytes(contents.pop()[:8], "little")) % 8 == 0
+
+    def test_the_mode_of_a_file_that_is_there_stays(self, file: Path) -> None:
+        file.chmod(0o600)
+        SteeringVector({3: torch.zeros(8)}).save(file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+    def test_what_is_no_file_is_not_replaced(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OSError, match="is there, and no file"):
+            SteeringVector({3: [1.0]}).save(tmp_path / "pipe")
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+    @pytest.mark.parametrize("layer", [10**12, -(10**9)])
+    def test_what_could_not_be_loaded_is_not_saved(self, tmp_path: Path, layer: int) -> None:
+        with pytest.raises(ValueError, match="is none of the layer type"):
+            SteeringVector({layer: [1.0]}).save(tmp_path / "v")
+        assert os.listdir(tmp_path) == []
+
+    def test_too_many_tensors(self, tmp_path: Path) -> None:
+        content = safetensors.torch.save({f"decoder_block.{n}": torch.ones(1) for n in range(10_001)})
+        assert "has more than 10000 tensors; a steering vector has one for each layer" in refused(content, tmp_path)
+
+    @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+    def test_eight_bits(self, tmp_path: Path, dtype: str) -> None:
+        metadata = {
+            "format": "steering-vectors",
+            "format_version": "1",
+            "layer_type": "decoder_block",
+            "hidden_size": "2",
+        }
+        narrow = torch.ones(2).to(getattr(torch, dtype))
+        content = safetensors.torch.save({"decoder_block.1": narrow}, metadata)
+        assert f"must hold real numbers of 16, 32 or 64 bits, got torch.{dtype}" in refused(content, tmp_path)
+        with pytest.raises(TypeError, match="must hold real numbers of 16, 32 or 64 bits"):
+            SteeringVector({1: narrow})
+
+    def test_a_cut_file_whose_length_looks_like_a_pickle_is_told_as_cut(self, tmp_path: Path) -> None:
+        content = struct.pack("<Q", 0x280) + b'{"a": 1'
+        assert "is no whole safetensors file" in refused(content, tmp_path)
+
+    @pytest.mark.parametrize("name", ["format", "layer_type", "hidden_size", "format_version"])
+    def test_errors_are_short_whatever_the_file_says(self, file: Path, tmp_path: Path, name: str) -> None:
+        content = with_header(lambda h: h["__metadata__"].update({name: "\x1b[31m" + "x" * 10**5}), file)
+        message = refused(content, tmp_path)
+        assert len(message) < 400
+        assert "\x1b" not in message
+
+    @pytest.mark.parametrize("version", ["0", "١", "0" * 20 + "2", "1.0", "", "-1"])
+    def test_versions_that_are_none(self, file: Path, tmp_path: Path, version: str) -> None:
+        content = with_header(lambda h: h["__metadata__"].update(format_version=version), file)
+        assert "expected a whole number from 1 on" in refused(content, tmp_path)
+
+
+class TestMetadataOfResults:
+    def test_what_a_file_told_of_its_directions_does_not_go_to_others(self, file: Path, tmp_path: Path) -> None:
+        loaded = SteeringVector.load(file)
+        for made in (2 * loaded, loaded.normalized(), loaded[3], loaded.to(torch.float64), loaded + loaded):
+            assert "norms" not in made.metadata
+            assert made.metadata["method"] == "by hand"
+            made.save(tmp_path / "again")
+            again = SteeringVector.load(tmp_path / "again")
+            assert json.loads(again.metadata["norms"]) == pytest.approx({str(n): v for n, v in made.norms().items()})
+
+    def test_a_derivation_stays_short(self) -> None:
+        vector = SteeringVector({1: [1.0]})
+        for _ in range(40):
+            vector = vector + vector
+        assert len(vector.metadata["derivation"]) < 2000
+
+    def test_hashes_are_those_of_the_ids_whatever_the_window(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hashlib import sha256
+
+        model, pairs = tiny.shared("llama"), [([5, 6], [7]), ([8], [9, 10]), ([11], [12])]
+        expected = sha256(b"[5, 6][7][8][9, 10][11][12]").hexdigest()
+        for window in (4096, 2):
+            monkeypatch.setitem(train_steering_vector.__globals__, "WINDOW", window)
+            vector = train_steering_vector(model, tiny.tokenizer(), pairs)
+            assert vector.metadata["samples_hash"] == expected
+        own = [SteeringVectorTrainingSample([5, 6], [7], 0), *pairs[1:]]
+        other = train_steering_vector(model, tiny.tokenizer(), own).metadata
+        assert other["samples_hash"] == expected
+        assert other["read_hash"] != vector.metadata["read_hash"]
+
+    def test_what_else_the_directions_depend_on_is_told(self) -> None:
+        model, pairs = tiny.shared("llama"), [("a", "b")]
+        config: Any = {"decoder_block": "model.layers.{num}"}
+        assert train_steering_vector(model, tiny.tokenizer(), pairs, layer_config=config).metadata["layer_config"]
+        with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model):
+            metadata = train_steering_vector(model, tiny.tokenizer(), pairs).metadata
+        assert metadata["steered_by"].startswith("SteeringPatchHandle(layers=[0], multiplier=1.0")
+        assert "steered_by" not in train_steering_vector(model, tiny.tokenizer(), pairs).metadata
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("org/model", "org/model"),
+            ("gpt2", "gpt2"),
+            ("/home/me/model", "model"),
+            ("./me/model/", "model"),
+            ("C:\\Users\\me\\model", "model"),
+            ("a/b/c", "c"),
+        ],
+    )
+    def test_paths_are_not_told(self, name: str, told: str) -> None:
+        model = tiny.build("llama")
+        model.config._name_or_path = name
+        assert train_steering_vector(model, tiny.tokenizer(), [("a", "b")]).metadata["base_model"] == told

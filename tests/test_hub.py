@@ -97,6 +97,12 @@ found["first"] = vector.push_to_hub("me/joy", private=True)
 found["loaded"] = SteeringVector.from_pretrained("me/joy") == 2 * vector
 found["at the first commit"] = SteeringVector.from_pretrained("me/joy", revision=found["first"].split("/")[-1]) == vector
 found["metadata"] = dict(SteeringVector.from_pretrained("me/joy").metadata)
+vector.push_to_hub("calm")
+found["by its short name"] = SteeringVector.from_pretrained("me/calm") == vector
+try:
+    SteeringVector({}).push_to_hub("me/nothing")
+except ValueError as error:
+    found["nothing"] = str(error)
 for name in ("me/none", "me/empty"):
     try:
         SteeringVector.from_pretrained(name)
@@ -126,9 +132,12 @@ def test_a_vector_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
     assert found["first"] == f"{stand_in.url}/me/joy/commit/{1:040x}"
     assert found["loaded"]
     assert found["at the first commit"]
+    assert found["by its short name"]
+    assert found["nothing"] == "this steering vector has no directions: there is nothing to save"
+    assert sorted(stand_in.repositories) == ["me/calm", "me/empty", "me/joy"]
     assert found["metadata"]["derivation"].startswith("2 * [mean_aggregator() of 1 samples ")
     assert repository.private
-    assert stand_in.messages == ["Upload a steering vector", "Twice as strong"]
+    assert stand_in.messages == ["Upload a steering vector", "Twice as strong", "Upload a steering vector"]
     assert stand_in.tokens == {"Bearer hf_secret"}
     assert sorted(repository.files) == ["README.md", "steering_vector.safetensors"]
     assert repository.commits[0]["README.md"] == repository.commits[1]["README.md"]  # a card that is there stays
@@ -136,3 +145,26 @@ def test_a_vector_goes_to_the_hub_and_comes_back(tmp_path: Path) -> None:
     assert found["me/empty"][0] == "FileNotFoundError"
     assert "me/empty on the Hugging Face hub has no steering_vector.safetensors" in found["me/empty"][1]
     assert os.environ.get("HF_ENDPOINT") != stand_in.url
+
+
+def test_without_a_connection_nothing_is_said_of_the_repository(tmp_path: Path) -> None:
+    program = (
+        "from steering_vectors import SteeringVector\n"
+        "try:\n    SteeringVector.from_pretrained('me/joy')\n"
+        "except Exception as error:\n    print(type(error).__name__)"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert run_python(program, **offline).stdout.strip() in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\u2028b", "a\n\nb"], ids=repr)
+def test_lines_of_the_card_stay_lines(text: str) -> None:
+    card = hub.model_card(SteeringVector({1: [1.0]}, metadata={"method": text}), 'me/"joy')
+    assert "| method | `a b` |" in card.split("\n")
+    assert 'from_pretrained("me/\\"joy")' in card
+
+
+def test_nothing_is_made_for_a_vector_without_directions(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no directions"):
+        SteeringVector({}).save_pretrained(tmp_path / "none")
+    assert os.listdir(tmp_path) == []
