@@ -12,9 +12,10 @@ README = Path(__file__).parent.parent / "README.rst"
 
 
 def test_the_readme_runs_as_one_script(
-    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = smollm2
+    monkeypatch.chdir(tmp_path)  # it writes a file
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     blocks = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README.read_text())
