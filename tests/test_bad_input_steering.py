@@ -196,7 +196,9 @@ class TestDirections:
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
     def test_tensors_that_hold_no_real_numbers(self, dtype: torch.dtype) -> None:
-        with pytest.raises(TypeError, match=f"the direction of layer 1 must hold real numbers, got {dtype}"):
+        with pytest.raises(
+            TypeError, match=f"the direction of layer 1 must hold real numbers of 16, 32 or 64 bits, got {dtype}"
+        ):
             SteeringVector({1: torch.ones(4, dtype=dtype)})
 
     @pytest.mark.parametrize("key", ["1", 1.0, True, None, (1,)])
