@@ -39,6 +39,7 @@ python_maximum_signature_line_length = 80
 _ELSEWHERE = [
     *("torch.Tensor", "torch.device", "torch.dtype", "torch.nn.Module", "torch.nn.modules.module.Module"),
     *("collections.abc.Generator", "collections.abc.Iterable", "collections.abc.Mapping", "collections.abc.Sequence"),
+    "os.PathLike",
     "steering_vectors._steering.SteeringContext",  # what apply gives has no name of its own in the public face
 ]
 nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]

@@ -33,7 +33,7 @@ def save_pretrained(vector: SteeringVector, folder: str | os.PathLike[str], *, r
     """Write ``steering_vector.safetensors`` and a card into a folder, which is made if it isn't there.
 
     A ``README.md`` that is there stays. ``repo_id`` is the name under which the card shows how to load the vector; the
-    folder's by default. Raises as :meth:`SteeringVector.save`.
+    folder's by default. Raises as :meth:`~steering_vectors.SteeringVector.save`.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> sorted(path.name for path in (folder / "joy").iterdir())
@@ -85,7 +85,7 @@ def from_pretrained(
     """The vector in a folder that :func:`save_pretrained` wrote, or in a repository of the hub, at a ``revision``.
 
     Raises FileNotFoundError for a folder or repository without such a file, ValueError for what is neither a folder nor
-    a repository's name and as :meth:`SteeringVector.load`, and what huggingface_hub raises.
+    a repository's name and as :meth:`~steering_vectors.SteeringVector.load`, and what huggingface_hub raises.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> from_pretrained(folder / "joy") == vector

@@ -68,8 +68,8 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
     directions, whose row l is layer l's; or a mapping from layer numbers, which may be strings such as ``"12"`` or
     ``"layers.12"``, to directions. Tensors are kept as they are, arrays and lists made tensors.
 
-    Raises TypeError and ValueError as :class:`SteeringVector`, and ValueError for a ``layer`` that is missing or too
-    much, and for names without a number.
+    Raises TypeError and ValueError as :class:`~steering_vectors.SteeringVector`, and ValueError for a ``layer`` that is
+    missing or too much, and for names without a number.
 
     >>> from_tensors(torch.ones(4), layer=12).layers, from_tensors({"layers.3": torch.ones(4)}).layers
     ([12], [3])
