@@ -155,6 +155,12 @@ class SteeringPatchHandle:
         if weights is None:
             weights = self._select(current, activation.device)
         if isinstance(weights, bool):
+            shape = current.positions.index.shape
+            if activation.shape[:2] == shape:
+                return weights
+            along_tokens(
+                activation.new_empty(*shape, 1), activation, columns_first=self._columns_first
+            )  # else it raises
             return weights
         return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
 
