@@ -21,11 +21,16 @@ def united(some: Directions, other: Directions, combine: Callable[[Tensor, Tenso
     return found
 
 
+def norms(directions: Directions) -> dict[int, float]:
+    """Euclidean norms, by layer, ascending."""
+    return {layer: float(_exact(directions[layer].detach()).norm()) for layer in sorted(directions)}
+
+
 def cosines(some: Directions, other: Directions) -> dict[int, float]:
     """By layer, where both have one; NaN where one of them is zero."""
     found = {}
     for layer in sorted(some.keys() & other.keys()):
-        own, others = (_flat(directions[layer]).detach().cpu().double() for directions in (some, other))
+        own, others = (_exact(directions[layer].detach()) for directions in (some, other))
         found[layer] = float(own @ others / (own.norm() * others.norm()))
     return found
 
@@ -56,17 +61,22 @@ def _along(activation: Tensor, direction: Tensor, layer: int) -> Tensor:
         widths = f"{activation.shape[-1] if activation.ndim else 0} numbers, the directions {len(direction)}"
         raise ValueError(f"the activations of layer {layer} have {widths}")
     wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
-    own = direction.to(wide.device).double()
-    along: Tensor = wide @ (own / own.norm()).to(wide.dtype)
+    own = _exact(direction)
+    along: Tensor = wide @ (own / own.norm()).to(wide)
     return along
 
 
 def _without(own: Tensor, other: Tensor | None) -> Tensor:
     if other is None or not bool(other.detach().any()):
         return own.clone()
-    wide, others = own.double(), _flat(other).to(own.device).double()
-    return (wide - (wide @ others) / (others @ others) * others).to(own.dtype)
+    wide, others = _exact(own), _exact(other)
+    return (wide - (wide @ others) / (others @ others) * others).to(own)
 
 
 def _flat(direction: Tensor) -> Tensor:
     return direction.reshape(-1)
+
+
+def _exact(direction: Tensor) -> Tensor:
+    """``(hidden,)`` in float64, on the CPU: some devices have no float64."""
+    return _flat(direction).cpu().double()

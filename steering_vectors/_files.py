@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steering_vectors._algebra import norms
 from steering_vectors._directions import checked_directions
 from steering_vectors._storage import load_tensors, save_tensors
 from steering_vectors.layer_matching import check_layer_type
@@ -22,14 +23,13 @@ def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_
     checked = checked_directions(directions)
     if not checked:
         raise ValueError("this steering vector has no directions: there is nothing to save")
-    norms = {layer: float(direction.detach().double().norm()) for layer, direction in sorted(checked.items())}
     own = {
         "format": FORMAT,
         "format_version": str(VERSION),
         "layer_type": layer_type,
         "layer_convention": _CONVENTION,
         "hidden_size": str(next(iter(checked.values())).shape[-1]),
-        "norms": json.dumps(norms),
+        "norms": json.dumps(norms(checked)),
     }
     tensors = {f"{layer_type}.{layer}": direction for layer, direction in checked.items()}
     for name in tensors:

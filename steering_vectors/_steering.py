@@ -30,8 +30,8 @@ class Steering:
     """What is to be done to a model's activations; checked, and not attached yet.
 
     ``directions`` are ``(hidden,)`` by layer number, ``places`` the modules that are changed, each with its layer's
-    number and whether its output or its input is meant. None as ``selector``
-    means all tokens. With ``this_thread_only`` only passes in the thread that attaches it are steered.
+    number and whether its output or its input is meant. None as ``selector`` means all tokens. With
+    ``this_thread_only`` only passes in the thread that attaches it are steered.
     """
 
     model: nn.Module
@@ -156,11 +156,8 @@ class SteeringPatchHandle:
             weights = self._select(current, activation.device)
         if isinstance(weights, bool):
             shape = current.positions.index.shape
-            if activation.shape[:2] == shape:
-                return weights
-            along_tokens(
-                activation.new_empty(*shape, 1), activation, columns_first=self._columns_first
-            )  # else it raises
+            if activation.shape[:2] != shape:  # raises where it can't be told which tokens it holds
+                along_tokens(activation.new_empty(*shape, 1), activation, columns_first=self._columns_first)
             return weights
         return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
 

@@ -90,20 +90,22 @@ def _check_beginning(path: str | os.PathLike[str], content: bytes) -> None:
 
 def _sorted(content: bytes) -> bytes:
     """The same file with its header in order: safetensors writes metadata in any."""
-    length = int.from_bytes(content[:8], "little")
+    length = _header_length(content)
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
+def _header_length(content: bytes) -> int:
+    return int.from_bytes(content[:8], "little")
+
+
 def _has_header(content: bytes) -> bool:
-    length = int.from_bytes(content[:8], "little")
-    return len(content) >= 8 and 2 <= length <= len(content) - 8 and content[8:9] == b"{"
+    return len(content) >= 8 and 2 <= _header_length(content) <= len(content) - 8 and content[8:9] == b"{"
 
 
 def _metadata_of(content: bytes) -> dict[str, str]:
-
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + _header_length(content)])
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no strings")

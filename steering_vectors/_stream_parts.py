@@ -47,7 +47,6 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     """Each block with its modules at a depth whose outputs it adds to the stream; none where that can't be told."""
     blends = {block: _Blend() for block in blocks}
     running: list[_Blend] = []
-
     thread = threading.get_ident()  # passes of others go on as they are
 
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +147,7 @@ class _Blend:
 
     @staticmethod
     def _flat(term: Tensor, size: Tensor) -> Tensor:
-        return (term.float() / size).double().flatten().cpu()
+        return (term.float() / size).flatten().cpu().double()
 
 
 def parts_inside(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:

@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._algebra import cosines, orthogonal, projections, united
+from steering_vectors._algebra import cosines, norms, orthogonal, projections, united
 from steering_vectors._arguments import finite_number, is_whole_number
 from steering_vectors._directions import checked_directions, layer_number
 from steering_vectors._files import read, write
@@ -165,8 +165,7 @@ class SteeringVector:
         >>> SteeringVector({1: [3.0, 4.0]}).norms()
         {1: 5.0}
         """
-        directions = {layer: torch.as_tensor(self.layer_activations[layer]).detach() for layer in self.layers}
-        return {layer: float(direction.cpu().double().norm()) for layer, direction in directions.items()}
+        return norms({layer: torch.as_tensor(direction) for layer, direction in self.layer_activations.items()})
 
     def __add__(self, other: object) -> "SteeringVector":
         """The sum at each layer that either vector has. Raises ValueError for other layer types and widths."""
@@ -281,8 +280,15 @@ class SteeringVector:
         """Upload the vector to the Hugging Face hub: :func:`steering_vectors.hub.push_to_hub`."""
         from steering_vectors import hub
 
-        options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
-        return hub.push_to_hub(self, repo_id, token=token, commit_message=commit_message, **options)
+        return hub.push_to_hub(
+            self,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     @staticmethod
     def from_pretrained(
@@ -302,10 +308,7 @@ class SteeringVector:
         zeros = [layer for layer, norm in self.norms().items() if norm == 0]
         if zeros:
             raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
-        directions = checked_directions(self.layer_activations)  # float64: squares of large numbers are larger
-        made = {
-            layer: unit_direction(direction.double()).to(direction.dtype) for layer, direction in directions.items()
-        }
+        made = {layer: unit_direction(d) for layer, d in checked_directions(self.layer_activations).items()}
         return self._with(made, "{} at norm 1")
 
     def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":

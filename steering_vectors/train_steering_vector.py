@@ -351,14 +351,10 @@ def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:
         return sample
     if isinstance(sample, (tuple, list)) and len(sample) == 2 and not any(isinstance(s, Mapping) for s in sample):
         return SteeringVectorTrainingSample(sample[0], sample[1])
-    size = f" of length {len(sample)}" if isinstance(sample, (tuple, list)) else ""
-    hint = (
-        " of chat messages" if isinstance(sample, (tuple, list)) and any(isinstance(s, Mapping) for s in sample) else ""
-    )
-    raise TypeError(
-        f"sample {number} must be a pair (positive, negative) or a SteeringVectorTrainingSample, "
-        f"got {type(sample).__name__}{size}{hint}"
-    )
+    got = type(sample).__name__
+    if isinstance(sample, (tuple, list)):
+        got += f" of length {len(sample)}" + " of chat messages" * any(isinstance(side, Mapping) for side in sample)
+    raise TypeError(f"sample {number} must be a pair (positive, negative) or a SteeringVectorTrainingSample, got {got}")
 
 
 def _in_batches(rows: Mapping[int, Tensor], batch_size: int) -> list[Tensor]:
