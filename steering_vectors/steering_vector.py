@@ -308,7 +308,9 @@ class SteeringVector:
         zeros = [layer for layer, norm in self.norms().items() if norm == 0]
         if zeros:
             raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
-        made = {layer: unit_direction(d) for layer, d in checked_directions(self.layer_activations).items()}
+        directions = checked_directions(self.layer_activations)
+        # In float64, in which no norm overflows, on the CPU, which has it.
+        made = {layer: unit_direction(d.cpu().double()).to(d) for layer, d in directions.items()}
         return self._with(made, "{} at norm 1")
 
     def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,3 +256,37 @@ def test_assigned_lists_are_computed_with_too() -> None:
     vector.layer_activations[0] = [1.0, 2.0]  # type: ignore[assignment]
     assert -vector == SteeringVector({0: [-1.0, -2.0]})
     assert vector / 2 == SteeringVector({0: [0.5, 1.0]})
+
+
+class WithoutFloat64(Tensor):
+    """Stands for a tensor on a device that has no float64, as Apple's."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu or (func is Tensor.to and "cpu" in args):
+            return super().__torch_function__(func, types, args, kwargs).as_subclass(Tensor)
+        made = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(made, cls) and made.dtype is torch.float64:
+            raise TypeError("the device has no float64")
+        return made
+
+
+def test_devices_without_float64_are_computed_with_too(tmp_path: Path) -> None:
+    directions = {0: torch.tensor([3.0, 4.0]), 1: torch.tensor([1.0, -2.0])}
+    plain, other = SteeringVector(directions), SteeringVector({0: torch.tensor([1.0, 1.0])})
+    vector = SteeringVector({n: d.as_subclass(WithoutFloat64) for n, d in directions.items()})
+    with pytest.raises(TypeError, match="no float64"):
+        vector.layer_activations[0].double()
+    assert vector.norms() == plain.norms()
+    assert vector.cosine_similarity(other) == plain.cosine_similarity(other)
+    for made, expected in (
+        (vector.normalized(), plain.normalized()),
+        (vector.orthogonal_to(other), plain.orthogonal_to(other)),
+    ):
+        assert all(isinstance(direction, WithoutFloat64) for direction in made.layer_activations.values())
+        assert made == expected
+    rows = torch.tensor([[1.0, 0.0]])
+    found = vector.project({0: rows.as_subclass(WithoutFloat64)})[0]
+    assert torch.equal(found, plain.project({0: rows})[0])
+    vector.save(tmp_path / "vector.safetensors")
+    assert SteeringVector.load(tmp_path / "vector.safetensors") == plain
