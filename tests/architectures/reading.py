@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,13 +23,24 @@ PROMPTS = [
 ]
 
 
-def how_rows_are_read(model: Any) -> tuple[str, float]:
+def check_reading(model: Any, refusal: str | None) -> str:
+    """How the model was run in the end; its rows must be those of each prompt alone, or reading refused in words."""
+    if refusal is not None:
+        with pytest.raises((ValueError, RuntimeError), match=refusal):
+            _how_rows_are_read(model)
+        return "refused"
+    how, worst = _how_rows_are_read(model)
+    assert worst < 3e-5
+    return how
+
+
+def _how_rows_are_read(model: Any) -> tuple[str, float]:
     """How the model was run in the end, and how far its rows are from those of each prompt alone, relative."""
     found = find_layers(model)
     modules = {layer: model.get_submodule(name) for layer, name in found.names.items()}
     extractor, worst, packed = extractor_for(model, None, "decoder_block", None, batch_size=8), 0.0, False
     parts = list(extractor(PROMPTS))
-    alone = [rows_alone(model, modules, prompt) for prompt in PROMPTS]
+    alone = [_rows_alone(model, modules, prompt) for prompt in PROMPTS]
     for part in parts:
         packed = extractor._ways[0].kinds is not None
         for number, row in zip(part.prompts, part.rows, strict=True):
@@ -38,7 +50,7 @@ def how_rows_are_read(model: Any) -> tuple[str, float]:
     return how, worst
 
 
-def rows_alone(model: Any, modules: Mapping[int, Any], prompt: ReadPrompt) -> dict[int, Tensor]:
+def _rows_alone(model: Any, modules: Mapping[int, Any], prompt: ReadPrompt) -> dict[int, Tensor]:
     rows: dict[int, Tensor] = {}
     (position,) = prompt.positions
 

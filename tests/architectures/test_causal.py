@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steering_vectors import SteeringVector, ablate_everywhere, generated, record_activations
 from steering_vectors._stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
-from tests.architectures.reading import how_rows_are_read
+from tests.architectures.reading import check_reading
 from tests.architectures.tiny_models import causal_model_types, tiny_causal_model
 
 Note = Callable[[str, str, str], None]
@@ -212,15 +212,7 @@ def test_parts_stand_inside_their_own_block_and_run(model_type: str, note: Note)
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
 def test_rows_are_read_as_of_each_prompt_alone(model_type: str, note: Note) -> None:
-    model = model_of(model_type)
-    if model_type in NOT_READ:
-        with pytest.raises((ValueError, RuntimeError), match=NOT_READ[model_type]):
-            how_rows_are_read(model)
-        note(model_type, "reads", "refused")
-        return
-    how, worst = how_rows_are_read(model)
-    assert worst < 3e-5
-    note(model_type, "reads", how)
+    note(model_type, "reads", check_reading(model_of(model_type), NOT_READ.get(model_type)))
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
