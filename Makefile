@@ -10,7 +10,7 @@ MODEL ?=
 OLDEST = transformers==4.46.3
 PIP_FLAGS = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-architectures test-quantized test-wheel docs lint types format clean
+.PHONY: help demo test test-oldest test-architectures test-quantized test-wheel fuzz docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -40,6 +40,9 @@ test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it 
 	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
 	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
 	@cp tests/wheel_smoke.py $(VENV_WHEEL)/ && cd $(VENV_WHEEL) && bin/python -W error::DeprecationWarning:steering_vectors wheel_smoke.py
+
+fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against the loader of vectors
+	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py -k Fuzz -q --hypothesis-show-statistics
 
 docs: $(VENV)/.installed ## the documentation, into docs/_build/html
 	@$(VENV)/bin/sphinx-build -n -W -q -b html docs docs/_build/html

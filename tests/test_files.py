@@ -19,7 +19,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -372,16 +372,17 @@ flipped = st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255))
 cut = st.tuples(st.integers(0, len(GOOD)), st.integers(0, len(GOOD))).map(lambda ends: GOOD[min(ends) : max(ends)])
 deep = st.integers(1, 20000).map(lambda n: struct.pack("<Q", 2 * n + 6) + b'{"a":' + b"[" * n + b"]" * n + b"}")
 anything = st.binary(max_size=300)
-FOLDER = tempfile.mkdtemp()
+FOLDER = tempfile.TemporaryDirectory()
+TRIES = int(os.environ.get("FUZZ_TRIES", "800"))
 
 
 class TestFuzz:
     """A hostile file gives a vector or a clear ValueError: no crash, no hang, no more memory than some times the file."""
 
-    @settings(max_examples=800, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=TRIES, deadline=2000, suppress_health_check=list(HealthCheck))
     @given(flipped | cut | hostile_headers() | deep | anything)
     def test_any_file_is_a_vector_or_an_error_in_words(self, content: bytes) -> None:
-        path = Path(FOLDER) / f"{os.getpid()}.safetensors"
+        path = Path(FOLDER.name) / f"{os.getpid()}.safetensors"
         path.write_bytes(content)
         tracemalloc.start()
         try:
@@ -389,7 +390,9 @@ class TestFuzz:
         except ValueError as error:
             assert str(path) in str(error)
             assert len(str(error)) < 2000
+            event("an error in words")
         else:
+            event("a vector")
             assert all(bool(direction.isfinite().all()) for direction in vector.layer_activations.values())
         finally:
             _, most = tracemalloc.get_traced_memory()
