@@ -67,8 +67,6 @@ def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[d
     layer_type = metadata.get("layer_type", "")
     check_layer_type(layer_type[:60])
     directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
-    if len(directions) < len(tensors):
-        raise ValueError(f"two of its tensors are of one layer: {sorted(tensors)[:10]}")
     if not directions:
         raise ValueError("it holds no directions")
     width = str(next(iter(directions.values())).shape[-1])

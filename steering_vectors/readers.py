@@ -71,8 +71,10 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
     Raises TypeError and ValueError as :class:`~steering_vectors.SteeringVector`, and ValueError for a ``layer`` that is
     missing or too much, and for names without a number.
 
-    >>> from_tensors(torch.ones(4), layer=12).layers, from_tensors({"layers.3": torch.ones(4)}).layers
-    ([12], [3])
+    >>> from_tensors(torch.ones(4), layer=12).layers
+    [12]
+    >>> from_tensors({"layers.3": torch.ones(4)}).layers
+    [3]
     """
     if isinstance(tensors, Mapping):
         directions = {_number(name): direction for name, direction in tensors.items()}

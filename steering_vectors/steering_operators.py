@@ -48,7 +48,8 @@ def ablation_then_addition_operator() -> PatchDeltaOperator:
 
     Afterwards the projection on ``u`` is ``‖d‖``, whatever it was before. A direction of zeros changes nothing.
 
-    >>> ablation_then_addition_operator()(torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.0, 3.0]))
+    >>> operator = ablation_then_addition_operator()
+    >>> operator(torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.0, 3.0]))
     tensor([[[0., 1.]]])
     """
     return _AblationThenAddition()
@@ -91,7 +92,8 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
 
     Source: rotation that preserves the norm, arXiv 2510.26243 and 2601.19375; there in one plane for all activations.
 
-    >>> rotation_operator(torch.pi / 2)(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
+    >>> operator = rotation_operator(torch.pi / 2)
+    >>> operator(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
     tensor([[[ 2., -2.]]])
     """
     return _Rotation(finite_number(angle, "the angle of rotation_operator"))
@@ -106,7 +108,8 @@ def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator
 
     Source: arXiv 2606.06735 tells what a steering does to angle and norm apart.
 
-    >>> norm_preserving_operator(addition_operator())(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))
+    >>> operator = norm_preserving_operator(addition_operator())
+    >>> operator(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))
     tensor([[[ 2., -4.]]])
     """
     check_operator(operator)

@@ -1,6 +1,7 @@
 """See what a steering does while a model runs: which tokens, at which layers, and by how much."""
 
 import html
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ class SteeringTrace:
     ...     _ = model(torch.tensor([[5, 6, 7]]))
     >>> print(trace)
     layer    runs  steered tokens    change
-        1       1               0      nan%
+        1       1               0         -
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -117,7 +118,8 @@ class SteeringTrace:
     def __str__(self) -> str:
         lines = [f"{'layer':>5}  {'runs':>6}  {'steered tokens':>14}  {'change':>8}"]
         for layer, found in self.summary().items():
-            lines.append(f"{layer:5}  {found.runs:6}  {found.steered_tokens:14}  {found.change:8.1%}")
+            change = "-" if math.isnan(found.change) else f"{found.change:.1%}"
+            lines.append(f"{layer:5}  {found.runs:6}  {found.steered_tokens:14}  {change:>8}")
         return "\n".join(lines)
 
     def _summary_of(self, layer: int) -> LayerSummary:

@@ -220,6 +220,10 @@ class TestWriting:
             vector.save(tmp_path / "v")
         with pytest.raises(ValueError, match="this steering vector has no directions"):
             SteeringVector({}).save(tmp_path / "v")
+        vector = SteeringVector({1: [1.0]})
+        vector.layer_type = "heart"  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="unknown layer type 'heart'"):
+            vector.save(tmp_path / "v")
         assert os.listdir(tmp_path) == []
 
 
