@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._hooks import Removable, after_forward, before_forward
+from steering_vectors._hooks import Removable, after_forward, before_forward, unless_removed
 from steering_vectors._positions import (
     CACHE_NAMES,
     Fed,
@@ -98,14 +98,14 @@ class ForwardPass:
         return self._merged
 
     def remember(self, output: Any) -> None:
-        """Note what this pass fed into its cache, where the cache itself doesn't tell or is another object now."""
+        """Note the tokens that this pass fed into its cache, which may be an object that the pass made."""
         call = None if self._memory is None else self._merged_arguments()
         if call is None or self._memory is None or call.packs_rows:
             return
-        given, made = call.cache, _cache_of(output)
-        cache = given if made is None else made
-        if cache is not None and (_key(cache) is not _key(given) or call.cached is None):
-            self._memory.remember(cache, self._memory.fed(given), self.positions)
+        made = _cache_of(output)
+        cache = call.cache if made is None else made
+        if cache is not None and not isinstance(call.cached, Tensor):
+            self._memory.remember(cache, call, self.positions)
 
 
 class PassTracker:
@@ -164,6 +164,7 @@ class PassTracker:
 
         # Plain functions: a copy of the model made by deepcopy shares them.
 
+        @unless_removed
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_dynamo_compiling():
                 return
@@ -256,7 +257,7 @@ class _CacheMemory:
         self._fed: dict[int, tuple[weakref.ref[Any], Fed]] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
-        fed = self.fed(call.cache)
+        fed = self.fed(call)
         index, column = token_index(call, fed)
         begins = fed.columns == 0 if call.cached is None else isinstance(call.cached, int) and call.cached == 0
         if begins:
@@ -274,17 +275,29 @@ class _CacheMemory:
             begins_sequence=begins,
         )
 
-    def fed(self, cache: Any) -> Fed:
-        """What earlier passes fed into ``cache``."""
-        reference, fed = self._fed.get(id(_key(cache)), (None, None))
-        known = reference is not None and fed is not None and reference() is _key(cache)
-        return fed if known and fed is not None else Fed()
+    def fed(self, call: PassArguments) -> Fed:
+        """Return what earlier passes fed into the call's cache.
 
-    def remember(self, cache: Any, before: Fed, positions: TokenPositions) -> None:
-        """Note that a pass fed tokens into ``cache``, after those that were fed ``before``."""
-        columns = before.columns + positions.index.shape[1]
-        tokens = positions.index.amax(dim=1) + 1
-        self._keep(cache, Fed(columns, tokens, positions.prompt_length, before.first_position))
+        The cache's own length is right. Where it disagrees with what was noted, as after cropping, the noted tokens are
+        left out.
+        """
+        reference, fed = self._fed.get(id(_key(call.cache)), (None, None))
+        if reference is None or fed is None or reference() is not _key(call.cache):
+            return Fed()
+        if call.cached is None or (isinstance(call.cached, int) and call.cached == fed.columns):
+            return fed
+        return replace(fed, columns=0, tokens=None)
+
+    def remember(self, cache: Any, call: PassArguments, positions: TokenPositions) -> None:
+        """Note that a pass fed tokens into ``cache``."""
+        before = self.fed(call)
+        past = before.columns if call.cached is None else int(call.cached)
+        # Without padding the cache's own length says as much.
+        may_be_padded = before.tokens is not None or call.mask is not None or call.query_mask is not None
+        tokens = positions.index.amax(dim=1) + 1 if may_be_padded or call.cached is None else None
+        columns = past + positions.index.shape[1]
+        begins = first_position(call, positions.index) if past == 0 else before.first_position
+        self._keep(cache, Fed(columns, tokens, positions.prompt_length, begins))
 
     def _keep(self, cache: Any, fed: Fed) -> None:
         key = _key(cache)

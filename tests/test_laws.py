@@ -1,5 +1,6 @@
 """The laws: what holds for every architecture."""
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +276,75 @@ class TestEveryWayOfGenerating:
                 answers, logits = generate(model, inputs, cache_implementation="static")
             assert torch.equal(answers, expected)
             torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
+
+
+class TestALoopThatIsWrittenByHand:
+    """Law 2 where the model makes its cache, and the caller hands it back without a mask."""
+
+    SELECTIONS = (
+        ("from_index", from_index(5), lambda index: index >= 5),
+        ("at", at([3, 6]), lambda index: index in (3, 6)),
+        ("slice", slice(2, 7, 2), lambda index: index in (2, 4, 6)),
+        ("callable", lambda positions: positions.index % 3 == 1, lambda index: index % 3 == 1),
+        ("generated", generated([4]), lambda index: index >= 3),
+    )
+
+    @pytest.mark.parametrize("cuts", [[8], [4, 1, 1, 1, 1], [1] * 8, [3, 3, 2]], ids=str)
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_steers_the_tokens_of_one_uncached_pass(self, architecture: str, cuts: list[int]) -> None:
+        model, vector = tiny.shared(architecture), random_vector([1])
+        if architecture in ("mamba", "rwkv") and cuts == [3, 3, 2]:
+            pytest.skip("the model takes one token at a time after its first pass")
+        prompt = torch.tensor([PROMPTS[1]])
+        for name, tokens, is_selected in self.SELECTIONS:
+            mask = torch.tensor([is_selected(n) for n in range(prompt.shape[1])])
+            moves = mask[:, None] * vector.layer_activations[1]
+
+            def add(_m: nn.Module, _a: Any, output: Any, moves: Tensor = moves) -> Any:
+                activation = output if isinstance(output, Tensor) else output[0]
+                return activation + moves if isinstance(output, Tensor) else (activation + moves, *output[1:])
+
+            handle = tiny.blocks(model)[1].register_forward_hook(add)
+            with torch.no_grad():
+                expected = model(prompt, use_cache=False).logits
+            handle.remove()
+            with vector.apply(model, tokens=tokens), torch.no_grad():
+                logits = by_pieces(model, prompt, cuts)
+            torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_counts_no_padding_of_the_first_pass_and_notices_that_the_cache_was_cut(self) -> None:
+        model = tiny.shared("llama")
+        seen: list[list[list[int]]] = []
+
+        def note(positions: Any) -> Tensor:
+            seen.append(positions.index.tolist())
+            return positions.index >= 0
+
+        first = padded(PROMPTS[:2])
+        with random_vector([1]).apply(model, tokens=note), torch.no_grad():
+            name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+            cache = model(**first, use_cache=True)[name]
+            for _ in range(2):
+                model(torch.tensor([[9], [9]]), **{name: cache})
+            cache.crop(-2)
+            model(torch.tensor([[9], [9]]), **{name: cache})
+        assert seen[1:3] == [[[5], [8]], [[6], [9]]]
+        assert seen[3][1] == [8]
+
+
+def by_pieces(model: Any, prompt: Tensor, cuts: list[int]) -> Tensor:
+    """The logits of a prompt that is run piece by piece, on the cache that the model itself makes."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next(name for name in ("cache", "cache_params", "state", "past_key_values") if name in parameters)
+    logits, cache, start = [], None, 0
+    for length in cuts:
+        given = {} if cache is None else {name: cache}
+        if name == "cache_params" and "cache_position" in parameters:  # transformers 4's Mamba asks for it
+            given["cache_position"] = torch.arange(start, start + length)
+        out = model(prompt[:, start : start + length], use_cache=True, **given)
+        cache, start = out[name], start + length
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
 
 
 class TestPaddingAndPartitionDoNotMatter:
