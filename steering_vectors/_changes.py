@@ -17,6 +17,7 @@ from steering_vectors._hooks import (
     before_forward,
     input_of,
     never_compiled,
+    unless_removed,
     with_activation,
     with_input,
 )
@@ -219,6 +220,7 @@ def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
     return output if steered is activation else with_activation(output, steered)
 
 
+@unless_removed
 def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     activation = input_of(args, kwargs)
     for change in changes_of(module, INPUT):

@@ -19,16 +19,28 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
-def before_forward(
-    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any], *, traceable: bool = False
-) -> Removable:
+def before_forward(module: nn.Module, hook: Callable[..., Any], *, traceable: bool = False) -> Removable:
     """Call ``hook`` with the module's arguments before each of its passes; arguments that it returns replace them.
 
     Code that torch.compile makes calls it too: as a part of itself if the hook is ``traceable``, which it is only if
-    nothing that it closes over ever changes, and else in between.
+    nothing that it closes over ever changes, and else in between. It must be one of :func:`unless_removed`.
     """
     own = hook if traceable else never_compiled(hook)
     return _attach(module, lambda: module.register_forward_pre_hook(own, with_kwargs=True))
+
+
+def unless_removed(hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Return ``hook``, which does nothing in a pass that another thread removed it from.
+
+    PyTorch lists a module's hooks first, and looks up in each one's turn whether it takes keyword arguments. One that
+    was removed meanwhile is still called, without them.
+    """
+
+    @functools.wraps(hook)
+    def own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        return None if kwargs is None else hook(module, args, kwargs)
+
+    return own
 
 
 def after_forward(

@@ -1,7 +1,9 @@
 """One model in several threads: whose passes a steering changes."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -94,6 +96,30 @@ def test_without_it_a_thread_started_inside_the_block_is_steered(model: PreTrain
         (got,) = in_threads(lambda: answer(model, INPUTS))
     assert torch.equal(got, expected)
     assert not torch.equal(got, answer(model, INPUTS))
+
+
+@pytest.mark.parametrize("this_thread_only", [False, True])
+@pytest.mark.parametrize("tokens", [None, from_index(1)], ids=repr)
+def test_leaving_in_the_midst_of_another_thread_s_pass_does_not_break_it(
+    model: PreTrainedModel, tokens: Any, this_thread_only: bool
+) -> None:
+    expected = logits(model, **INPUTS_TO_PASS)
+    entered, left = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        entered.set()
+        left.wait(20)
+
+    holding = model.register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a steering in this thread alone changed nothing
+        with vector().apply(model, tokens=tokens, this_thread_only=this_thread_only):
+            bystander = pool.submit(logits, model, **INPUTS_TO_PASS)
+            entered.wait(20)
+        left.set()
+        got = bystander.result(timeout=60)
+    holding.remove()
+    assert torch.equal(got, expected)
 
 
 def streamed(model: Any, prompt: Tensor, multiplier: float) -> Iterator[str]:
