@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steering_vectors import train_steering_vector
-from steering_vectors._prompt_tree import pack_prompts
+from steering_vectors._extraction.packs import pack_prompts
 
 Pairs = list[tuple[list[int], list[int]]]
 

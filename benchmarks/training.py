@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steering_vectors import SteeringVector, pca_aggregator, train_steering_vector
 
 if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
-    from steering_vectors._extraction import Extractor
-    from steering_vectors._prompt_tree import PACK_SIZE, cheapest_packs
+    from steering_vectors._extraction.extractor import Extractor
+    from steering_vectors._extraction.packs import PACK_SIZE, cheapest_packs
 
 Pairs = list[tuple[str, str]]
 Layers = Sequence[int] | None

@@ -2,7 +2,7 @@
 
 from steering_vectors._steering import active_patches
 from steering_vectors._version import __version__ as __version__
-from steering_vectors.ablate_everywhere import ablate_everywhere
+from steering_vectors.ablation import ablate_everywhere
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -18,9 +18,8 @@ from steering_vectors.layer_matching import (
     get_num_matching_layers,
     guess_and_enhance_layer_config,
 )
-from steering_vectors.read_activations import read_activations
+from steering_vectors.reading import read_activations, residual_norms
 from steering_vectors.record_activations import record_activations
-from steering_vectors.residual_norms import residual_norms
 from steering_vectors.steering_operators import (
     PatchDeltaOperator,
     ablation_operator,
@@ -40,7 +39,7 @@ from steering_vectors.token_selection import (
     generated,
     prompted,
 )
-from steering_vectors.trace_steering import LayerSummary, SteeringTrace, trace_steering
+from steering_vectors.tracing import LayerSummary, SteeringTrace, trace_steering
 from steering_vectors.train_steering_vector import (
     SteeringVectorTrainingSample,
     aggregate_activations,

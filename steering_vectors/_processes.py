@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import distributed, nn
-
-from steering_vectors._running import is_sharded
+from torch import distributed
 
 T = TypeVar("T")
 
@@ -34,16 +32,6 @@ class Processes:
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
         self.count = 1 if group is None else distributed.get_world_size(group)
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError for a model that the processes hold together, each a part of it."""
-        if self._group is None:
-            return
-        if is_sharded(model) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-            raise ValueError(
-                f"{type(model).__name__} is sharded over processes (tensor parallel, FSDP or DeepSpeed), so they can't "
-                f"each run it on samples of their own: leave process_group out, and give each process all samples"
-            )
 
     def share(self, count: int) -> range:
         """Which of so many things are this process's: contiguous, one more or less than another's, none in two."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import nn
 
 from steering_vectors._arguments import is_whole_number
-from steering_vectors._model_structure import decoder_blocks, known_templates, list_paths, part_path
+from steering_vectors._models import decoder_blocks, known_templates, list_paths, part_path
 
 LayerType: TypeAlias = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
 LayerMatcher: TypeAlias = str | Callable[[nn.Module, int], str]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering_vectors._hooks import activation_of, after_forward, attach_all, remove_all
+from steering_vectors._models import activation_of, after_forward, attach_all, remove_all
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 

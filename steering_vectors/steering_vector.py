@@ -8,14 +8,34 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._algebra import cosines, norms, orthogonal, projections, united
-from steering_vectors._arguments import finite_number, is_whole_number
-from steering_vectors._directions import checked_directions, layer_number
-from steering_vectors._files import read, write
-from steering_vectors._metadata import Metadata, derived, of_another
-from steering_vectors._steering import Multiplier, Steering, SteeringContext, SteeringPatchHandle, as_multiplier
-from steering_vectors._steering_of_vectors import steering_of, warn_of_another_model
-from steering_vectors._token_indices import TokenSelection, one_selection
+from steering_vectors._arguments import finite_number
+from steering_vectors._steering import (
+    Multiplier,
+    Steering,
+    SteeringContext,
+    SteeringPatchHandle,
+    TokenSelection,
+    as_multiplier,
+    one_selection,
+    steering_of,
+    warn_of_another_model,
+)
+from steering_vectors._vectors import (
+    Metadata,
+    are_equal,
+    asked_layers,
+    checked_directions,
+    cosines,
+    derived,
+    in_ranges,
+    norms,
+    of_another,
+    orthogonal,
+    projections,
+    read,
+    united,
+    write,
+)
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type
 from steering_vectors.steering_operators import PatchDeltaOperator, unit_direction
 
@@ -338,20 +358,11 @@ class SteeringVector:
         of this vector. Directions are shared, not copied. Raises LookupError for a layer that isn't there, and
         TypeError for what is no layer number.
         """
-        wanted = self._numbers(layers)
+        wanted = asked_layers(self.layers, layers)
         missing = [layer for layer in wanted if layer not in self.layer_activations]
         if missing or not wanted:
             raise LookupError(f"no direction for layers {missing or layers}; there are directions for {self.layers}")
         return self._of_same_origin({layer: self.layer_activations[layer] for layer in wanted})
-
-    def _numbers(self, layers: Any) -> list[int]:
-        if isinstance(layers, slice):
-            first, last = min(self.layers, default=0), max(self.layers, default=-1)
-            start = first if layers.start is None else layers.start
-            stop = last + 1 if layers.stop is None else layers.stop
-            return list(range(start, stop, 1 if layers.step is None else layers.step))
-        numbers = [layers] if is_whole_number(layers) else list(layers)
-        return [layer_number(layer) for layer in dict.fromkeys(numbers)]
 
     # The signatures of torch.Tensor.to.
     @overload
@@ -405,12 +416,7 @@ class SteeringVector:
         """Whether layers, layer type, and all numbers with their dtypes and shapes are the same; devices may differ."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        mine, theirs = self.layer_activations, other.layer_activations
-        return (
-            self.layer_type == other.layer_type
-            and mine.keys() == theirs.keys()
-            and all(_equal(mine[layer], theirs[layer]) for layer in mine)
-        )
+        return self.layer_type == other.layer_type and are_equal(self.layer_activations, other.layer_activations)
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
@@ -420,22 +426,6 @@ class SteeringVector:
         norms = self.norms().values()
         low, high = f"{min(norms):.3g}", f"{max(norms):.3g}"
         return (
-            f"SteeringVector(layers={_ranges(self.layers)}, hidden_size={self.hidden_size}, "
+            f"SteeringVector(layers={in_ranges(self.layers)}, hidden_size={self.hidden_size}, "
             f"layer_type={self.layer_type!r}, norms={low if low == high else f'{low} to {high}'})"
         )
-
-
-def _equal(mine: Tensor, theirs: Tensor) -> bool:
-    return mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine.cpu(), theirs.cpu())
-
-
-def _ranges(layers: list[int]) -> str:
-    """Layer numbers for people: runs as ``0-29``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"[{', '.join(parts)}]"

@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steering_vectors._arguments import check_takes
-from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
-from steering_vectors._metadata import TrainingRecord, of_libraries, of_model, of_template, without_addresses
+from steering_vectors._extraction import (
+    WINDOW,
+    Extractor,
+    LayerRows,
+    Prompt,
+    PromptTokenizer,
+    Reading,
+    ReadPrompt,
+    ReadTokenIndex,
+    chat_template_of,
+    extractor_for,
+    vocabulary_of,
+)
+from steering_vectors._models import check_unsharded
 from steering_vectors._processes import Processes
-from steering_vectors._prompts import Prompt, PromptTokenizer, chat_template_of
-from steering_vectors._reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
-from steering_vectors._steering import active_patches
-from steering_vectors._token_indices import TokenSelection
+from steering_vectors._steering import TokenSelection, active_patches
+from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -130,7 +140,8 @@ def train_steering_vector(
         tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
         extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
         reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
-        processes.check_model(model)
+        if process_group is not None:
+            check_unsharded(model)
         processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
         own = _Accumulators(aggregator)
         on_cpu = move_to_cpu or process_group is not None

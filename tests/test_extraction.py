@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from steering_vectors import SteeringVector, at
-from steering_vectors._extraction import Extractor, LayerRows, ReadPrompt
-from steering_vectors._prompt_tree import distinct_prefixes
+from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPrompt
+from steering_vectors._extraction.packs import distinct_prefixes
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -348,7 +348,7 @@ class TestPacks:
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
     def test_a_mask_that_is_left_out_is_noticed(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """With it left out the walk's first prompt would be right all the same."""
-        import steering_vectors._extraction as extraction
+        import steering_vectors._extraction.extractor as extraction
 
         model = tiny.shared(architecture)
         masks = extraction.attention_masks
@@ -366,7 +366,7 @@ class TestPacks:
 
     def test_a_window_that_later_prompts_pass_is_noticed_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Within the window a mask for full attention is right, beyond it it isn't."""
-        import steering_vectors._attention as attention
+        import steering_vectors._extraction.masks as attention
 
         monkeypatch.setattr(attention, "_window", lambda config: None)
         model = tiny.build("mistral", sliding_window=12)

@@ -247,7 +247,7 @@ class TestReading:
         content = pickle.dumps(SteeringVector({1: torch.ones(2)}), protocol)
         message = refused(content, tmp_path)
         assert message.startswith("FILE is a Python pickle, not a safetensors file, which may run code when it is read")
-        assert "readers.from_tensors" in message
+        assert "interop.from_tensors" in message
 
     def test_what_torch_saved(self, tmp_path: Path) -> None:
         buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from steering_vectors._hooks import activation_of, attach_all, remove_all, with_activation
+from steering_vectors._models.hooks import activation_of, attach_all, remove_all, with_activation
 
 OLD = torch.tensor([[[1.0, 2.0]]])
 NEW = torch.tensor([[[3.0, 4.0]]])

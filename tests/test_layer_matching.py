@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from steering_vectors import LayerType, get_num_matching_layers, guess_and_enhance_layer_config
-from steering_vectors._model_structure import is_encoder_decoder, pass_modules
+from steering_vectors._models.anatomy import is_encoder_decoder, pass_modules
 from steering_vectors.layer_matching import collect_matching_layers, find_layers
 from tests import tiny
 from tests.test_extraction import states_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors import TokenPositions
-from steering_vectors._hooks import attach_all, remove_all
-from steering_vectors._passes import PassTracker
+from steering_vectors._models.hooks import attach_all, remove_all
+from steering_vectors._passes.tracker import Need, PassTracker
 
 
 class Inner(nn.Module):
@@ -57,8 +57,8 @@ class Cache:
 
 
 @contextmanager
-def tracked(model: Outer, *, need_positions: bool = True) -> Generator[PassTracker, None, None]:
-    tracker = PassTracker(need_positions=need_positions)
+def tracked(model: Outer, need: Need = Need.PROMPT_LENGTH) -> Generator[PassTracker, None, None]:
+    tracker = PassTracker(need)
     handles = attach_all(tracker.registrations([model, model.decoder]))
     try:
         yield tracker

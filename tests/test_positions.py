@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steering_vectors._positions import (
-    Fed,
-    along_tokens,
-    by_tokens,
-    cached_columns,
-    merge_arguments,
-    pass_arguments,
-    token_index,
-)
+from steering_vectors._models.axes import along_tokens, by_tokens
+from steering_vectors._passes.arguments import cached_columns, merge_arguments, pass_arguments
+from steering_vectors._passes.positions import Past, token_index
 
 fast = settings(max_examples=120, deadline=None)
 
@@ -80,7 +74,9 @@ class Rows:
         return mask[:, None]
 
     def check(self, arguments: dict[str, Any], fed_tokens: Tensor | None = None, fed_columns: int = 0) -> None:
-        index, column = token_index(pass_arguments(arguments), Fed(fed_columns, fed_tokens))
+        call = pass_arguments(arguments)
+        columns = fed_columns if call.cached is None else call.cached
+        index, column = token_index(call, Past(columns, fed_tokens))
         assert index.tolist() == self.index
         assert column.tolist() == self.column
         assert index.dtype == column.dtype == torch.int64

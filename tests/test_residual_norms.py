@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import steering_vectors.reading
 from steering_vectors import SteeringVector, residual_norms
 from tests import tiny
 
@@ -25,11 +26,9 @@ def test_norms_are_the_medians_over_all_tokens_but_the_first(architecture: str, 
 
 
 def test_texts_may_come_in_several_windows_and_be_chats_or_token_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     model, tokenizer = tiny.shared("llama"), tiny.tokenizer(chat_template=tiny.CHATML)
     expected = residual_norms(model, tokenizer, TEXTS)
-    monkeypatch.setattr(sys.modules["steering_vectors.residual_norms"], "_WINDOW", 2)
+    monkeypatch.setattr(steering_vectors.reading, "_WINDOW", 2)
     assert residual_norms(model, tokenizer, [tokenizer(text)["input_ids"] for text in TEXTS]) == pytest.approx(expected)
     chat = [{"role": "user", "content": "Hi"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -1,6 +1,7 @@
 """The package's own shape: who imports whom, what is public, how long things are."""
 
 import ast
+import importlib
 import inspect
 import io
 import subprocess
@@ -20,28 +21,23 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MOST_LINES_OF_A_MODULE = 250
 MOST_LINES_OF_A_FUNCTION = 40
 
-# A module imports modules of its own rank or a lower one.
-RANKS: dict[int, list[str]] = {
-    0: [
-        *("layer_matching", "token_selection", "_positions", "_hooks", "torch_utils", "_storage", "_statistics"),
-        *("_prompt_tree", "_model_structure", "_attention", "_arguments", "_algebra", "_version"),
-    ],
-    1: [
-        *("record_activations", "steering_operators", "_prompts", "_passes", "_running", "_token_indices"),
-        *("_verification", "_directions", "_metadata", "_files"),
-    ],
-    2: [
-        *("_changes", "_steering", "_steering_of_vectors", "_stream_parts", "_extraction", "_processes"),
-        *("aggregators", "ablate_everywhere"),
-    ],
-    3: ["steering_vector", "_reading"],
-    4: ["train_steering_vector", "read_activations", "residual_norms", "trace_steering", "hub", "readers"],
-    5: ["evaluation", "export", "serving", "versions"],
-    6: ["plots", "cli", "demo", "__main__"],
-}
-FRONT_DOOR = "__init__"  # has no rank: the circle test says who may import it
-BEHIND_THE_FRONT_DOOR = range(5)  # the ranks whose modules import what they need from where it is
-RANK = {module: rank for rank, modules in RANKS.items() for module in modules}
+WINGS = {"_models", "_passes", "_extraction", "_steering", "_vectors"}
+# From the ground up: a module imports what stands on its own level or below, and a wing nothing beside it.
+LEVELS: list[set[str]] = [
+    {"_arguments", "_processes", "_statistics", "_version"},
+    {"_models"},
+    {"aggregators", "layer_matching", "steering_operators", "token_selection", "torch_utils"},
+    {"_passes", "_vectors"},
+    {"_steering"},
+    {"_extraction"},
+    {
+        *("ablation", "hub", "interop", "reading", "record_activations", "steering_vector", "tracing"),
+        *("train_steering_vector", "versions"),
+    },
+    {"demo"},
+]
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+FRONT_DOOR = "__init__"  # stands on no level: programs alone import it
 
 PUBLIC_SINCE_0_12_2 = {
     *("Aggregator", "LayerMatcher", "LayerType", "ModelLayerConfig", "PatchDeltaOperator", "SteeringPatchHandle"),
@@ -67,7 +63,7 @@ PUBLIC_SINCE_1_0 = {
 
 
 def part_of(module: str) -> str:
-    """The first part of a module's name, by which a subpackage has one rank."""
+    """The first part of a module's name, by which a wing stands on one level."""
     return module.partition(".")[0]
 
 
@@ -116,14 +112,34 @@ def lines_of_code(path: Path) -> set[int]:
 
 
 class TestImports:
-    @pytest.mark.parametrize("module", FILES)
-    def test_point_to_modules_of_a_lower_or_the_same_rank(self, module: str) -> None:
-        assert part_of(module) in {*RANK, FRONT_DOOR}, f"{module} has no rank in the map of CONTRIBUTING.rst"
-        for imported in imports_of(module):
+    @pytest.mark.parametrize("module", [module for module in FILES if module != FRONT_DOOR])
+    def test_point_to_the_same_level_or_below(self, module: str) -> None:
+        part = part_of(module)
+        assert part in LEVEL, f"{module} stands on no level: give it one in LEVELS"
+        for imported in map(part_of, imports_of(module)):
             if imported == FRONT_DOOR:
-                assert RANK[part_of(module)] not in BEHIND_THE_FRONT_DOOR, f"{module} imports the package itself"
-            elif module != FRONT_DOOR:
-                assert RANK[part_of(imported)] <= RANK[part_of(module)], f"{module} imports {imported}"
+                assert part in LEVELS[-1], f"{module} imports the package itself, which only programs do"
+            elif imported != part:
+                assert LEVEL[imported] <= LEVEL[part], f"{module} imports {imported}, which stands above it"
+                assert LEVEL[imported] < LEVEL[part] or part not in WINGS, f"{module} imports the wing beside it"
+
+    @pytest.mark.parametrize("module", FILES)
+    def test_enter_a_wing_by_its_door(self, module: str) -> None:
+        for imported in imports_of(module):
+            if part_of(imported) in WINGS - {part_of(module)}:
+                assert imported == part_of(imported), f"{module} imports {imported}, past the door of its wing"
+
+    @pytest.mark.parametrize("wing", sorted(WINGS))
+    def test_a_door_lists_just_what_others_use(self, wing: str) -> None:
+        used = {
+            name.rpartition(".")[2]
+            for module in FILES
+            if part_of(module) != wing
+            for name in _module_level_imports(ast.parse(FILES[module].read_text()).body)
+            if name.startswith(f"steering_vectors.{wing}.")
+        }
+        listed = importlib.import_module(f"steering_vectors.{wing}").__all__
+        assert sorted(listed) == sorted(used), "the door's __all__ and what the others import"
 
     def test_make_no_circle(self) -> None:
         waiting = {module: set(imports_of(module)) - {module} for module in FILES}
@@ -132,9 +148,9 @@ class TestImports:
                 del waiting[module]
         assert not waiting, f"modules in a circle, or that import one: {sorted(waiting)}"
 
-    def test_of_the_lowest_rank_are_torch_and_the_standard_library(self) -> None:
-        allowed = {*sys.stdlib_module_names, "torch", "steering_vectors", "safetensors"}
-        for module in set(FILES) & set(RANKS[0]):
+    def test_of_the_lowest_level_are_torch_and_the_standard_library(self) -> None:
+        allowed = {*sys.stdlib_module_names, "torch"}
+        for module in set(FILES) & LEVELS[0]:
             for node in ast.parse(FILES[module].read_text()).body:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom):

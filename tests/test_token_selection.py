@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchEncoding
 
 from steering_vectors import Selector, TokenPositions, at, completion, from_index, generated, prompted
-from steering_vectors._token_indices import as_selector, one_selection
+from steering_vectors._steering.token_indices import as_selector, one_selection
 from steering_vectors.token_selection import expand_rows, selected
 
 fast = settings(max_examples=60, deadline=None)

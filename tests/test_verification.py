@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from steering_vectors._prompt_tree import Pack, pack_prompts
-from steering_vectors._verification import Probe, Verification, alike
+from steering_vectors._extraction.packs import Pack, pack_prompts
+from steering_vectors._extraction.verification import Probe, Verification, alike
 
 
 def packs_of(prompts: list[list[int]], size: int = 512) -> list[Pack]:

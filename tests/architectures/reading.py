@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from steering_vectors._extraction import ReadPrompt
-from steering_vectors._reading import extractor_for
+from steering_vectors._extraction.extractor import ReadPrompt
+from steering_vectors._extraction.reading import extractor_for
 from steering_vectors.layer_matching import find_layers
 
 _DRAW = torch.Generator().manual_seed(3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors import SteeringVector, ablate_everywhere, generated, record_activations
-from steering_vectors._stream_parts import written_parts
+from steering_vectors._steering.stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
 from tests.architectures.reading import check_reading
 from tests.architectures.tiny_models import causal_model_types, tiny_causal_model

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from steering_vectors import SteeringVector, record_activations, train_steering_vector
-from steering_vectors._running import input_device
+from steering_vectors._models.running import input_device
 from tests import tiny
 from tests.wrapped.promises import (
     INPUTS,

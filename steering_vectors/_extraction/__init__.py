@@ -1,0 +1,26 @@
+"""Turn prompts into rows of activations.
+
+Texts and chats become token ids, a request becomes the tokens to read, and prompts that begin alike are run together.
+Each row is what its prompt alone gives, which is verified against the model and not assumed.
+Directions are made of the rows elsewhere.
+"""
+
+from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPrompt
+from steering_vectors._extraction.packs import shared_prefix
+from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
+from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
+
+__all__ = [
+    "WINDOW",
+    "Extractor",
+    "LayerRows",
+    "Prompt",
+    "PromptTokenizer",
+    "ReadPrompt",
+    "ReadTokenIndex",
+    "Reading",
+    "chat_template_of",
+    "extractor_for",
+    "shared_prefix",
+    "vocabulary_of",
+]

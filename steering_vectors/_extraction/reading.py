@@ -1,0 +1,125 @@
+"""What to read of a model, and of prompts: layers, and tokens."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from operator import index as as_index
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from steering_vectors._arguments import is_whole_number
+from steering_vectors._extraction.extractor import Extractor, ReadPrompt
+from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, TokenizedPrompt
+from steering_vectors._models import configured, is_encoder_decoder, takes_tokens_again
+from steering_vectors._steering import TokenSelection, as_selector, check_not_steered_by_row
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_model, find_layers
+from steering_vectors.token_selection import TokenPositions, selected
+
+# How many pairs are tokenized, and run in the order that suits the model, at a time.
+WINDOW = 4096
+
+ReadTokenIndex: TypeAlias = int | Callable[[str], int]
+
+
+def extractor_for(
+    model: nn.Module,
+    layers: int | Iterable[int] | None,
+    layer_type: LayerType,
+    layer_config: ModelLayerConfig | None,
+    batch_size: int,
+) -> Extractor:
+    """What runs the model and reads these layers. Raises TypeError or ValueError for what can't be read."""
+    check_model(model)
+    check_not_steered_by_row(model)
+    kind = type(model).__name__
+    if is_encoder_decoder(model):
+        raise ValueError(f"{kind} is an encoder-decoder model; steering vectors are trained on decoder-only ones")
+    if not is_whole_number(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    found = find_layers(model, layer_type, layer_config)
+    modules = {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
+    if takes_tokens_again(model):
+        raise ValueError(f"{kind} takes some of a row's tokens again and in another order; it can't be read")
+    return Extractor(model, modules, batch_size=batch_size)
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many token ids the model has embeddings for; None where that can't be told."""
+    get_embeddings = getattr(configured(model), "get_input_embeddings", None)
+    with suppress(NotImplementedError, AttributeError):
+        embeddings = get_embeddings() if callable(get_embeddings) else None
+        return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    return None
+
+
+class Reading:
+    """How prompts are read: which tokens, after which tokenization."""
+
+    def __init__(
+        self,
+        tokenize: PromptTokenizer,
+        read_token_index: ReadTokenIndex,
+        tokens: TokenSelection | None,
+        *,
+        vocabulary: int | None,
+    ) -> None:
+        if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
+            raise ValueError("read_token_index and tokens were given: choose one of them")
+        self._tokenize = tokenize
+        self._index = read_token_index
+        self._vocabulary = vocabulary
+        self._selector = None if tokens is None else as_selector(tokens)
+
+    def __call__(self, prompt: Prompt, own_index: int | None = None, *, name: str) -> ReadPrompt:
+        """What is read of a prompt; ``own_index`` takes the place of the index for all.
+
+        Raises TypeError or ValueError for what can't be read, with the prompt's ``name``; errors of a callable index or
+        selector too.
+        """
+        try:
+            return self._read(prompt, own_index)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+
+    def _read(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
+        encoded = self._tokenize(prompt, find_completion=self._selector is not None)
+        outside = [n for n in encoded.input_ids if not 0 <= n < (self._vocabulary or n + 1)]
+        if outside:
+            raise ValueError(f"the model has {self._vocabulary} tokens, and the prompt has the id {outside[0]}")
+        if self._selector is not None:
+            if own_index is not None:
+                raise ValueError("the sample's own read index and tokens were given: choose one of them")
+            return self._mean_over_tokens(encoded)
+        index: Any = self._index if own_index is None else own_index
+        if callable(index):
+            index = index(encoded.text)
+        if not is_whole_number(index):
+            raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
+        position, length = as_index(index), len(encoded.input_ids)
+        if not -length <= position < length:
+            raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
+        return ReadPrompt(encoded.input_ids, [position % length])
+
+    def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
+        assert self._selector is not None
+        length = len(encoded.input_ids)
+        places = torch.arange(length)
+        start = encoded.completion_start
+        positions = TokenPositions(
+            index=places[None],
+            column=places,
+            input_ids=torch.tensor(encoded.input_ids)[None],
+            prompt_length=None if start is None else torch.tensor([start]),
+            begins_sequence=True,
+        )
+        weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
+        if not bool((weights >= 0).all()):
+            raise ValueError(f"tokens={self._selector!r} gave negative weights, which make no mean")
+        chosen = weights.nonzero().squeeze(1).tolist()
+        if not chosen:
+            raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")
+        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist())

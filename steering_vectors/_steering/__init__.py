@@ -1,0 +1,45 @@
+"""Change activations at layers and tokens while a model runs.
+
+A request is checked in full and becomes a plan; attaching the plan gives a handle, and removing the handle ends it.
+One hook a module runs all of its changes, in the order in which they were entered.
+Operators and selectors are plain callables: nothing here knows one of them by name.
+"""
+
+from steering_vectors._steering.change import INPUT, OUTPUT, changes_of, traced, width_message
+from steering_vectors._steering.handle import (
+    Multiplier,
+    Steering,
+    SteeringContext,
+    SteeringPatchHandle,
+    active_patches,
+    as_multiplier,
+    check_not_steered_by_row,
+    is_steered_by_token,
+    is_steered_by_token_or_row,
+)
+from steering_vectors._steering.plan import steering_of, warn_of_another_model
+from steering_vectors._steering.stream_parts import parts_inside
+from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
+
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "Multiplier",
+    "Steering",
+    "SteeringContext",
+    "SteeringPatchHandle",
+    "TokenSelection",
+    "active_patches",
+    "as_multiplier",
+    "as_selector",
+    "changes_of",
+    "check_not_steered_by_row",
+    "is_steered_by_token",
+    "is_steered_by_token_or_row",
+    "one_selection",
+    "parts_inside",
+    "steering_of",
+    "traced",
+    "warn_of_another_model",
+    "width_message",
+]

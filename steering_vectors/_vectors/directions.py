@@ -1,0 +1,75 @@
+"""Check directions: tensors ``(hidden,)`` of finite real numbers, all of one width; and their layers' numbers."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering_vectors._arguments import is_whole_number
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def checked_directions(layer_activations: object) -> dict[int, Tensor]:
+    """The directions as a dictionary of its own. Raises as :class:`SteeringVector`."""
+    if not isinstance(layer_activations, Mapping):
+        raise TypeError(
+            f"layer_activations must map layer numbers to directions, got {type(layer_activations).__name__}"
+        )
+    directions = {
+        layer_number(layer): checked_direction(value, f"the direction of layer {layer}")
+        for layer, value in layer_activations.items()
+    }
+    widths = {direction.shape[-1] for direction in directions.values()}
+    if len(widths) > 1:
+        raise ValueError(f"directions must have one width, got {sorted(widths)}")
+    return directions
+
+
+def layer_number(layer: Any) -> int:
+    if not is_whole_number(layer):
+        raise TypeError(f"a layer is told by a whole number, got {layer!r}")
+    return int(layer)
+
+
+def checked_direction(value: Any, name: str) -> Tensor:
+    try:
+        direction = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor of numbers, got {value!r}") from error
+    if not isinstance(value, Tensor) and not direction.is_floating_point() and not direction.is_complex():
+        direction = direction.to(torch.get_default_dtype())
+    if direction.dtype not in _DTYPES:
+        raise TypeError(f"{name} must hold real numbers of 16, 32 or 64 bits, got {direction.dtype}")
+    if direction.ndim not in (1, 2) or (direction.ndim == 2 and direction.shape[0] != 1) or direction.numel() == 0:
+        raise ValueError(f"{name} must have the shape (hidden,) or (1, hidden), got {tuple(direction.shape)}")
+    if not bool(direction.isfinite().all()):
+        raise ValueError(f"{name} has NaN or infinite numbers")
+    return direction
+
+
+def asked_layers(layers: Sequence[int], asked: Any) -> list[int]:
+    """Return the layer numbers asked for, each once: by a number, by several, or by a slice.
+
+    A slice means the numbers in it, the last one excluded; an open end means the lowest or the highest of ``layers``.
+    Raises TypeError for what is no layer number.
+    """
+    if isinstance(asked, slice):
+        start = min(layers, default=0) if asked.start is None else asked.start
+        stop = max(layers, default=-1) + 1 if asked.stop is None else asked.stop
+        return list(range(start, stop, 1 if asked.step is None else asked.step))
+    numbers = [asked] if is_whole_number(asked) else list(asked)
+    return [layer_number(layer) for layer in dict.fromkeys(numbers)]
+
+
+def in_ranges(layers: Iterable[int]) -> str:
+    """Return layer numbers as a short text, with runs of them as ``0-29``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"[{', '.join(parts)}]"

@@ -1,0 +1,92 @@
+"""A steering vector's directions and metadata ⇄ a file: names, versions, and what must hold of both."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from steering_vectors._vectors.algebra import norms
+from steering_vectors._vectors.directions import checked_directions
+from steering_vectors._vectors.safetensors_file import load_tensors, save_tensors
+from steering_vectors.layer_matching import check_layer_type
+
+FORMAT, VERSION = "steering-vectors", 1
+_CONVENTION = "the output of the layer, numbered from 0: hidden_states[layer + 1] of Hugging Face"
+
+
+def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_type: str, metadata: Any) -> None:
+    """Write one safetensors file, atomically. The directions are checked before."""
+    check_layer_type(layer_type)
+    checked = checked_directions(directions)
+    if not checked:
+        raise ValueError("this steering vector has no directions: there is nothing to save")
+    own = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "layer_type": layer_type,
+        "layer_convention": _CONVENTION,
+        "hidden_size": str(next(iter(checked.values())).shape[-1]),
+        "norms": json.dumps(norms(checked)),
+    }
+    tensors = {f"{layer_type}.{layer}": direction for layer, direction in checked.items()}
+    for name in tensors:
+        _layer_of(name, layer_type)
+    save_tensors(path, tensors, {**metadata, **own})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[int, Tensor], str, dict[str, str]]:
+    """The directions, the layer type and the metadata of a file, all checked.
+
+    Raises as ``load_tensors``, and ValueError for a file of another format, of a newer version, and for directions that
+    can't be: other shapes, numbers that aren't finite.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        return _checked(tensors, metadata)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[dict[int, Tensor], str, dict[str, str]]:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"this safetensors file is no steering vector: its metadata have format={_short(metadata.get('format'))}, "
+            f"not {FORMAT!r}; interop.from_tensors makes one of tensors"
+        )
+    version = metadata.get("format_version", "")
+    if not re.fullmatch("[1-9][0-9]*", version):
+        raise ValueError(f"its format_version is {_short(version)}, expected a whole number from 1 on")
+    if len(version) > 9 or int(version) > VERSION:
+        raise ValueError(
+            f"its format is version {version[:20]}, newer than this library reads ({VERSION}): pip install --upgrade "
+            f"steering-vectors"
+        )
+    layer_type = metadata.get("layer_type", "")
+    check_layer_type(layer_type[:60])
+    directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
+    if not directions:
+        raise ValueError("it holds no directions")
+    width = str(next(iter(directions.values())).shape[-1])
+    if metadata.get("hidden_size") != width:
+        raise ValueError(
+            f"its directions have {width} numbers, and its hidden_size says {_short(metadata.get('hidden_size'))}"
+        )
+    return dict(sorted(directions.items())), layer_type, metadata
+
+
+def _short(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 40 else f"{text[:40]}…")
+
+
+def _layer_of(name: str, layer_type: str) -> int:
+    given, _, number = name.rpartition(".")
+    try:
+        layer = int(number) if len(number) < 10 else None
+    except ValueError:
+        layer = None
+    if given != layer_type or layer is None or str(layer) != number:
+        raise ValueError(f"its tensor {name[:60]!r} is none of the layer type {layer_type!r}: expected {layer_type}.16")
+    return layer

@@ -1,0 +1,131 @@
+"""Read activations of single prompts, for probes, and measure how large they are."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steering_vectors._extraction import (
+    WINDOW,
+    Prompt,
+    PromptTokenizer,
+    Reading,
+    ReadPrompt,
+    ReadTokenIndex,
+    extractor_for,
+    vocabulary_of,
+)
+from steering_vectors._steering import TokenSelection
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig
+from steering_vectors.token_selection import from_index
+
+# How many texts are run in the order that suits the model at a time.
+_WINDOW = 256
+
+
+def read_activations(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Iterable[Prompt | Sequence[int]],
+    layers: int | Iterable[int] | None = None,
+    *,
+    layer_type: LayerType = "decoder_block",
+    layer_config: ModelLayerConfig | None = None,
+    read_token_index: ReadTokenIndex = -1,
+    tokens: TokenSelection | None = None,
+    batch_size: int = 1,
+    show_progress: bool = False,
+    move_to_cpu: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[int, Tensor]:
+    """The activations of prompts, ``(n, hidden)`` in float32 or wider, by layer; row i is prompt i's.
+
+    ``prompts`` are texts, lists of chat messages, or lists of token ids. What is read of each, and all other arguments,
+    are as in :func:`train_steering_vector`, with the same guarantees; ``batch_size`` counts pairs of prompts there and
+    here. A callable ``read_token_index`` gets an empty text for token ids. Rows are on the CPU, or with
+    ``move_to_cpu=False`` on the device where the layer runs.
+
+    Raises as :func:`train_steering_vector`.
+
+    >>> rows = read_activations(model, tokenizer, ["I love it", "I hate it", "Fine"], layers=[0, 1])
+    >>> {layer: tuple(part.shape) for layer, part in rows.items()}
+    {0: (3, 32), 1: (3, 32)}
+    """
+    tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
+    extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
+    reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
+    rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
+    numbered = enumerate(prompts)
+    first = 0
+    total = len(prompts) if isinstance(prompts, Sequence) else None
+    with (
+        torch.inference_mode(False),  # from its tensors nothing could learn later
+        tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar,
+    ):
+        while window := list(islice(numbered, 2 * WINDOW)):
+            for part in extract([reading(prompt, name=f"prompt {number}") for number, prompt in window]):
+                wide = part.rows.to("cpu" if move_to_cpu else part.rows.device)
+                wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+                rows[part.layer].update((first + n, row) for n, row in zip(part.prompts, wide, strict=True))
+                bar.update(len(part.prompts) if part.layer == extract.layers[-1] else 0)
+            first += len(window)
+        if first == 0:
+            raise ValueError("prompts is empty: give at least one")
+        return {layer: torch.stack([own[n] for n in range(first)]) for layer, own in rows.items()}
+
+
+def residual_norms(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Prompt],
+    *,
+    layer_config: ModelLayerConfig | None = None,
+    batch_size: int = 1,
+    show_progress: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[int, float]:
+    """The median Euclidean norm of the activations of each decoder block, by layer.
+
+    It is taken over all tokens of the ``texts`` but the first of each, whose norm is often a hundred times the
+    others' (massive activations, arXiv 2402.17762). The texts should be like those that the model is to write, and may
+    be chats; all arguments are as in :func:`train_steering_vector`.
+
+    A vector times these norms has a multiplier that means a share of the stream, and so means the same in another
+    model: ``vector.normalized().scaled(residual_norms(…))``.
+
+    Raises as :func:`train_steering_vector`, and ValueError for a text of a single token.
+
+    >>> sorted(residual_norms(model, tokenizer, ["I love it", "It rains"]))
+    [0, 1]
+    """
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be several texts or chats, got {type(texts).__name__}")
+    extract = extractor_for(model, None, "decoder_block", layer_config, batch_size)
+    tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
+    reading = Reading(tokenize, -1, from_index(1), vocabulary=vocabulary_of(model))
+    read = (reading(text, name=f"text {number}") for number, text in enumerate(texts))
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
+    with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
+        while window := list(islice(read, _WINDOW)):
+            for part in extract(list(_single_tokens(window))):
+                wide = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
+                norms[part.layer].append(wide.norm(dim=-1).cpu())
+            bar.update(len(window))
+    if not norms[extract.layers[0]]:
+        raise ValueError("texts is empty: give at least one")
+    return {layer: _median(torch.cat(parts)) for layer, parts in norms.items()}
+
+
+def _single_tokens(texts: Iterable[ReadPrompt]) -> Iterator[ReadPrompt]:
+    """Each token that is read, as a prompt of its own: one row for each."""
+    return (ReadPrompt(text.input_ids, [position]) for text in texts for position in text.positions)
+
+
+def _median(values: Tensor) -> float:
+    ordered = values.sort().values
+    return float((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)

@@ -1,0 +1,222 @@
+"""See what a steering does while a model runs: which tokens, at which layers, and by how much."""
+
+import html
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._extraction import shared_prefix
+from steering_vectors._models import along_tokens, attach_all, pass_modules, remove_all
+from steering_vectors._passes import ForwardPass, Need, PassTracker
+from steering_vectors._steering import changes_of, traced
+from steering_vectors.layer_matching import check_model
+
+
+def trace_steering(model: nn.Module) -> "SteeringTrace":
+    """A context manager that notes what steerings do in the passes of ``model`` inside it.
+
+    It gives a :class:`SteeringTrace`, to be read inside the block or after it. Steerings may be entered before it or in
+    it. Where it isn't entered it costs nothing; where it is, it keeps token ids and a bit for each token and layer, and
+    waits for no device until it is read.
+
+    Raises TypeError for what is no model.
+
+    >>> with trace_steering(model) as trace, vector.apply(model, tokens=slice(1, None)):
+    ...     _ = model(torch.tensor([[5, 6, 7]]))
+    >>> trace.summary()
+    {1: LayerSummary(runs=1, steered_tokens=2, change=...)}
+    """
+    check_model(model)
+    return SteeringTrace(model)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What was done at a layer.
+
+    ``runs``: how often it ran; ``steered_tokens``: how many tokens were changed, padding left out; ``change``: the mean
+    of the change's norm as a share of the activation's, over these tokens and the modules that were steered; NaN if
+    there were none.
+
+    >>> LayerSummary(runs=5, steered_tokens=4, change=0.25)
+    LayerSummary(runs=5, steered_tokens=4, change=0.25)
+    """
+
+    runs: int
+    steered_tokens: int
+    change: float
+
+
+class SteeringTrace:
+    """What steerings did; made by :func:`trace_steering`. As a text it is a table of the layers.
+
+    >>> with trace_steering(model) as trace, vector.apply(model, multiplier=0):
+    ...     _ = model(torch.tensor([[5, 6, 7]]))
+    >>> print(trace)
+    layer    runs  steered tokens    change
+        1       1               0         -
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._tracker = PassTracker(Need.POSITIONS)
+        # By layer and module: of each run the sum of the changes' shares, and of how many tokens.
+        self._notes: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        self._passes: dict[int, _TracedPass] = {}
+        self._modules: set[int] = set()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "SteeringTrace":
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this trace is gone: make a new one by trace_steering(model)")
+        handles = attach_all(self._tracker.registrations(pass_modules(model)))
+        self._stack.callback(remove_all, handles)
+        self._modules = {id(module) for module in model.modules()}
+        self._stack.enter_context(traced(self._note))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._modules.clear()
+
+    def summary(self) -> dict[int, LayerSummary]:
+        """What was done at each layer that was steered and ran, by its number."""
+        return {layer: self._summary_of(layer) for layer in sorted(self._notes)}
+
+    def show(self, tokenizer: Any) -> None:
+        """Print the tokens of the passes, row by row, with the steered ones marked.
+
+        In a notebook and in a terminal they are set off by colour, elsewhere by double brackets. A token is marked if
+        it was steered at any layer. Beams change rows, and so are not told apart. Raises ValueError if the model got
+        embeddings in place of token ids.
+        """
+        by_thread: dict[object, list[_TracedPass]] = {}
+        for one in self._passes.values():
+            by_thread.setdefault(one.thread, []).append(one)
+        texts = [_pieces(tokenizer, row) for passes in by_thread.values() for row in _sequences(passes)]
+        ipython: Any = sys.modules.get("IPython")
+        if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
+            lines = [f"<pre style='white-space: pre-wrap'>{_marked(text, _HTML, html.escape)}</pre>" for text in texts]
+            ipython.display.display(ipython.display.HTML("".join(lines)))
+            return
+        for text in texts:
+            print(_marked(text, _COLOUR if sys.stdout.isatty() else _BRACKETS))
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':>5}  {'runs':>6}  {'steered tokens':>14}  {'change':>8}"]
+        for layer, found in self.summary().items():
+            change = "-" if math.isnan(found.change) else f"{found.change:.1%}"
+            lines.append(f"{layer:5}  {found.runs:6}  {found.steered_tokens:14}  {change:>8}")
+        return "\n".join(lines)
+
+    def _summary_of(self, layer: int) -> LayerSummary:
+        by_module = list(self._notes[layer].values())
+        tokens = sum(int(one.steered[layer].sum()) for one in self._passes.values() if layer in one.steered)
+        shares = sum(float(share) for notes in by_module for share, _ in notes)
+        measured = sum(int(count) for notes in by_module for _, count in notes)
+        return LayerSummary(max(map(len, by_module)), tokens, shares / measured if measured else float("nan"))
+
+    def _note(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
+        """A steered layer has run; what gradient checkpointing runs again is left out."""
+        current = self._tracker.current
+        if id(module) not in self._modules or current is None or current.ended:
+            return
+        one = self._pass_of(current)
+        batch, seq = one.is_token.shape
+        places = along_tokens(torch.arange(batch * seq, device=before.device).reshape(batch, seq, 1), before)
+        places = places.expand(*before.shape[:-1], 1).squeeze(-1)
+        moved = (after != before).any(dim=-1) & one.is_token.to(before.device).flatten()[places]
+        with torch.no_grad():
+            wide = before.to(torch.promote_types(before.dtype, torch.float32))
+            size = wide.norm(dim=-1)
+            measured = moved & (size > 0)
+            share = torch.where(measured, (after - wide).norm(dim=-1) / torch.where(measured, size, 1), 0)
+            steered = torch.zeros(batch * seq, dtype=torch.long, device=before.device)
+            steered = steered.index_add_(0, places.flatten(), moved.flatten().long()) > 0
+        layer = changes_of(module)[0].layer
+        one.add(layer, steered.reshape(batch, seq))
+        self._notes.setdefault(layer, {}).setdefault(id(module), []).append((share.sum(), measured.sum()))
+
+    def _pass_of(self, current: ForwardPass) -> "_TracedPass":
+        if current.number not in self._passes:
+            try:
+                positions = current.positions
+            except ValueError:  # many prompts in one row: all count as tokens, and there is no text to show
+                self._passes[current.number] = _TracedPass(current.thread, None, None, torch.ones(current.shape) > 0)
+            else:
+                ids = None if positions.input_ids is None else positions.input_ids.detach().clone()
+                self._passes[current.number] = _TracedPass(current.thread, ids, positions.index, positions.index >= 0)
+        return self._passes[current.number]
+
+
+@dataclass
+class _TracedPass:
+    """``is_token (batch, seq)``, and by layer which of them were steered."""
+
+    thread: object
+    input_ids: Tensor | None
+    index: Tensor | None
+    is_token: Tensor
+    steered: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, steered: Tensor) -> None:
+        own = steered.to(self.is_token.device)
+        self.steered[layer] = own | self.steered[layer] if layer in self.steered else own
+
+
+# Token ids, each with whether it was steered.
+_Sequence = list[tuple[int, bool]]
+_HTML, _COLOUR, _BRACKETS = ("<mark>", "</mark>"), ("\x1b[7m", "\x1b[0m"), ("[[", "]]")
+
+
+def _sequences(passes: Sequence[_TracedPass]) -> Iterator[_Sequence]:
+    """The rows that went through the model: what a pass adds to a cache is added to its row."""
+    rows: list[_Sequence] = []
+    for one in passes:
+        if one.input_ids is None or one.index is None:
+            raise ValueError("the model got embeddings, not token ids: there is no text to show")
+        ids, index = one.input_ids.tolist(), one.index.tolist()
+        steered = torch.stack(list(one.steered.values())).any(dim=0).tolist()
+        if len(rows) != len(ids):
+            yield from rows
+            rows = [[] for _ in ids]
+        for number, (row_ids, row_index, row_steered) in enumerate(zip(ids, index, steered, strict=True)):
+            tokens = [(i, s) for i, n, s in zip(row_ids, row_index, row_steered, strict=True) if n >= 0]
+            first = next((n for n in row_index if n >= 0), 0)
+            before = [token for token, _ in rows[number]]
+            is_new = first == 0 and [token for token, _ in tokens][: len(before)] != before
+            if is_new and before:
+                yield rows[number]
+            rows[number] = rows[number][:first] + tokens
+    yield from rows
+
+
+def _pieces(tokenizer: Any, row: _Sequence) -> list[tuple[str, bool]]:
+    """The row's text, cut where steered tokens begin or end.
+
+    It is decoded as a whole: a token alone may have lost its space, or be a part of a character.
+    """
+    ids = [token for token, _ in row]
+    text = tokenizer.decode(ids)
+    pieces, begin = [], 0
+    for n, (_, steered) in enumerate(row):
+        if n + 1 == len(row) or row[n + 1][1] != steered:
+            end = len(text) if n + 1 == len(row) else shared_prefix(text, tokenizer.decode(ids[: n + 1]))
+            pieces.append((text[begin : max(begin, end)], steered))
+            begin = max(begin, end)
+    return [piece for piece in pieces if piece[0]]
+
+
+def _marked(text: Sequence[tuple[str, bool]], marks: tuple[str, str], escape: Callable[[str], str] = str) -> str:
+    return "".join(f"{marks[0]}{escape(part)}{marks[1]}" if steered else escape(part) for part, steered in text)

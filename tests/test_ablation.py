@@ -1,0 +1,335 @@
+"""Ablation of a direction wherever the stream is written, against hooks that name what writes to it."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steering_vectors import ablate_everywhere, active_patches, from_index, generated, record_activations
+from steering_vectors._models.hooks import input_of
+from steering_vectors._steering.stream_parts import written_parts
+from tests import tiny
+from tests.test_steering import answer, first, hooks_of, logits, padded, unchanged, vector
+
+DIRECTION = torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(4))
+UNIT = DIRECTION / DIRECTION.norm()
+INPUTS = padded([11, 12, 13, 14, 15], [21, 22])
+
+# What is added to the stream in each block, told by hand.
+WRITTEN = {
+    "bloom": ["self_attention.dense", "mlp.dense_4h_to_h"],
+    "falcon": ["self_attention", "mlp"],
+    "gemma2": ["post_attention_layernorm", "post_feedforward_layernorm"],
+    "gemma3": ["post_attention_layernorm", "post_feedforward_layernorm"],
+    "gpt2": ["attn", "mlp"],
+    "gpt_neo": ["attn", "mlp"],
+    "gpt_neox": ["attention", "mlp"],
+    "gptj": ["attn", "mlp"],
+    "llama": ["self_attn", "mlp"],
+    "mamba": ["mixer"],
+    "mistral": ["self_attn", "mlp"],
+    "mixtral": ["self_attn", "mlp" if not tiny.ON_TRANSFORMERS_4 else "block_sparse_moe"],
+    "mpt": ["attn", "ffn.down_proj"],
+    "opt": ["self_attn", "fc2"],
+    "phi": ["self_attn", "mlp"],
+    "qwen2": ["self_attn", "mlp"],
+    "qwen3": ["self_attn", "mlp"],
+    "stablelm": ["self_attn", "mlp"],
+}
+# Where the stream is read in the midst of a block.
+READ_BETWEEN = {
+    "gpt2": "ln_2",
+    "llama": "post_attention_layernorm",
+    "gemma2": "pre_feedforward_layernorm",
+    "bloom": "post_attention_layernorm",
+    "mpt": "norm_2",
+    "opt": "final_layer_norm",
+    "mistral": "post_attention_layernorm",
+}
+
+
+def without(activation: Tensor) -> Tensor:
+    unit = UNIT.to(activation.dtype)
+    return activation - (activation @ unit)[..., None] * unit
+
+
+@contextmanager
+def ablated_by_hand(model: nn.Module, architecture: str) -> Iterator[None]:
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        activation = without(first(output))
+        return activation if isinstance(output, Tensor) else (activation, *output[1:])
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (without(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": without(kwargs["hidden_states"])}
+
+    blocks = tiny.blocks(model)  # type: ignore[arg-type]
+    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    for block in blocks:
+        handles += [block.get_submodule(name).register_forward_hook(after) for name in WRITTEN[architecture]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name in WRITTEN])
+class TestEachPart:
+    def test_is_ablated_as_by_hand(self, architecture: str) -> None:
+        dtype = torch.float32 if architecture in ("mixtral", "mpt") else torch.float64  # they run in no wider one
+        model = tiny.build(architecture).to(dtype)
+        with ablated_by_hand(model, architecture):
+            expected = logits(model)
+        with unchanged(model), ablate_everywhere(model, DIRECTION.to(dtype)):
+            got = logits(model)
+        close = 1e-6 if dtype is torch.float64 else 1e-4
+        torch.testing.assert_close(got, expected, atol=close, rtol=close)
+        assert not torch.allclose(got, logits(model), atol=1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_is_found_in_every_dtype(self, architecture: str, dtype: torch.dtype) -> None:
+        blocks = tiny.blocks(model := tiny.build(architecture).to(dtype))
+        for block, parts in zip(blocks, written_parts(model, blocks), strict=True):
+            names = {name for name, module in block.named_modules() if module in parts}
+            written = WRITTEN[architecture]
+            # A dropout behind a part stands for it.
+            assert len(names) in (1, len(written))
+            assert all(name in written or "dropout" in name for name in names), names
+
+    def test_generation_is_ablated_with_a_cache_and_without(self, architecture: str) -> None:
+        if architecture in tiny.IGNORE_PADDING:
+            pytest.skip("the model itself takes padding for tokens")
+        model = tiny.shared(architecture)
+        with ablated_by_hand(model, architecture):
+            expected = answer(model, INPUTS)
+        with ablate_everywhere(model, DIRECTION):
+            assert torch.equal(answer(model, INPUTS), expected)
+            assert torch.equal(answer(model, INPUTS, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_nothing_is_left_along_the_direction_in_any_block_s_input_and_output(architecture: str) -> None:
+    model, inputs = tiny.shared(architecture), []
+    with ablate_everywhere(model, DIRECTION), record_activations(model) as outputs:
+        handles = [
+            block.register_forward_pre_hook(
+                lambda _m, args, kwargs: inputs.append(input_of(args, kwargs)), with_kwargs=True
+            )
+            for block in tiny.blocks(model)
+        ]
+        logits(model)
+        for handle in handles:
+            handle.remove()
+    for activation in [*inputs, *(part for parts in outputs.values() for part in parts)]:
+        assert float((activation @ UNIT).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name in READ_BETWEEN])
+def test_nothing_is_left_in_the_midst_of_a_block(architecture: str) -> None:
+    model, seen = tiny.shared(architecture), []
+    norms = [block.get_submodule(READ_BETWEEN[architecture]) for block in tiny.blocks(model)]
+    with ablate_everywhere(model, DIRECTION):
+        handles = [norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for norm in norms]
+        logits(model)
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(norms)
+    for activation in seen:
+        assert float((activation @ UNIT).abs().max()) < 1e-5
+
+
+def test_blocks_that_end_in_a_norm_are_ablated_at_their_output() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    blocks = list(model.transformer.h)
+    assert written_parts(model, blocks) == [[block] for block in blocks]
+    with ablate_everywhere(model, DIRECTION), record_activations(model) as outputs, torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
+
+
+@pytest.mark.parametrize("factor", [-1.0, 1e-6, 1e6])
+def test_length_and_sign_of_the_direction_do_nothing(factor: float) -> None:
+    model = tiny.shared("llama")
+    with ablate_everywhere(model, DIRECTION):
+        expected = logits(model)
+    with ablate_everywhere(model, (factor * DIRECTION).reshape(1, -1)):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_a_decorator_and_is_listed_and_taken_off_after_errors() -> None:
+    model = tiny.shared("llama")
+    context = ablate_everywhere(model, DIRECTION)
+    before = hooks_of(model)
+    with context:
+        expected = logits(model)
+        (patch,) = active_patches(model)
+        assert patch.layers == [0, 1, 2]
+    assert torch.equal(context(logits)(model), expected)
+    with pytest.raises(KeyError), context:
+        raise KeyError
+    assert hooks_of(model) == before
+
+
+def test_a_steering_inside_is_added_afterwards_and_one_outside_is_ablated() -> None:
+    model, steered = tiny.shared("llama"), vector(2, scale=5.0)
+    direction = steered.layer_activations[2]
+    for outside in (False, True):
+        contexts: list[Any] = [ablate_everywhere(model, DIRECTION), steered.apply(model)]
+        if outside:
+            contexts = [steered.apply(model), ablate_everywhere(model, DIRECTION)]
+        with contexts[0], contexts[1], record_activations(model, layers=2) as outputs:
+            logits(model)
+        along = outputs[2][0] @ UNIT
+        expected = torch.zeros(()) if outside else direction @ UNIT
+        torch.testing.assert_close(along, expected.expand_as(along), atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_may_be_steered_inside() -> None:
+    model = tiny.shared("llama")
+    with ablate_everywhere(model, DIRECTION), vector().apply(model, tokens=generated(INPUTS)):
+        expected = answer(model, INPUTS, use_cache=False)
+        assert torch.equal(answer(model, INPUTS), expected)
+
+
+def test_gradients_flow_through_it() -> None:
+    model: Any = tiny.build("llama")
+    direction = DIRECTION.clone().requires_grad_()
+    with ablate_everywhere(model, direction):
+        model(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
+    assert direction.grad is not None
+    assert bool(direction.grad.any())
+    assert bool(model.model.layers[0].mlp.up_proj.weight.grad.any())
+
+
+def test_a_compiled_model_is_ablated_in_one_graph() -> None:
+    torch.compiler.reset()
+    plain = tiny.shared("llama")
+    compiled: Any = torch.compile(tiny.build("llama"), backend="eager", fullgraph=True)
+    logits(compiled)
+    for direction in (DIRECTION, DIRECTION.flip(0)):
+        with ablate_everywhere(plain, direction):
+            expected = logits(plain)
+        with ablate_everywhere(compiled, direction):
+            torch.testing.assert_close(logits(compiled), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(compiled), logits(plain), atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: ablate_everywhere(m, torch.ones(31)),
+            ValueError,
+            "directions have 31 numbers, the model's layer 0 has 32",
+        ),
+        (lambda m: ablate_everywhere(m, torch.zeros(32)), ValueError, "the direction is zero"),
+        (lambda m: ablate_everywhere(m, torch.full((32,), float("nan"))), ValueError, "the direction has NaN"),
+        (lambda m: ablate_everywhere(m, torch.ones(2, 32)), ValueError, "the direction must have the shape (hidden,)"),
+        (lambda m: ablate_everywhere(m, "refusal"), TypeError, "the direction must be a tensor of numbers"),
+        (lambda m: ablate_everywhere("gpt2", torch.ones(32)), TypeError, "model must be a torch.nn.Module"),
+        (lambda m: ablate_everywhere(nn.Linear(2, 2), torch.ones(32)), ValueError, "can't tell which modules"),
+    ],
+)
+def test_what_can_not_be_ablated_is_refused_before_anything_is_attached(
+    call: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    model = tiny.shared("llama")
+    with unchanged(model), pytest.raises(error, match=re.escape(message)):
+        call(model)
+
+
+def test_a_model_that_is_steered_by_token_is_refused() -> None:
+    model = tiny.shared("llama")
+    with (
+        vector().apply(model, tokens=from_index(1)),
+        pytest.raises(ValueError, match="enter ablate_everywhere before, and that steering inside"),
+    ):
+        ablate_everywhere(model, DIRECTION)
+
+
+def test_a_layer_config_says_where_the_blocks_are() -> None:
+    model = tiny.shared("llama")
+    with ablate_everywhere(model, DIRECTION):
+        expected = logits(model)
+    with ablate_everywhere(model, DIRECTION, layer_config={"decoder_block": "model.layers.{num}"}):
+        assert torch.equal(logits(model), expected)
+
+
+class TestWhileOthersUseTheModel:
+    def test_passes_of_other_threads_go_on_as_they_are(self) -> None:
+        model, wrong, done = tiny.shared("llama"), [], threading.Event()
+        expected = logits(model)
+
+        def run() -> None:
+            while not done.is_set():
+                wrong.append(float((logits(model) - expected).abs().max()))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        for _ in range(20):
+            written_parts(model, tiny.blocks(model))
+        done.set()
+        thread.join()
+        assert len(wrong) > 2
+        assert max(wrong) == 0
+
+    def test_a_steering_by_row_is_refused_as_one_by_token(self) -> None:
+        model = tiny.shared("llama")
+        with (
+            vector().apply(model, multiplier=[0.5, 1.0]),
+            pytest.raises(ValueError, match="the model is steered by token or by row: enter ablate_everywhere before"),
+        ):
+            ablate_everywhere(model, DIRECTION)
+
+    def test_a_model_that_can_not_be_run_on_tokens_alone_is_ablated_at_its_blocks_with_a_warning(self) -> None:
+        model = tiny.build("llama")
+
+        def fail(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if kwargs["input_ids"].shape == (1, 5):
+                raise KeyError("pixel_values")
+
+        model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+        context = ablate_everywhere(model, DIRECTION)
+        with pytest.warns(UserWarning, match=r"LlamaForCausalLM can't be run on a few tokens alone.*'pixel_values'"):
+            context.__enter__()
+        with record_activations(model) as outputs:
+            logits(model, torch.tensor([[3, 4, 5]]))
+        context.__exit__(None, None, None)
+        assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
+
+    def test_parts_are_found_again_on_entering(self) -> None:
+        model: Any = tiny.build("llama")
+        context = ablate_everywhere(model, DIRECTION)
+        for block in model.model.layers:
+            block.mlp = nn.Sequential(block.mlp)
+        with context, record_activations(model, "mlp") as outputs:
+            logits(model)
+        assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
+
+    def test_encoder_decoder_models_have_their_parts_found(self) -> None:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
+        blocks = list(model.decoder.block)
+        assert all(parts != [block] for parts, block in zip(written_parts(model, blocks), blocks, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e6])
+def test_the_length_does_nothing_in_half_precision_too(dtype: torch.dtype, factor: float) -> None:
+    model = tiny.build("llama").to(dtype)
+    with ablate_everywhere(model, factor * DIRECTION), record_activations(model) as outputs:
+        logits(model)
+    for parts in outputs.values():
+        assert float((parts[0].float() @ UNIT).abs().max() / parts[0].float().norm(dim=-1).max()) < 2e-2
