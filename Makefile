@@ -52,8 +52,9 @@ lint: $(VENV)/.installed ## ruff's rules and format
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 
-types: $(VENV)/.installed ## mypy, strict
+types: $(VENV)/.installed ## mypy, strict, on the package and on a script that uses it
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/mypy tests/typed_use.py
 
 format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff check --fix .

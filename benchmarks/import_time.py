@@ -1,4 +1,4 @@
-"""What importing the library adds to importing torch and transformers, each in fresh processes.
+"""Time the import of the library, alone and with all its names beside torch and transformers, in fresh processes.
 
 python benchmarks/import_time.py [--rounds 5]
 """
@@ -22,13 +22,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    core, ours = [], []
+    core, ours, python, lazy = [], [], [], []
     for _ in range(rounds):  # interleaved, since machines are noisy
         core.append(seconds(CORE))
-        ours.append(seconds(f"{CORE}; import steering_vectors"))
+        ours.append(seconds(f"{CORE}; from steering_vectors import *"))
+        python.append(seconds("pass"))
+        lazy.append(seconds("import steering_vectors"))
+    alone = statistics.median(mine - empty for mine, empty in zip(lazy, python, strict=True))
+    print(f"import steering_vectors:      {1000 * alone:.0f} ms more than an empty program (median)")
     added = [mine / alone - 1 for mine, alone in zip(ours, core, strict=True)]
     print(f"torch and transformers alone: {statistics.median(core):.2f} s")
-    print(f"with steering_vectors:        {statistics.median(ours):.2f} s ({statistics.median(added):+.1%}, median)")
+    print(f"with all names of this one:   {statistics.median(ours):.2f} s ({statistics.median(added):+.1%}, median)")
 
 
 if __name__ == "__main__":

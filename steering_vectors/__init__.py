@@ -1,52 +1,62 @@
-"""Train, apply and record steering vectors for Hugging Face language models."""
+"""Train, apply and record steering vectors for Hugging Face language models.
 
-from steering_vectors._steering import active_patches
+Each name is imported when it is first used, so that to import the package imports no PyTorch.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from steering_vectors._version import __version__ as __version__
-from steering_vectors.ablation import ablate_everywhere
-from steering_vectors.aggregators import (
-    Accumulator,
-    Aggregator,
-    StreamingAggregator,
-    logistic_aggregator,
-    mean_aggregator,
-    pca_aggregator,
-)
-from steering_vectors.layer_matching import (
-    LayerMatcher,
-    LayerType,
-    ModelLayerConfig,
-    get_num_matching_layers,
-    guess_and_enhance_layer_config,
-)
-from steering_vectors.reading import read_activations, residual_norms
-from steering_vectors.record_activations import record_activations
-from steering_vectors.steering_operators import (
-    PatchDeltaOperator,
-    ablation_operator,
-    ablation_then_addition_operator,
-    addition_operator,
-    clamp_operator,
-    norm_preserving_operator,
-    rotation_operator,
-)
-from steering_vectors.steering_vector import SteeringPatchHandle, SteeringVector
-from steering_vectors.token_selection import (
-    Selector,
-    TokenPositions,
-    at,
-    completion,
-    from_index,
-    generated,
-    prompted,
-)
-from steering_vectors.tracing import LayerSummary, SteeringTrace, trace_steering
-from steering_vectors.train_steering_vector import (
-    SteeringVectorTrainingSample,
-    aggregate_activations,
-    extract_activations,
-    train_steering_vector,
-)
-from steering_vectors.versions import show_versions
+
+if TYPE_CHECKING:
+    from steering_vectors._steering import active_patches
+    from steering_vectors.ablation import ablate_everywhere
+    from steering_vectors.aggregators import (
+        Accumulator,
+        Aggregator,
+        StreamingAggregator,
+        logistic_aggregator,
+        mean_aggregator,
+        pca_aggregator,
+    )
+    from steering_vectors.layer_matching import (
+        LayerMatcher,
+        LayerType,
+        ModelLayerConfig,
+        get_num_matching_layers,
+        guess_and_enhance_layer_config,
+    )
+    from steering_vectors.reading import read_activations, residual_norms
+    from steering_vectors.record_activations import record_activations
+    from steering_vectors.steering_operators import (
+        PatchDeltaOperator,
+        ablation_operator,
+        ablation_then_addition_operator,
+        addition_operator,
+        clamp_operator,
+        norm_preserving_operator,
+        rotation_operator,
+    )
+    from steering_vectors.steering_vector import SteeringPatchHandle, SteeringVector
+    from steering_vectors.token_selection import (
+        Selector,
+        TokenPositions,
+        at,
+        completion,
+        from_index,
+        generated,
+        prompted,
+    )
+    from steering_vectors.tracing import LayerSummary, SteeringTrace, trace_steering
+    from steering_vectors.train_steering_vector import (
+        SteeringVectorTrainingSample,
+        aggregate_activations,
+        extract_activations,
+        train_steering_vector,
+    )
+    from steering_vectors.versions import show_versions
 
 __all__ = [
     "Accumulator",
@@ -90,3 +100,96 @@ __all__ = [
     "trace_steering",
     "train_steering_vector",
 ]
+
+# By module, the public names that are imported when they are first used.
+_NAMES = {
+    "_steering": ("active_patches",),
+    "ablation": ("ablate_everywhere",),
+    "aggregators": (
+        "Accumulator",
+        "Aggregator",
+        "StreamingAggregator",
+        "logistic_aggregator",
+        "mean_aggregator",
+        "pca_aggregator",
+    ),
+    "layer_matching": (
+        "LayerMatcher",
+        "LayerType",
+        "ModelLayerConfig",
+        "get_num_matching_layers",
+        "guess_and_enhance_layer_config",
+    ),
+    "reading": (
+        "read_activations",
+        "residual_norms",
+    ),
+    "record_activations": ("record_activations",),
+    "steering_operators": (
+        "PatchDeltaOperator",
+        "ablation_operator",
+        "ablation_then_addition_operator",
+        "addition_operator",
+        "clamp_operator",
+        "norm_preserving_operator",
+        "rotation_operator",
+    ),
+    "steering_vector": (
+        "SteeringPatchHandle",
+        "SteeringVector",
+    ),
+    "token_selection": (
+        "Selector",
+        "TokenPositions",
+        "at",
+        "completion",
+        "from_index",
+        "generated",
+        "prompted",
+    ),
+    "tracing": (
+        "LayerSummary",
+        "SteeringTrace",
+        "trace_steering",
+    ),
+    "train_steering_vector": (
+        "SteeringVectorTrainingSample",
+        "aggregate_activations",
+        "extract_activations",
+        "train_steering_vector",
+    ),
+    "versions": ("show_versions",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+# Public modules, whose attributes are reached without importing them.
+_MODULES = {
+    *("ablation", "aggregators", "hub", "interop", "layer_matching", "reading", "steering_operators"),
+    *("steering_vector", "token_selection", "torch_utils", "tracing", "versions"),
+}
+
+if not TYPE_CHECKING:  # to a type checker any name would be there
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_MODULES})
+
+
+class _Package(ModuleType):
+    """The package, in which no module takes the place of the function that bears its name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule in its package once it is imported.
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

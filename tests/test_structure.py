@@ -7,7 +7,6 @@ import io
 import subprocess
 import sys
 import tokenize
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,9 +156,14 @@ class TestImports:
                     names = [node.module or ""]
                 assert {part_of(name) for name in names} <= allowed, module
 
-    def test_load_no_extra_and_nothing_heavy(self) -> None:
+    def test_of_the_package_load_neither_pytorch_nor_transformers(self) -> None:
+        code = "import sys, steering_vectors; print(*({'torch', 'transformers', 'numpy', 'tqdm'} & sys.modules.keys()))"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert (loaded.stdout.strip(), loaded.stderr) == ("", "")
+
+    def test_load_no_extra(self) -> None:
         extras = ["sklearn", "gguf", "matplotlib", "typer", "rich", "accelerate", "peft", "pandas", "scipy", "jinja2"]
-        code = f"import sys, steering_vectors; print(*[name for name in {extras} if name in sys.modules])"
+        code = f"import sys; from steering_vectors import *; print(*[name for name in {extras} if name in sys.modules])"
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert (loaded.stdout.strip(), loaded.stderr) == ("", "")
 
@@ -190,13 +194,39 @@ class TestTheFrontDoor:
     def test_lists_its_names_sorted_and_once(self) -> None:
         assert steering_vectors.__all__ == sorted(set(steering_vectors.__all__))
 
-    def test_lists_exactly_what_it_imports(self) -> None:
-        names = {
-            name
-            for name, value in vars(steering_vectors).items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)
-        }
-        assert names == set(steering_vectors.__all__)
+    def test_imports_lazily_just_what_it_lists_and_what_a_type_checker_sees(self) -> None:
+        seen = _module_level_imports(ast.parse(FILES[FRONT_DOOR].read_text()).body)
+        for_type_checkers = sorted(name for name in seen if not name.endswith("__version__"))
+        lazily = sorted(
+            f"steering_vectors.{module}.{name}" for module, names in steering_vectors._NAMES.items() for name in names
+        )
+        assert lazily == for_type_checkers
+        assert sorted(name.rpartition(".")[2] for name in lazily) == steering_vectors.__all__
+
+    def test_shows_its_names_and_no_others(self) -> None:
+        shown = {name for name in dir(steering_vectors) if not name.startswith("_")}
+        modules = {module for module in FILES if not module.startswith("_") and "." not in module}
+        assert shown == {*steering_vectors.__all__, *modules} - {"demo"}
+        for name in shown:
+            assert getattr(steering_vectors, name) is not None
+
+    def test_gives_the_function_and_not_the_module_of_its_name(self) -> None:
+        code = (
+            "import steering_vectors\n"
+            "steering_vectors.aggregators.mean_aggregator()\n"
+            "import steering_vectors.train_steering_vector, steering_vectors.record_activations\n"
+            "from steering_vectors import record_activations, train_steering_vector\n"
+            "for name in ('train_steering_vector', 'record_activations'):\n"
+            "    assert getattr(steering_vectors, name) is globals()[name]\n"
+            "    assert type(globals()[name]).__name__ == 'function', globals()[name]"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_names_what_it_lacks(self) -> None:
+        with pytest.raises(AttributeError, match="module 'steering_vectors' has no attribute 'steer'"):
+            getattr(steering_vectors, "steer")  # noqa: B009
+        with pytest.raises(ImportError, match="cannot import name 'steer'"):
+            from steering_vectors import steer  # type: ignore[attr-defined]  # noqa: F401
 
     def test_has_what_0_12_2_had_and_what_is_new(self) -> None:
         assert set(steering_vectors.__all__) >= PUBLIC_SINCE_0_12_2 | PUBLIC_SINCE_1_0
