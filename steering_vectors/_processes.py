@@ -1,17 +1,23 @@
 """Share the work of one call among the processes of a torch.distributed group."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import distributed
-
-T = TypeVar("T")
 
 _DIFFERENT = "the processes of the group were given different samples or arguments: each must make the same call"
 
 
 class ElsewhereError(RuntimeError):
     """What all processes of a group raise for the failure of one of them, or for a difference between them."""
+
+
+class Contributions:
+    """The values of a step, which each process makes for itself: its ``own``, and then all ``by_rank``."""
+
+    own: Any
+    by_rank: list[Any]
 
 
 class Processes:
@@ -55,17 +61,22 @@ class Processes:
             raise ElsewhereError(_DIFFERENT)
         return [value for _, _, value in said]
 
-    def together(self, step: str, compute: Callable[[], T]) -> list[T]:
-        """What each process computes, by rank; what one raises, all raise."""
-        if self._group is None:
-            return [compute()]
+    @contextmanager
+    def together(self, step: str) -> Iterator[Contributions]:
+        """Run a step that all processes take; afterwards each has what every one contributed.
+
+        Whatever one process raises in the block, all raise.
+        """
+        made = Contributions()
         try:
-            value, error = compute(), None
+            yield made
         except ElsewhereError:
             raise
-        except BaseException as raised:
-            value, error = None, raised
-        return self.exchange(step, value, error)
+        except BaseException as error:
+            if self._group is not None:
+                self.exchange(step, None, error)
+            raise
+        made.by_rank = [made.own] if self._group is None else self.exchange(step, made.own)
 
     def check_alike(self, step: str, value: str) -> None:
         """Raise ElsewhereError unless all processes say the same at this step."""

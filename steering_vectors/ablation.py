@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from steering_vectors._models import layer_widths
+from steering_vectors._models import anatomy_of
 from steering_vectors._steering import (
     INPUT,
     OUTPUT,
@@ -16,7 +16,7 @@ from steering_vectors._steering import (
     width_message,
 )
 from steering_vectors._vectors import checked_direction
-from steering_vectors.layer_matching import ModelLayerConfig, find_layers
+from steering_vectors.layer_matching import ModelLayerConfig, layers_of
 from steering_vectors.steering_operators import ablation_operator
 
 
@@ -47,21 +47,21 @@ def ablate_everywhere(
     """
 
     def steering() -> Steering:
-        found = find_layers(model, "decoder_block", layer_config)
+        anatomy = anatomy_of(model)
+        found = layers_of(anatomy, "decoder_block", layer_config)
         checked = checked_direction(direction, "the direction").reshape(-1)
         if not bool(checked.detach().any()):
             raise ValueError("the direction is zero, and has no line that could be ablated")
-        widths = layer_widths(model)
-        if widths and checked.shape[0] not in widths:
-            raise ValueError(width_message(checked.shape[0], 0, widths[0]))
+        if anatomy.widths and checked.shape[0] not in anatomy.widths:
+            raise ValueError(width_message(checked.shape[0], 0, anatomy.widths[0]))
         if is_steered_by_token_or_row(model):
             raise ValueError(
                 "the model is steered by token or by row: enter ablate_everywhere before, and that steering inside"
             )
-        blocks = [model.get_submodule(found.names[number]) for number in sorted(found.names)]
+        blocks = [found.modules[number] for number in sorted(found.modules)]
         places = [(0, blocks[0], INPUT), *((number, block, OUTPUT) for number, block in enumerate(blocks))]
         return Steering(
-            model, places, dict.fromkeys(range(len(blocks)), checked), ablation_operator(), 1.0, selector=None
+            anatomy, places, dict.fromkeys(range(len(blocks)), checked), ablation_operator(), 1.0, selector=None
         )
 
     steering()  # a mistake shows here, before the block

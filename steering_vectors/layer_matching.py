@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index as as_index
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
 from steering_vectors._arguments import is_whole_number
-from steering_vectors._models import decoder_blocks, known_templates, list_paths, part_path
+from steering_vectors._models import Anatomy, anatomy_of, part_path
 
 LayerType: TypeAlias = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
 LayerMatcher: TypeAlias = str | Callable[[nn.Module, int], str]
@@ -19,12 +19,13 @@ ModelLayerConfig: TypeAlias = dict[LayerType, LayerMatcher]
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers of one type: the modules' names by layer number, among ``count`` decoder blocks."""
+    """A model's layers of one type: the modules and their names by layer number, among ``count`` decoder blocks."""
 
     model: str
     layer_type: LayerType
     names: dict[int, str]
     count: int
+    modules: dict[int, nn.Module] = field(repr=False, compare=False)
 
     def numbers(self, layers: int | Iterable[int] | None) -> list[int]:
         """The layers asked for as numbers from 0, ascending, each once; None asks for all.
@@ -59,40 +60,53 @@ class Layers:
 def find_layers(
     model: nn.Module, layer_type: LayerType = "decoder_block", layer_config: ModelLayerConfig | None = None
 ) -> Layers:
-    """The model's layers of a type.
+    """Return the model's layers of a type. Raises as :func:`layers_of`, and TypeError if ``model`` is no module."""
+    return layers_of(anatomy_of(model), layer_type, layer_config)
 
-    What ``layer_config`` says of the type is taken as it is; else the text decoder's own list of blocks is looked for,
-    and in each block the part that plays the role.
 
-    Raises TypeError if ``model`` is no module or ``layer_config`` no mapping; ValueError for an unknown layer type, a
-    matcher that matches nothing, and where it is not sure which modules are meant.
+def layers_of(
+    anatomy: Anatomy, layer_type: LayerType = "decoder_block", layer_config: ModelLayerConfig | None = None
+) -> Layers:
+    """Return a model's layers of a type.
+
+    What ``layer_config`` says of the type is taken as it is. Else each of the text decoder's blocks is searched for the
+    part that plays the role.
+
+    Raises TypeError if ``layer_config`` is no mapping. Raises ValueError for an unknown layer type, a matcher that
+    matches nothing, and where it is not sure which modules are meant.
     """
-    check_model(model)
     check_layer_type(layer_type)
     matcher = _checked_config(layer_config).get(layer_type)
     if matcher is None:
-        matcher = next((known for known in known_templates(model, layer_type) if _matched(model, known)), None)
-    kind = type(model).__name__
+        known = anatomy.known_templates(layer_type)
+        matcher = next((template for template in known if _matched(anatomy.model, template)), None)
     if matcher is not None:
-        names = _matched(model, matcher)
-        if not names:
-            raise ValueError(
-                f"layer_config[{layer_type!r}] = {matcher!r} matches no module of {kind}; its lists of modules: "
-                f"{list_paths(model)}"
-            )
-        return Layers(kind, layer_type, names, max(names) + 1)
-    path, blocks = decoder_blocks(model)
+        return _layers_by_matcher(anatomy, layer_type, matcher)
+    path, blocks, kind = anatomy.blocks_path, anatomy.blocks, type(anatomy.model).__name__
     if layer_type == "decoder_block":
-        return Layers(kind, layer_type, {n: f"{path}.{n}" for n in range(len(blocks))}, len(blocks))
-    parts = {n: part_path(block, layer_type) for n, block in enumerate(blocks)}
-    names = {n: f"{path}.{n}.{part}" for n, part in parts.items() if part is not None}
-    if not names:
+        names = {n: f"{path}.{n}" for n in range(len(blocks))}
+        return Layers(kind, layer_type, names, len(blocks), dict(enumerate(blocks)))
+    parts = {n: part for n, block in enumerate(blocks) if (part := part_path(block, layer_type)) is not None}
+    if not parts:
         children = sorted({name for block in blocks for name, _ in block.named_children()})
         raise ValueError(
             f"no {layer_type} found in the blocks of {kind}, whose parts are {children}; if one of them is meant, give "
             f"layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}}"
         )
-    return Layers(kind, layer_type, names, len(blocks))
+    names = {n: f"{path}.{n}.{part}" for n, part in parts.items()}
+    modules = {n: blocks[n].get_submodule(part) for n, part in parts.items()}
+    return Layers(kind, layer_type, names, len(blocks), modules)
+
+
+def _layers_by_matcher(anatomy: Anatomy, layer_type: LayerType, matcher: LayerMatcher) -> Layers:
+    names, kind = _matched(anatomy.model, matcher), type(anatomy.model).__name__
+    if not names:
+        raise ValueError(
+            f"layer_config[{layer_type!r}] = {matcher!r} matches no module of {kind}; its lists of modules: "
+            f"{anatomy.lists_of_modules}"
+        )
+    modules = {number: anatomy.model.get_submodule(name) for number, name in names.items()}
+    return Layers(kind, layer_type, names, max(names) + 1, modules)
 
 
 def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> list[str]:
@@ -128,7 +142,7 @@ def guess_and_enhance_layer_config(
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")
     {'mlp': 'transformer.h.{num}.mlp'}
     """
-    check_model(model)
+    anatomy = anatomy_of(model)
     config: ModelLayerConfig = dict(_checked_config(layer_config))
     wanted: Iterable[LayerType] = get_args(LayerType)
     if layer_type is not None:
@@ -137,18 +151,10 @@ def guess_and_enhance_layer_config(
     for kind in wanted:
         if kind not in config:
             try:
-                config[kind] = _as_matcher(find_layers(model, kind).names)
+                config[kind] = _as_matcher(layers_of(anatomy, kind).names)
             except ValueError:
                 continue
     return config
-
-
-def check_model(model: object) -> None:
-    """Raise TypeError unless ``model`` is a module."""
-    if isinstance(model, nn.Module):
-        return
-    advice = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-    raise TypeError(f"model must be a torch.nn.Module such as a Hugging Face model, got {type(model).__name__}{advice}")
 
 
 def check_layer_type(layer_type: object) -> None:

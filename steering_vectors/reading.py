@@ -16,8 +16,8 @@ from steering_vectors._extraction import (
     ReadPrompt,
     ReadTokenIndex,
     extractor_for,
-    vocabulary_of,
 )
+from steering_vectors._models import anatomy_of
 from steering_vectors._steering import TokenSelection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 from steering_vectors.token_selection import from_index
@@ -55,8 +55,9 @@ def read_activations(
     {0: (3, 32), 1: (3, 32)}
     """
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-    extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
-    reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
+    anatomy = anatomy_of(model)
+    extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
+    reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
     rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
@@ -105,9 +106,10 @@ def residual_norms(
     """
     if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be several texts or chats, got {type(texts).__name__}")
-    extract = extractor_for(model, None, "decoder_block", layer_config, batch_size)
+    anatomy = anatomy_of(model)
+    extract = extractor_for(anatomy, None, "decoder_block", layer_config, batch_size)
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-    reading = Reading(tokenize, -1, from_index(1), vocabulary=vocabulary_of(model))
+    reading = Reading(tokenize, -1, from_index(1), vocabulary=anatomy.vocabulary)
     read = (reading(text, name=f"text {number}") for number, text in enumerate(texts))
     norms: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
     with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:

@@ -46,7 +46,7 @@ def record_activations(
         activation = activation_of(output)
         records[number].append(activation.detach().clone() if clone_activations else activation)
 
-    modules = {number: model.get_submodule(found.names[number]) for number in numbers}
+    modules = {number: found.modules[number] for number in numbers}
     handles = attach_all(partial(after_forward, module, partial(record, number)) for number, module in modules.items())
     try:
         yield records

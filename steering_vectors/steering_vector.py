@@ -134,8 +134,7 @@ class SteeringVector:
                 self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
             )
 
-        steering()  # a mistake shows here, before the block
-        warn_of_another_model(self.metadata, model)
+        warn_of_another_model(self.metadata, steering().anatomy)  # a mistake shows here, before the block
         return SteeringContext(lambda: SteeringPatchHandle(steering()))
 
     def patch(
@@ -161,7 +160,7 @@ class SteeringVector:
         steering = steering_of(
             self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
         )
-        warn_of_another_model(self.metadata, model)
+        warn_of_another_model(self.metadata, steering.anatomy)
         return SteeringPatchHandle(steering)
 
     patch_activations = patch

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._extraction import shared_prefix
-from steering_vectors._models import along_tokens, attach_all, pass_modules, remove_all
+from steering_vectors._models import along_tokens, anatomy_of, attach_all, check_model, remove_all
 from steering_vectors._passes import ForwardPass, Need, PassTracker
 from steering_vectors._steering import changes_of, traced
-from steering_vectors.layer_matching import check_model
 
 
 def trace_steering(model: nn.Module) -> "SteeringTrace":
@@ -78,7 +77,7 @@ class SteeringTrace:
         model = self._model()
         if model is None:
             raise RuntimeError("the model of this trace is gone: make a new one by trace_steering(model)")
-        handles = attach_all(self._tracker.registrations(pass_modules(model)))
+        handles = attach_all(self._tracker.registrations(anatomy_of(model).pass_modules))
         self._stack.callback(remove_all, handles)
         self._modules = {id(module) for module in model.modules()}
         self._stack.enter_context(traced(self._note))

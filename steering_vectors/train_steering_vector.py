@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from itertools import islice
 from typing import Any, TypeAlias
@@ -23,9 +22,8 @@ from steering_vectors._extraction import (
     ReadTokenIndex,
     chat_template_of,
     extractor_for,
-    vocabulary_of,
 )
-from steering_vectors._models import check_unsharded
+from steering_vectors._models import anatomy_of, check_unsharded
 from steering_vectors._processes import Processes
 from steering_vectors._steering import TokenSelection, active_patches
 from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
@@ -133,30 +131,27 @@ def train_steering_vector(
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
     processes, record = Processes(process_group), TrainingRecord()
-
-    def accumulated() -> _Accumulators:
-        """Of this process's share of the samples."""
-        check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
-        tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-        extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
-        reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
-        if process_group is not None:
-            check_unsharded(model)
-        processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
-        own = _Accumulators(aggregator)
-        on_cpu = move_to_cpu or process_group is not None
-        for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None, processes, record):
-            own.add(replace(part, rows=part.rows.to("cpu")) if on_cpu else part)
-        return own
-
     with torch.inference_mode(False):  # from its tensors nothing could learn later
-        parts = processes.together("the rows", accumulated)
-        directions = processes.together("the directions", partial(_directions, aggregator, parts))[processes.rank]
+        with processes.together("the rows") as accumulators:
+            check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
+            tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
+            anatomy = anatomy_of(model)
+            extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
+            reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
+            if process_group is not None:
+                check_unsharded(model)
+            processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
+            accumulators.own = _Accumulators(aggregator, on_cpu=move_to_cpu or process_group is not None)
+            bar = tqdm_desc if show_progress else None
+            for rows in _rows(extract, reading, training_samples, bar, processes, record):
+                accumulators.own.add(rows)
+        with processes.together("the directions") as directions:
+            directions.own = _merged(aggregator, accumulators.by_rank).directions()
     read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
     made = _of_call(model, repr(aggregator), read, layer_config)
     template = of_template(chat_template_of(tokenizer), chat_template_kwargs)
-    metadata = {**of_model(model), **template, **made, **record.entries(), **of_libraries()}
-    return SteeringVector(directions, layer_type, metadata=metadata)
+    metadata = {**of_model(anatomy), **template, **made, **record.entries(), **of_libraries()}
+    return SteeringVector(directions.own, layer_type, metadata=metadata)
 
 
 def extract_activations(
@@ -189,8 +184,9 @@ def extract_activations(
     """
     found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in _SIDES}
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-    extract = extractor_for(model, layers, layer_type, layer_config, batch_size)
-    reading = Reading(tokenize, read_token_index, tokens, vocabulary=vocabulary_of(model))
+    anatomy = anatomy_of(model)
+    extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
+    reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
     with torch.inference_mode(False):
         for part in _rows(extract, reading, training_samples, tqdm_desc if show_progress else None):
             rows = part.rows.to("cpu") if move_to_cpu else part.rows
@@ -251,25 +247,27 @@ def _of_call(model: nn.Module, method: str, read: str, layer_config: ModelLayerC
     return {name: without_addresses(text) for name, text in told.items() if text}
 
 
-def _directions(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> dict[int, Tensor]:
-    """The directions of all processes' rows, by layer."""
+def _merged(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> "_Accumulators":
+    """Return the accumulators of all processes' rows."""
     if len(parts) == 1:
-        return parts[0].directions()
+        return parts[0]
     merged = _Accumulators(aggregator)
     for part in parts:  # in the same order in each process
         merged.merge(part)
-    return merged.directions()
+    return merged
 
 
 class _Accumulators:
     """An accumulator for each layer, with the width of its rows."""
 
-    def __init__(self, aggregator: Aggregator) -> None:
+    def __init__(self, aggregator: Aggregator, *, on_cpu: bool = False) -> None:
         self._aggregator = aggregator
+        self._on_cpu = on_cpu
         self._by_layer: dict[int, tuple[int, Accumulator]] = {}
 
     def add(self, part: LayerRows) -> None:
-        rows = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
+        rows = part.rows.to("cpu" if self._on_cpu else part.rows.device)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         accumulator = self._at(part.layer, rows.shape[-1])
         for side, own, samples in _by_side(part):
             accumulator.add(rows[own], side, samples)

@@ -31,7 +31,7 @@ from steering_vectors import (
     record_activations,
 )
 from tests import tiny
-from tests.test_prompts import QWEN_3
+from tests.test_tokenizing import QWEN_3
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from steering_vectors import LayerType, get_num_matching_layers, guess_and_enhance_layer_config
-from steering_vectors._models.anatomy import is_encoder_decoder, pass_modules
+from steering_vectors._models import anatomy_of
 from steering_vectors.layer_matching import collect_matching_layers, find_layers
 from tests import tiny
 from tests.test_extraction import states_of
@@ -310,19 +310,19 @@ class TestWrappers:
         }[kind]()
         wrapped = peft.get_peft_model(model, config)
         assert found_modules(wrapped, layer_type) == expected
-        assert pass_modules(wrapped)[0] is wrapped
-        assert any(expected[0] is module for module in pass_modules(wrapped)[-1].modules())
+        assert anatomy_of(wrapped).pass_modules[0] is wrapped
+        assert any(expected[0] is module for module in anatomy_of(wrapped).decoder.modules())
         assert found_modules(Wrapper(wrapped), layer_type) == expected
 
     def test_passes_go_from_the_wrapper_to_the_text_decoder(self) -> None:
         model = tiny.shared("opt")
         wrapped = Wrapper(model)
-        assert pass_modules(wrapped) == [wrapped, model, model.model, model.model.decoder]
-        assert pass_modules(llava())[-1] is found_modules_parent(llava())
+        assert anatomy_of(wrapped).pass_modules == (wrapped, model, model.model, model.model.decoder)
+        assert anatomy_of(llava()).decoder is found_modules_parent(llava())
 
     def test_a_wrapped_encoder_decoder_is_told(self) -> None:
-        assert is_encoder_decoder(Wrapper(t5()))
-        assert not is_encoder_decoder(Wrapper(tiny.shared("gpt2")))
+        assert anatomy_of(Wrapper(t5())).is_encoder_decoder
+        assert not anatomy_of(Wrapper(tiny.shared("gpt2"))).is_encoder_decoder
 
 
 class TestAnExplicitConfig:

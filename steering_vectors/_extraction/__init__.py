@@ -7,7 +7,7 @@ Directions are made of the rows elsewhere.
 
 from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPrompt
 from steering_vectors._extraction.packs import shared_prefix
-from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for, vocabulary_of
+from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
 
 __all__ = [
@@ -22,5 +22,4 @@ __all__ = [
     "chat_template_of",
     "extractor_for",
     "shared_prefix",
-    "vocabulary_of",
 ]

@@ -23,16 +23,14 @@ from steering_vectors._extraction.masks import (
 from steering_vectors._extraction.packs import PACK_SIZE, Pack, chains, cheapest_packs, cost, pack_prompts, visible
 from steering_vectors._extraction.verification import Probe, Verification, alike
 from steering_vectors._models import (
+    anatomy_of,
     by_tokens,
     has_hooks_of_users,
     input_device,
     is_sharded,
     kept_states,
-    learns_prompts,
-    pass_modules,
     read_pass,
     stateful_modules,
-    text_config,
     virtual_tokens,
     without_data_parallelism,
 )
@@ -86,7 +84,8 @@ class Extractor:
         self.layers = sorted(modules)
         self._modules = modules
         self._batch_size = batch_size
-        self._config = text_config(model)
+        self._anatomy = anatomy_of(self._model)
+        self._config = self._anatomy.text_config
         self._depends_on_length = depends_on_length(self._config)
         self._stateful = stateful_modules(model)
         self._ways = self._find_ways()
@@ -150,9 +149,9 @@ class Extractor:
     def _find_ways(self) -> list[_Way]:
         """The ways to try, the cheapest first; the last one is the model itself, run as its user would run it."""
         whole = [_Way(self._model), _Way(self._model, one_at_a_time=True)]
-        decoder = pass_modules(self._model)[-1]
+        decoder = self._anatomy.decoder
         if (
-            learns_prompts(self._model)
+            self._anatomy.learns_prompts
             or is_sharded(self._model)
             or is_steered_by_token(self._model)
             or not set(self._modules.values()) <= set(decoder.modules())

@@ -1,19 +1,17 @@
 """What to read of a model, and of prompts: layers, and tokens."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from operator import index as as_index
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
 from steering_vectors._arguments import is_whole_number
 from steering_vectors._extraction.extractor import Extractor, ReadPrompt
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, TokenizedPrompt
-from steering_vectors._models import configured, is_encoder_decoder, takes_tokens_again
+from steering_vectors._models import Anatomy
 from steering_vectors._steering import TokenSelection, as_selector, check_not_steered_by_row
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_model, find_layers
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
 from steering_vectors.token_selection import TokenPositions, selected
 
 # How many pairs are tokenized, and run in the order that suits the model, at a time.
@@ -23,34 +21,24 @@ ReadTokenIndex: TypeAlias = int | Callable[[str], int]
 
 
 def extractor_for(
-    model: nn.Module,
+    anatomy: Anatomy,
     layers: int | Iterable[int] | None,
     layer_type: LayerType,
     layer_config: ModelLayerConfig | None,
     batch_size: int,
 ) -> Extractor:
     """What runs the model and reads these layers. Raises TypeError or ValueError for what can't be read."""
-    check_model(model)
-    check_not_steered_by_row(model)
-    kind = type(model).__name__
-    if is_encoder_decoder(model):
+    check_not_steered_by_row(anatomy.model)
+    kind = type(anatomy.model).__name__
+    if anatomy.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder model; steering vectors are trained on decoder-only ones")
     if not is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-    found = find_layers(model, layer_type, layer_config)
-    modules = {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
-    if takes_tokens_again(model):
+    found = layers_of(anatomy, layer_type, layer_config)
+    modules = {n: found.modules[n] for n in found.numbers(layers)}
+    if anatomy.takes_tokens_again:
         raise ValueError(f"{kind} takes some of a row's tokens again and in another order; it can't be read")
-    return Extractor(model, modules, batch_size=batch_size)
-
-
-def vocabulary_of(model: nn.Module) -> int | None:
-    """How many token ids the model has embeddings for; None where that can't be told."""
-    get_embeddings = getattr(configured(model), "get_input_embeddings", None)
-    with suppress(NotImplementedError, AttributeError):
-        embeddings = get_embeddings() if callable(get_embeddings) else None
-        return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
-    return None
+    return Extractor(anatomy.model, modules, batch_size=batch_size)
 
 
 class Reading:

@@ -5,20 +5,7 @@ It finds the text decoder, its blocks and their parts, attaches hooks to them, a
 It knows nothing of directions, selectors or prompts.
 """
 
-from steering_vectors._models.anatomy import (
-    configured,
-    decoder_blocks,
-    is_encoder_decoder,
-    known_templates,
-    layer_widths,
-    learns_prompts,
-    list_paths,
-    part_path,
-    pass_modules,
-    puts_columns_first,
-    takes_tokens_again,
-    text_config,
-)
+from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, parameters_of
 from steering_vectors._models.axes import along_tokens, by_tokens
 from steering_vectors._models.hooks import (
     Removable,
@@ -34,6 +21,7 @@ from steering_vectors._models.hooks import (
     with_activation,
     with_input,
 )
+from steering_vectors._models.parts import part_path
 from steering_vectors._models.running import (
     check_unsharded,
     input_device,
@@ -46,35 +34,28 @@ from steering_vectors._models.running import (
 )
 
 __all__ = [
+    "Anatomy",
     "Removable",
     "activation_of",
     "after_forward",
     "along_tokens",
+    "anatomy_of",
     "attach_all",
     "before_forward",
     "by_tokens",
+    "check_model",
     "check_unsharded",
-    "configured",
-    "decoder_blocks",
     "has_hooks_of_users",
     "input_device",
     "input_of",
-    "is_encoder_decoder",
     "is_sharded",
     "kept_states",
-    "known_templates",
-    "layer_widths",
-    "learns_prompts",
-    "list_paths",
     "never_compiled",
+    "parameters_of",
     "part_path",
-    "pass_modules",
-    "puts_columns_first",
     "read_pass",
     "remove_all",
     "stateful_modules",
-    "takes_tokens_again",
-    "text_config",
     "unless_removed",
     "virtual_tokens",
     "with_activation",

@@ -1,38 +1,14 @@
-"""How Hugging Face's models are built: where the text decoder, its blocks and their parts stand."""
+"""Look at a model once: its config, its text decoder, the decoder's blocks, and the modules around a pass."""
 
 import inspect
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from torch import nn
-
-# Where a block keeps its parts, by the names that transformers' models use, the most telling ones first.
-_PART_PATHS = {
-    "self_attn": """
-        self_attn attn attention self_attention self_att multi_head_attention rel_attn dec_attn norm_attn_norm.attn
-        temporal_block mixer layer.0.SelfAttention
-    """,
-    "mlp": """
-        mlp feed_forward ffn block_sparse_moe shared_mlp mlp_block ff pos_ff moe fc2 mixer output.dense
-        layer.2.DenseReluDense layer.1.DenseReluDense
-    """,
-    "input_layernorm": """
-        input_layernorm ln_1 self_attn_layer_norm norm1 norm_1 ln1 layernorm1 layer_norm1 ln_attn attn_norm
-        attention_layernorm operator_norm temporal_pre_norm norm norm_attn_norm.norm_1 attention.ln attention.layer_norm
-        self_att.layernorm_before_attention layer.0.layer_norm
-    """,
-    "post_attention_layernorm": """
-        post_attention_layernorm ln_2 final_layer_norm norm2 norm_2 ln2 layernorm2 layer_norm2 ln_mlp mlp_norm
-        pre_ff_layernorm pre_feedforward_layernorm pre_mlp_layernorm feedforward_layernorm ffn_norm channel_pre_norm
-        feed_forward_layer_norm norm_ffn norm_attn_norm.norm_2 feed_forward.layer_norm ffn.layernorm_before_ffn
-        layer.2.layer_norm layer.1.layer_norm
-    """,
-}
-# Names under which hybrid models keep parts of different kinds in different blocks: the class tells which.
-_MIXED_PARTS = {"temporal_block", "mixer"}
-_CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": re.compile("mlp|moe|experts", re.I)}
 
 # Models that have no list of blocks, but one for each part: a block's last part gives its output.
 _TEMPLATES: dict[str, dict[str, str]] = {
@@ -43,68 +19,177 @@ _TEMPLATES: dict[str, dict[str, str]] = {
         "post_attention_layernorm": "transformer.layer_norm1.{num}",
     }
 }
-
 _LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # What decoders call their list of blocks, where it isn't the only list of its length.
 _BLOCK_LIST_NAMES = {"layers", "layer", "blocks", "block", "h"}
 _DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder")
+# Their activations are (seq, batch, hidden).
+_COLUMNS_FIRST = ("fsmt", "xlnet")
 
 
-def pass_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules from ``model`` to its text decoder that take a whole pass's arguments, outermost first."""
-    decoder = _text_decoder(model)
-    path = next((name for name, module in model.named_modules() if module is decoder), "")
-    names = path.split(".") if path else []
-    return [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A model as it is built.
 
-
-def layer_widths(model: nn.Module) -> list[int]:
-    """The widths that the config allows the text decoder's layers; none where it doesn't say.
-
-    A few models stream several times their width from block to block.
+    ``configured`` is the outermost module with a config, inside wrappers such as DistributedDataParallel.
+    ``pass_modules`` are those that take a whole pass's arguments, from the model to its text decoder.
     """
-    config = _text_config(configured(model))
-    width = getattr(config, "hidden_size", None)
-    return [width, width * getattr(config, "hc_count", 1)] if isinstance(width, int) else []
+
+    model: nn.Module
+    configured: nn.Module
+    pass_modules: tuple[nn.Module, ...]
+    config: Any = field(repr=False)
+    text_config: Any = field(repr=False)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The innermost module that holds the text decoder: no tower, no encoder beside a decoder."""
+        return self.pass_modules[-1]
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths that the config allows the text decoder's layers; none where it doesn't say.
+
+        A few models stream several times their width from block to block.
+        """
+        width = getattr(self.text_config, "hidden_size", None)
+        return [width, width * getattr(self.text_config, "hc_count", 1)] if isinstance(width, int) else []
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True if the config says so."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def columns_first(self) -> bool:
+        """True if activations are ``(seq, batch, hidden)``."""
+        return getattr(self.config, "model_type", None) in _COLUMNS_FIRST
+
+    @property
+    def takes_tokens_again(self) -> bool:
+        """True if a pass may compute some tokens of a row again, and in another order, as XLNet's."""
+        return any("perm_mask" in parameters_of(module) for module in self.pass_modules)
+
+    @property
+    def learns_prompts(self) -> bool:
+        """True if a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
+        return bool(getattr(self._prompt_config, "is_prompt_learning", False))
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of columns that a PEFT wrapper puts before the prompt, in prompt tuning."""
+        if not self.learns_prompts or "PREFIX" in str(getattr(self._prompt_config, "peft_type", "")):
+            return 0
+        return int(getattr(self._prompt_config, "num_virtual_tokens", 0))
+
+    @property
+    def _prompt_config(self) -> Any:
+        return getattr(self.model, "active_peft_config", None)
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The text decoder's blocks. Raises ValueError where it is not sure which they are."""
+        return self._found_blocks[1]
+
+    @property
+    def blocks_path(self) -> str:
+        """The name of the list of blocks in the model. Raises as :attr:`blocks`."""
+        return self._found_blocks[0]
+
+    @cached_property
+    def _found_blocks(self) -> tuple[str, nn.ModuleList]:
+        candidates = [found for found in _block_lists(self.model) if _contains(self.decoder, found[1])]
+        for count in _layer_counts(self.text_config):
+            if fitting := [found for found in candidates if len(found[1]) == count]:
+                candidates = fitting
+                break
+        named = [found for found in candidates if found[0].rpartition(".")[2] in _BLOCK_LIST_NAMES]
+        candidates = named or candidates
+        if len(candidates) != 1:
+            paths = [f"{path}.{{num}}" for path, _ in candidates] or self.lists_of_modules
+            raise ValueError(
+                f"can't tell which modules are the decoder blocks of {type(self.model).__name__}; candidates: {paths}; "
+                f"name them by layer_config={{'decoder_block': 'PATH.{{num}}'}}"
+            )
+        return candidates[0]
+
+    @property
+    def lists_of_modules(self) -> list[str]:
+        """Templates of all lists of modules."""
+        return [f"{path}.{{num}}" for path, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
+
+    def known_templates(self, layer_type: str) -> list[str]:
+        """Return where layers are known to be, seen from a causal model and from its base model."""
+        by_layer_type = _TEMPLATES.get(getattr(self.config, "model_type", ""), {})
+        if layer_type not in by_layer_type:
+            return []
+        outer = next((name for name, module in self.model.named_modules() if module is self.configured), "")
+        path = by_layer_type[layer_type]
+        return [".".join(filter(None, (outer, inside))) for inside in (path, path.partition(".")[2])]
+
+    @property
+    def input_device(self) -> torch.device:
+        """The device that the model's input belongs on."""
+        modules = [module for module in (self._embeddings, self.model) if module is not None]
+        devices = (parameter.device for module in modules for parameter in module.parameters())
+        # Weights that are offloaded stand on no device; the hooks that bring them move the input too.
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of token ids that the model has embeddings for; None where that can't be told."""
+        return self._embeddings.num_embeddings if isinstance(self._embeddings, nn.Embedding) else None
+
+    @cached_property
+    def _embeddings(self) -> nn.Module | None:
+        get_embeddings = getattr(self.configured, "get_input_embeddings", None)
+        with suppress(NotImplementedError, AttributeError):
+            embeddings = get_embeddings() if callable(get_embeddings) else None
+            return embeddings if isinstance(embeddings, nn.Module) else None
+        return None
 
 
-def text_config(model: nn.Module) -> Any:
-    """The config of the text decoder; None where there is none."""
-    return _text_config(configured(model))
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model's config says so."""
-    return bool(getattr(getattr(configured(model), "config", None), "is_encoder_decoder", False))
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path in ``model`` and the list of the text decoder's blocks. Raises ValueError where it is not sure."""
-    decoder = _text_decoder(model)
-    candidates = [(path, blocks) for path, blocks in _block_lists(model) if _contains(decoder, blocks)]
-    counts = _layer_counts(_text_config(configured(model)))
-    fitting = next((found for n in counts if (found := [c for c in candidates if len(c[1]) == n])), candidates)
-    named = [candidate for candidate in fitting if candidate[0].rpartition(".")[2] in _BLOCK_LIST_NAMES]
-    fitting = named or fitting
-    if len(fitting) != 1:
-        raise ValueError(
-            f"can't tell which modules are the decoder blocks of {type(model).__name__}; candidates: "
-            f"{[f'{path}.{{num}}' for path, _ in fitting] or list_paths(model)}; "
-            f"name them by layer_config={{'decoder_block': 'PATH.{{num}}'}}"
-        )
-    return fitting[0]
-
-
-def _text_decoder(model: nn.Module) -> nn.Module:
-    """The innermost module that holds the text decoder: no vision or audio tower, no encoder beside a decoder."""
-    decoder = configured(model)
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Look at a model. Raises TypeError unless it is a module."""
+    check_model(model)
+    configured = next((module for module in model.modules() if hasattr(module, "config")), model)
+    decoder = configured
     while (inner := next(_inner_decoders(decoder), None)) is not None:
         decoder = inner
-    return decoder
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    names = path.split(".") if path else []
+    around = tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
+    config = getattr(configured, "config", None)
+    return Anatomy(model, configured, around, config, _text_config(config))
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a module."""
+    if isinstance(model, nn.Module):
+        return
+    advice = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+    raise TypeError(f"model must be a torch.nn.Module such as a Hugging Face model, got {type(model).__name__}{advice}")
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, Any]:
+    """Return the parameters of a module's forward method, each with its kind."""
+    own = getattr(type(module), "forward", None)
+    if getattr(module.forward, "__func__", None) is own and own is not None:
+        return dict(list(_parameters_of(own).items())[1:])  # without self
+    return _kinds(module.forward)
+
+
+def _kinds(function: Any) -> dict[str, Any]:
+    return {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+
+
+# To read a signature takes longer than a layer of a small model. Only classes' own methods are kept: others may hold a
+# model in memory.
+_parameters_of = lru_cache(maxsize=256)(_kinds)
 
 
 def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
-    """What a module itself calls its decoder, of its submodules that have blocks."""
+    """Yield the submodules that a module names as its decoder and that contain blocks."""
     get_decoder = getattr(module, "get_decoder", None)
     found = [getattr(module, name, None) for name in _DECODER_NAMES]
     if callable(get_decoder):
@@ -121,15 +206,7 @@ def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
             yield inner
 
 
-def configured(model: nn.Module) -> nn.Module:
-    """The outermost module with a config of its own, inside wrappers such as DistributedDataParallel; else the
-    model.
-    """
-    return next((module for module in model.modules() if hasattr(module, "config")), model)
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+def _text_config(config: Any) -> Any:
     get_text_config = getattr(config, "get_text_config", None)
     if not callable(get_text_config):
         return config
@@ -145,61 +222,20 @@ def _layer_counts(config: Any) -> list[int]:
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of modules with parts of their own that stand in no other list (as experts do)."""
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(outer) for outer in inside):
-            inside.append(f"{path}.")
-            if len(module) > 0 and all(any(True for _ in member.children()) for member in module):
-                yield path, module
-
-
-def known_templates(model: nn.Module, layer_type: str) -> list[str]:
-    """Where the table says that the layers are, seen from a causal model and from its base model."""
-    inner = configured(model)
-    by_layer_type = _TEMPLATES.get(getattr(getattr(inner, "config", None), "model_type", ""), {})
-    if layer_type not in by_layer_type:
-        return []
-    outer = next((name for name, module in model.named_modules() if module is inner), "")
-    path = by_layer_type[layer_type]
-    return [".".join(filter(None, (outer, inside))) for inside in (path, path.partition(".")[2])]
-
-
-def takes_tokens_again(model: nn.Module) -> bool:
-    """Whether a pass may compute some tokens of a row again, and in another order, as XLNet's."""
-    return any("perm_mask" in inspect.signature(module.forward).parameters for module in pass_modules(model))
-
-
-def puts_columns_first(model: nn.Module) -> bool:
-    """Whether activations are ``(seq, batch, hidden)``."""
-    return getattr(getattr(configured(model), "config", None), "model_type", None) in ("fsmt", "xlnet")
-
-
-def learns_prompts(model: nn.Module) -> bool:
-    """Whether a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
-
-
-def list_paths(model: nn.Module) -> list[str]:
-    """Templates of all lists of modules."""
-    return [f"{path}.{{num}}" for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    """Yield the lists of modules with parts of their own that stand in no other list, as experts do."""
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[nn.Module] = set()
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if not isinstance(module, nn.ModuleList):
+            children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+            waiting.extend(reversed(children))
+        elif len(module) > 0 and all(any(True for _ in member.children()) for member in module):
+            yield path, module
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:
     return any(part is inner for inner in module.modules())
-
-
-def part_path(block: nn.Module, layer_type: str) -> str | None:
-    """Where the block keeps the part that plays the role; None if it has none."""
-    for path in _PART_PATHS[layer_type].split():
-        try:
-            part = block.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(part, (nn.ModuleList, nn.Identity)):
-            continue
-        class_name = _CLASS_OF_MIXED_PART.get(layer_type) if path in _MIXED_PARTS else None
-        if class_name is not None and not class_name.search(type(part).__name__):
-            continue
-        return path
-    return None

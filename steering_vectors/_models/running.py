@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steering_vectors._models.anatomy import configured, learns_prompts, pass_modules
+from steering_vectors._models.anatomy import anatomy_of, parameters_of
 from steering_vectors._models.hooks import activation_of, after_forward, attach_all, remove_all
 
 
@@ -80,21 +80,11 @@ def without_data_parallelism(model: nn.Module) -> nn.Module:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many columns a PEFT wrapper puts before the prompt, in prompt tuning."""
-    config = getattr(model, "active_peft_config", None)
-    if not learns_prompts(model) or "PREFIX" in str(getattr(config, "peft_type", "")):
-        return 0
-    return int(getattr(config, "num_virtual_tokens", 0))
+    return anatomy_of(model).virtual_tokens
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """The device that the model's input belongs on."""
-    get_embeddings = getattr(configured(model), "get_input_embeddings", None)
-    embeddings = get_embeddings() if callable(get_embeddings) else None
-    modules = [module for module in (embeddings, model) if isinstance(module, nn.Module)]
-    devices = (parameter.device for module in modules for parameter in module.parameters())
-    # Weights that are offloaded stand on no device; the hooks that bring them move the input too.
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+    return anatomy_of(model).input_device
 
 
 def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -103,11 +93,11 @@ def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     Arguments that the model's forward method doesn't know are left out.
     """
     known: set[str] = set()
-    for module in pass_modules(model):
-        parameters = inspect.signature(module.forward).parameters
+    for module in anatomy_of(model).pass_modules:
+        parameters = parameters_of(module)
         known |= parameters.keys()
         # A wrapper such as PEFT's hands on what it doesn't know itself.
-        if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
+        if inspect.Parameter.VAR_KEYWORD not in parameters.values():
             break
     options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
     kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._models import Removable, after_forward, before_forward, unless_removed
+from steering_vectors._models import Removable, after_forward, before_forward, parameters_of, unless_removed
 from steering_vectors._passes.arguments import PassArguments, merge_arguments, pass_arguments, say_the_same
 from steering_vectors._passes.caches import CacheMemory
 from steering_vectors._passes.checkpointing import checkpoint_registrations
@@ -180,5 +180,5 @@ class PassTracker:
 
 
 def _positional_names(module: nn.Module) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, kind in parameters_of(module).items() if kind in kinds]

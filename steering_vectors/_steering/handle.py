@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._models import along_tokens, attach_all, pass_modules, puts_columns_first, remove_all
+from steering_vectors._models import Anatomy, along_tokens, attach_all, check_model, remove_all
 from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
 from steering_vectors._steering.change import Change, attach_change, changes_of
-from steering_vectors.layer_matching import check_model
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.token_selection import KnownSelector, Selector, expand_rows, selected
 
@@ -32,7 +31,7 @@ class Steering:
     ``this_thread_only`` only passes in the thread that attaches it are steered.
     """
 
-    model: nn.Module
+    anatomy: Anatomy
     places: Sequence[tuple[int, nn.Module, str]]
     directions: Mapping[int, Tensor]
     operator: PatchDeltaOperator
@@ -58,7 +57,7 @@ class SteeringPatchHandle:
         self._operator = steering.operator
         self._multiplier = steering.multiplier
         self._selector = steering.selector
-        self._columns_first = puts_columns_first(steering.model)
+        self._columns_first = steering.anatomy.columns_first
         self._tracker = PassTracker(_need_of(steering))
         self._thread = this_thread() if steering.this_thread_only else None
         self._order = next(_ORDER)
@@ -75,7 +74,7 @@ class SteeringPatchHandle:
         self._changes = [Change(self, layer, steering.directions[layer], **asked) for layer, _, _ in steering.places]
         self._hooks = attach_all(
             [
-                *self._tracker.registrations(pass_modules(steering.model)),
+                *self._tracker.registrations(steering.anatomy.pass_modules),
                 *(
                     partial(attach_change, module, change, place)
                     for change, (_, module, place) in zip(self._changes, steering.places, strict=True)

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from steering_vectors._models import layer_widths, learns_prompts, takes_tokens_again
+from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._steering.change import OUTPUT, width_message
 from steering_vectors._steering.handle import Steering
 from steering_vectors._vectors import checked_directions, type_and_depth
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, find_layers
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
 
 
@@ -32,11 +32,12 @@ def steering_of(
 ) -> Steering:
     """The vector's steering of a model, with all that can be checked before the model runs."""
     check_layer_type(vector.layer_type)
-    found = find_layers(model, vector.layer_type, layer_config)
+    anatomy = anatomy_of(model)
+    found = layers_of(anatomy, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_operator(operator)
     if selector is not None or (isinstance(multiplier, Tensor) and multiplier.ndim == 1):
-        _check_tokens_can_be_told(model)
+        _check_tokens_can_be_told(anatomy)
     directions = checked_directions(vector.layer_activations)
     if not directions:
         raise ValueError("this steering vector has no directions")
@@ -47,35 +48,35 @@ def steering_of(
             same = [key for key in directions if found.number(key) == number]
             raise ValueError(f"the vector's layers {same} are one layer of this model, number {number}")
         by_number[number] = direction
-    widths = [] if layer_config and vector.layer_type in layer_config else layer_widths(model)
+    widths = [] if layer_config and vector.layer_type in layer_config else anatomy.widths
     width = next(iter(by_number.values())).shape[-1]
     if widths and width not in widths:
         raise ValueError(width_message(width, min(by_number), widths[0]))
-    modules = {number: model.get_submodule(found.names[number]) for number in sorted(by_number)}
+    modules = {number: found.modules[number] for number in sorted(by_number)}
     if len(set(modules.values())) < len(modules):
         raise ValueError(
             f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
         )
     places = [(number, module, OUTPUT) for number, module in modules.items()]
-    return Steering(model, places, by_number, operator, multiplier, selector, this_thread_only)
+    return Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only)
 
 
-def _check_tokens_can_be_told(model: nn.Module) -> None:
-    if learns_prompts(model):
+def _check_tokens_can_be_told(anatomy: Anatomy) -> None:
+    if anatomy.learns_prompts:
         raise ValueError(
             "prompt learning puts virtual tokens before the prompt's own, so it can't be told exactly which tokens to "
             "steer; steer all tokens"
         )
-    if takes_tokens_again(model):
+    if anatomy.takes_tokens_again:
         raise ValueError(
-            f"can't tell where the tokens stand in {type(model).__name__}, which takes some of a row's again and in "
-            f"another order; steer all tokens"
+            f"can't tell where the tokens stand in {type(anatomy.model).__name__}, which takes some of a row's again "
+            f"and in another order; steer all tokens"
         )
 
 
-def warn_of_another_model(metadata: Mapping[str, str], model: nn.Module) -> None:
+def warn_of_another_model(metadata: Mapping[str, str], anatomy: Anatomy) -> None:
     """Warn if the metadata tell of another type of model, or of one of another depth. Names are not compared."""
-    here = type_and_depth(model)
+    here = type_and_depth(anatomy)
     others = [
         f"{name} {metadata[name]!r}, here {here[name]!r}"
         for name in ("model_type", "layers_of_model")

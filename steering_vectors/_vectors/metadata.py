@@ -8,9 +8,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
-
-from steering_vectors._models import configured, decoder_blocks, text_config
+from steering_vectors._models import Anatomy
 from steering_vectors._version import __version__
 
 
@@ -70,18 +68,17 @@ class TrainingRecord:
         return {"samples": str(self._prompts // 2), **hashes}
 
 
-def of_model(model: nn.Module) -> dict[str, str]:
+def of_model(anatomy: Anatomy) -> dict[str, str]:
     """What tells a model: its type and size, its name and revision, and what its activations' last digits depend on."""
-    config: Any = getattr(configured(model), "config", None)
-    text: Any = text_config(model)
+    model, config = anatomy.model, anatomy.config
     quantization: Any = getattr(config, "quantization_config", None)
     found: dict[str, Any] = {
         "base_model": _without_folders(str(getattr(config, "_name_or_path", None) or "")),
         "quantization": getattr(quantization, "quant_method", None),
         "adapters": ", ".join(f"{name}: {own}" for name, own in getattr(model, "peft_config", {}).items()),
         "base_model_revision": getattr(config, "_commit_hash", None),
-        "attention_implementation": getattr(text, "_attn_implementation", None),
-        **type_and_depth(model),
+        "attention_implementation": getattr(anatomy.text_config, "_attn_implementation", None),
+        **type_and_depth(anatomy),
     }
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     found["dtype"] = ", ".join(sorted(dtypes))
@@ -94,11 +91,11 @@ def _without_folders(name: str) -> str:
     return os.path.basename(os.path.normpath(name.replace("\\", "/"))) if is_path or name.count("/") > 1 else name
 
 
-def type_and_depth(model: nn.Module) -> dict[str, str]:
+def type_and_depth(anatomy: Anatomy) -> dict[str, str]:
     """The text decoder's model type and its number of blocks, as far as they can be told."""
-    found = {"model_type": getattr(text_config(model), "model_type", None)}
+    found = {"model_type": getattr(anatomy.text_config, "model_type", None)}
     with suppress(ValueError):  # then layer_config says where they are
-        found["layers_of_model"] = str(len(decoder_blocks(model)[1]))
+        found["layers_of_model"] = str(len(anatomy.blocks))
     return {name: value for name, value in found.items() if value}
 
 
