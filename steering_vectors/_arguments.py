@@ -3,6 +3,9 @@
 import inspect
 import math
 import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_origin, get_type_hints
 
 
 def check_takes(function: object, arguments: int, what: str, example: str) -> None:
@@ -12,16 +15,40 @@ def check_takes(function: object, arguments: int, what: str, example: str) -> No
     """
     if not callable(function):
         raise TypeError(f"{what} must be callable, such as {example}, got {type(function).__name__}")
+    wanted = f"{what} must be callable with {arguments} argument{'s' if arguments > 1 else ''}, such as {example}"
+    if _makes_callables(function):
+        raise TypeError(f"{wanted}, and {_name(function)} makes one instead{call_hint(function)}")
     try:
         inspect.signature(function).bind(*range(arguments))
     except TypeError as error:
-        name = getattr(function, "__name__", repr(function))
-        raise TypeError(
-            f"{what} must be callable with {arguments} argument{'s' * (arguments > 1)}, such as {example}, and {name} "
-            f"is not ({error}); did you mean {name}(…), what it gives?"
-        ) from error
-    except ValueError:  # some functions written in C don't tell
+        raise TypeError(f"{wanted}, and {_name(function)} is not ({error}){call_hint(function)}") from error
+    except ValueError:  # some functions written in C have no signature
         return
+
+
+def call_hint(function: object) -> str:
+    """Return the end of a message about a function that makes operators, selectors and the like, given uncalled."""
+    return f"; did you forget to call it: {_name(function)}(…)?"
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__name__", repr(function)))
+
+
+def _makes_callables(function: Callable[..., Any]) -> bool:
+    """Return True for a class whose objects are callable, and for a function annotated to return a callable."""
+    made: Any = function
+    if not isinstance(function, type):
+        while isinstance(function, partial):
+            function = function.func
+        called = function if inspect.isroutine(function) else type(function).__call__
+        try:
+            made = get_type_hints(called).get("return")
+        except (AttributeError, NameError, SyntaxError, TypeError):  # annotations that can't be evaluated here
+            return False
+    if get_origin(made) is Callable:
+        return True
+    return isinstance(made, type) and any("__call__" in vars(base) for base in made.__mro__)
 
 
 def is_whole_number(value: object) -> bool:

@@ -1,21 +1,39 @@
 """Operators: from an activation and a direction to the change of the activation.
 
-An operator is any callable that gets the activation ``(batch, seq, hidden)`` and the direction times the multiplier,
-of a shape that broadcasts to it, both in the activation's dtype, and returns what is to be added to the activation. The
-result is computed for all tokens and added to the selected ones.
+:class:`PatchDeltaOperator` says what an operator gets, and what it returns.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from steering_vectors._arguments import check_takes, finite_number
 
-PatchDeltaOperator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+class PatchDeltaOperator(Protocol):
+    """Any callable from an activation and a direction to what is to be added to the activation.
+
+    The activation is ``(batch, seq, hidden)``, or as the layer has it, in the model's dtype.
+    The direction has been multiplied by the multiplier, and has a shape that broadcasts to the activation. It is in
+    float32, or in float64 where the model is, so that it neither vanishes nor overflows in half precision.
+    What mixes the two is float32 too, where PyTorch promotes: ``*`` and ``+`` do. Matrix products don't: write
+    ``h.float() @ d``, or ``h @ d.to(h.dtype)``.
+
+    The result may have any dtype, and any shape that broadcasts to the activation. It is computed for all tokens,
+    brought to the activation's dtype, and added at the selected tokens.
+    A function or a lambda will do, and need not say anything of itself. One that returns the direction as it got it,
+    ``return direction``, costs a single addition.
+
+    >>> double: PatchDeltaOperator = lambda activation, direction: 2 * direction
+    >>> with vector.apply(model, operator=double):
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    """
+
+    def __call__(self, activation: Tensor, direction: Tensor, /) -> Tensor:
+        """Return what is to be added to the activation."""
 
 
 def addition_operator() -> PatchDeltaOperator:
@@ -117,23 +135,8 @@ def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator
 
 
 def check_operator(operator: object) -> None:
-    """Raise TypeError for what is no operator, also for one of the functions here that make one."""
-    if any(operator is factory for factory in _FACTORIES):
-        name = getattr(operator, "__name__", "")
-        raise TypeError(f"{name} is no operator itself: did you mean {name}(…), what it gives?")
+    """Raise TypeError for what is no operator, also for a function that makes one."""
     check_takes(operator, 2, "operator", "ablation_operator()")
-
-
-_FACTORIES = (
-    *(addition_operator, ablation_operator, ablation_then_addition_operator),
-    *(clamp_operator, rotation_operator, norm_preserving_operator),
-)
-
-
-def ignores_length(operator: PatchDeltaOperator) -> bool:
-    """Whether it is known of the operator that the direction's length does nothing."""
-    inner = operator.operator if isinstance(operator, _NormPreserving) else operator
-    return isinstance(inner, (_Ablation, _Clamp, _Rotation))
 
 
 def unit_direction(direction: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ class _Clamp:
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
         unit = unit_direction(_wide(direction))
         projection = (_wide(activation) * unit).sum(dim=-1, keepdim=True)
-        return ((projection.clamp(self.min, self.max) - projection) * unit).to(activation.dtype)
+        return ((projection.clamp(self.min, self.max) - projection) * unit).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
         bounds = [f"{name}={bound}" for name, bound in (("min", self.min), ("max", self.max)) if bound is not None]
@@ -199,7 +202,7 @@ class _Rotation:
         has_plane = square > (4 * torch.finfo(activation.dtype).eps) ** 2
         aside = aside * torch.where(has_plane, square, 1).rsqrt()
         delta = (math.cos(self.angle) - 1) * wide + math.sin(self.angle) * _norm(wide) * aside
-        return torch.where(has_plane, delta, 0).to(activation.dtype)
+        return torch.where(has_plane, delta, 0).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
         return f"rotation_operator({self.angle})"
@@ -214,7 +217,7 @@ class _NormPreserving:
         steered = wide + self.operator(activation, direction)
         norm = _norm(steered)
         delta = _norm(wide) / torch.where(norm > 0, norm, 1) * steered - wide
-        return torch.where(norm > 0, delta, 0).to(activation.dtype)
+        return torch.where(norm > 0, delta, 0).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
         return f"norm_preserving_operator({self.operator!r})"
@@ -222,6 +225,10 @@ class _NormPreserving:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _promoted(activation: Tensor, direction: Tensor) -> torch.dtype:
+    return torch.promote_types(activation.dtype, direction.dtype)
 
 
 def _norm(wide: Tensor) -> Tensor:

@@ -116,8 +116,9 @@ class SteeringVector:
         With ``this_thread_only`` only passes in the thread that enters are steered, and not those of other threads that
         run the same model at once, nor of threads started inside the block.
 
-        The change is computed in the activation's dtype, on its device. Directions that require grad get it, also under
-        gradient checkpointing, if it was enabled before.
+        The operator gets the activation in its dtype, and the direction on its device in float32 or wider. The change
+        is then brought to the activation's dtype; one that is too large for it is a ValueError in the model's pass.
+        Directions that require grad get it, also under gradient checkpointing, if it was enabled before.
 
         Raises, when called and again on entering, before anything is attached: TypeError for arguments of a wrong kind;
         ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more

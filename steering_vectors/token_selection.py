@@ -1,18 +1,19 @@
 """Which tokens: what a forward pass says of its tokens, and selectors over it.
 
 A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, seq)``: a bool mask, or weights.
+:class:`Selector` says what it may tell of itself.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from steering_vectors._arguments import is_whole_number
+from steering_vectors._arguments import call_hint, is_whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,44 @@ class TokenPositions:
     begins_sequence: bool = False
 
 
-Selector: TypeAlias = Callable[[TokenPositions], Tensor]
+class Selector(Protocol):
+    """Any callable from :class:`TokenPositions` to a bool mask or to weights ``(batch, seq)``.
+
+    A function or a lambda will do. A selector may have these attributes; without them the safe answer is taken:
+
+    ``rows``: for how many rows of a batch it tells tokens apart, 1 where it says the same of each row. By default it
+    may tell rows apart, and training inside such a steering is refused, since training makes rows of its own.
+
+    ``counts_from_end``: True where it counts columns from the end of a pass, which may be padding. By default it may,
+    and training inside such a steering is refused too.
+
+    ``needs_prompt_length``: False where it never looks at ``positions.prompt_length``, which is None then. By default
+    it may look; to find the length out under a static cache waits for the device once for each prompt.
+
+    >>> class EveryNth:
+    ...     rows, counts_from_end, needs_prompt_length = 1, False, False
+    ...
+    ...     def __init__(self, step: int) -> None:
+    ...         self.step = step
+    ...
+    ...     def __call__(self, positions: TokenPositions) -> torch.Tensor:
+    ...         return positions.index % self.step == 0
+    >>> EveryNth(2)(TokenPositions(index=torch.arange(3)[None], column=torch.arange(3)))
+    tensor([[ True, False,  True]])
+    """
+
+    def __call__(self, positions: TokenPositions, /) -> Tensor:
+        """Return which tokens are selected, or by how much."""
+
+
+def may_go_by_row_or_end(selector: Selector) -> bool:
+    """Return False only for a selector that says of itself that it does neither."""
+    return getattr(selector, "rows", None) != 1 or bool(getattr(selector, "counts_from_end", True))
+
+
+def may_need_prompt_length(selector: Selector) -> bool:
+    """Return False only for a selector that says of itself that it never looks at the prompt's length."""
+    return bool(getattr(selector, "needs_prompt_length", True))
 
 
 def from_index(n: int | Sequence[int]) -> Selector:
@@ -119,7 +157,10 @@ def selected(selector: Selector, positions: TokenPositions) -> Tensor:
     """
     weights = selector(positions)
     if not isinstance(weights, Tensor):
-        raise TypeError(f"the selector {selector!r} gave {type(weights).__name__}, expected a tensor (batch, seq)")
+        hint = call_hint(selector) if callable(weights) else ""
+        raise TypeError(
+            f"the selector {selector!r} gave {type(weights).__name__}, expected a tensor (batch, seq){hint}"
+        )
     if weights.shape != positions.index.shape:
         raise ValueError(
             f"the selector {selector!r} gave a tensor of shape {tuple(weights.shape)}, "
@@ -152,27 +193,6 @@ def expand_rows(rows: Tensor, batch: int, what: str) -> Tensor:
     return rows.repeat_interleave(batch // n, dim=0)
 
 
-class KnownSelector:
-    """What is known beforehand of the library's own selectors, and of no other callable.
-
-    ``rows``: for how many rows it tells tokens apart; 1 where it says the same of each.
-    ``counts_from_end``: whether it counts columns from the end of a pass, where padding may be.
-    ``needs_prompt_length``: whether it asks where the prompt ends, which under a static cache costs a device read.
-    """
-
-    @property
-    def rows(self) -> int:
-        return 1
-
-    @property
-    def counts_from_end(self) -> bool:
-        return False
-
-    @property
-    def needs_prompt_length(self) -> bool:
-        return False
-
-
 @dataclass(frozen=True)
 class _Prompt:
     """Where prompts end: ``lengths`` one per row, and their tokens where those are known."""
@@ -200,8 +220,9 @@ class _Prompt:
 
 
 @dataclass(frozen=True)
-class _FromIndex(KnownSelector):
+class _FromIndex:
     n: int | tuple[int, ...]
+    counts_from_end = needs_prompt_length = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         return positions.index >= _per_row(self.n, positions, "from_index")
@@ -215,8 +236,10 @@ class _FromIndex(KnownSelector):
 
 
 @dataclass(frozen=True)
-class _At(KnownSelector):
+class _At:
     indices: tuple[int, ...]
+    rows = 1
+    counts_from_end = needs_prompt_length = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         return is_one_of(positions.index, self.indices)
@@ -226,11 +249,12 @@ class _At(KnownSelector):
 
 
 @dataclass(frozen=True)
-class _Generated(KnownSelector):
+class _Generated:
     """The own tokens from each prompt's last one on, or with ``before`` those before it."""
 
     prompt: _Prompt | None
     before: bool = False
+    counts_from_end = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         last = _prompt_length(self.prompt, positions, self._name) - 1
@@ -253,13 +277,13 @@ class _Generated(KnownSelector):
 
 
 @dataclass(frozen=True)
-class _Completion(KnownSelector):
+class _Completion:
+    rows = 1
+    counts_from_end = False
+    needs_prompt_length = True
+
     def __call__(self, positions: TokenPositions) -> Tensor:
         return positions.index >= _prompt_length(None, positions, "completion")
-
-    @property
-    def needs_prompt_length(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         return "completion()"

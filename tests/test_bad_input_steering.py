@@ -1,7 +1,8 @@
 """A mistake in steering is an error that says what to do, and leaves the model as it was."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, pipeline
 
 from steering_vectors import (
+    PatchDeltaOperator,
     SteeringVector,
+    TokenPositions,
     ablation_operator,
     active_patches,
     addition_operator,
@@ -378,6 +381,36 @@ def test_what_is_no_parameter_is_refused_before_anything_is_attached(model: PreT
     assert refused(way, vector(), model, None, None, 1.0, None, None, [1]).startswith("TypeError: ")
 
 
+def of_two(scale: float, offset: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda activation, direction: scale * direction + offset
+
+
+def of_two_as_text(scale: float, offset: float) -> "PatchDeltaOperator":
+    return of_two(scale, offset)
+
+
+def of_two_unknown(activation: Tensor, direction: Tensor) -> "Nowhere":  # type: ignore[name-defined]  # noqa: F821
+    return direction
+
+
+class OfTwo:
+    def __init__(self, scale: float, offset: float) -> None: ...
+
+    def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
+        return direction
+
+
+class OfOne:
+    def __init__(self, step: int) -> None: ...
+
+    def __call__(self, positions: TokenPositions) -> Tensor:
+        return positions.index > 0
+
+
+def of_one(step: int) -> OfOne:
+    return OfOne(step)
+
+
 class TestWhatMakesAThingInTheThingSPlace:
     """A factory that was not called: its mistake shows where it is given, not in the model's pass."""
 
@@ -385,7 +418,10 @@ class TestWhatMakesAThingInTheThingSPlace:
     def test_as_operator(self, model: PreTrainedModel, way: str, operator: Any) -> None:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=operator)
         name = operator.__name__
-        assert got == f"TypeError: {name} is no operator itself: did you mean {name}(…), what it gives?"
+        assert got == (
+            f"TypeError: operator must be callable with 2 arguments, such as ablation_operator(), and {name} makes one "
+            f"instead; did you forget to call it: {name}(…)?"
+        )
 
     @pytest.mark.parametrize("operator", [lambda a: a, lambda: 0])
     def test_as_operator_of_other_arguments(self, model: PreTrainedModel, way: str, operator: Any) -> None:
@@ -395,9 +431,40 @@ class TestWhatMakesAThingInTheThingSPlace:
     @pytest.mark.parametrize("tokens", [at, completion, from_index, generated, prompted])
     def test_as_selector(self, model: PreTrainedModel, way: str, tokens: Any) -> None:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, tokens=tokens)
+        name = tokens.__name__
         assert got == (
-            f"TypeError: {tokens.__name__} is no selector itself: did you mean {tokens.__name__}(…), what it gives?"
+            f"TypeError: a selector must be callable with 1 argument, such as from_index(1), and {name} makes one "
+            f"instead; did you forget to call it: {name}(…)?"
         )
+
+    @pytest.mark.parametrize("factory", [of_two, of_two_as_text, OfTwo, partial(of_two)], ids=shown)
+    def test_of_a_user_s_own_as_operator(self, model: PreTrainedModel, way: str, factory: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=factory)
+        assert "makes one instead; did you forget to call it" in got
+
+    @pytest.mark.parametrize("factory", [of_one, OfOne], ids=shown)
+    def test_of_a_user_s_own_as_selector(self, model: PreTrainedModel, way: str, factory: Any) -> None:
+        got = refused(way, SteeringVector({1: torch.ones(32)}), model, tokens=factory)
+        assert "makes one instead; did you forget to call it" in got
+
+    @pytest.mark.parametrize(
+        "operator", [of_two(1, 2), OfTwo(1, 2), of_two_unknown, torch.add, nn.Bilinear(32, 32, 32)]
+    )
+    def test_what_is_called_already_is_taken(self, model: PreTrainedModel, operator: Any) -> None:
+        SteeringVector({1: torch.ones(32)}).apply(model, operator=operator)
+
+    def test_one_without_annotations_shows_when_the_model_runs(self, model: PreTrainedModel) -> None:
+        def halving(scale, offset):  # type: ignore[no-untyped-def]
+            return lambda activation, direction: direction / 2
+
+        def every(step):  # type: ignore[no-untyped-def]
+            return lambda positions: positions.index % step == 0
+
+        for name, kwargs in (("halving", {"operator": halving}), ("every", {"tokens": every})):
+            handle = SteeringVector({1: torch.ones(32)}).patch(model, **kwargs)
+            with pytest.raises((TypeError, ValueError), match=rf"did you forget to call it: {name}\(…\)\?"):
+                logits(model)
+            handle.remove()
 
     @pytest.mark.parametrize("number", [torch.tensor(2.0), np.float32(2), 2])
     def test_a_multiplier_in_layer_config_s_place(self, model: PreTrainedModel, way: str, number: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steering_vectors import (
     SteeringVector,
+    TokenPositions,
     ablation_operator,
     ablation_then_addition_operator,
     addition_operator,
@@ -661,3 +662,52 @@ class TestGradients:
                 model(**inputs)
             assert [steered[layer][0].dtype for layer in (1, 2)] == [plain[layer][0].dtype for layer in (1, 2)]
             assert all(bool(passes[0].isfinite().all()) for passes in steered.values())
+
+
+def reflection(activation: Tensor, direction: Tensor) -> Tensor:
+    """A user's own operator: ``h − 2 (h·u) u``."""
+    unit = direction / direction.norm(dim=-1, keepdim=True)
+    return -2 * (activation * unit).sum(dim=-1, keepdim=True) * unit
+
+
+def every_third(positions: TokenPositions) -> Tensor:
+    """A user's own selector."""
+    return positions.index % 3 == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")  # of transformers to a cached function
+class TestOperatorsAndSelectorsOfUsersInHalfPrecision:
+    """Law 8: they are as exact as the library's own, whatever the direction's size."""
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_a_reflection_is_exact_to_rounding_at_the_tokens_of_a_selector(
+        self, architecture: str, dtype: torch.dtype, compiled: bool
+    ) -> None:
+        model, inputs, vector = tiny.build(architecture).to(dtype), padded([PROMPTS[1]]), random_vector([1])
+        graphs: list[Any] = []
+        if compiled:
+            torch.compiler.reset()  # blocks share code, which after eight compilations would run uncompiled
+            tiny.blocks(model)[1].compile(backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+        unit = torch.nn.functional.normalize(vector.layer_activations[1].double(), dim=0)
+        with record_activations(model, layers=1) as plain, torch.no_grad():
+            model(**inputs)
+        before = plain[1][0][0].double()
+        is_steered = torch.arange(len(before)) % 3 == 1
+        expected = before - 2 * torch.outer(is_steered * (before @ unit), unit)
+        eps = torch.finfo(dtype).eps * float(before.abs().max())
+        for size in (1e-7, 1.0, 1e5):
+            with (
+                vector.apply(model, multiplier=size, operator=reflection, tokens=every_third),
+                record_activations(model, layers=1) as steered,
+                torch.no_grad(),
+            ):
+                model(**inputs)
+            after = steered[1][0][0]
+            assert after.dtype is plain[1][0].dtype
+            assert torch.equal(after[~is_steered], plain[1][0][0][~is_steered])
+            # The activations were rounded before and are after, by half an eps each at most.
+            torch.testing.assert_close(after.double(), expected, atol=eps, rtol=0)
+        assert bool(graphs) == compiled

@@ -633,6 +633,71 @@ class TestDtype:
         ):
             logits(model)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("multiplier", [2.0, [2.0], torch.tensor(2.0, requires_grad=True)], ids=shown)
+    def test_an_operator_gets_the_direction_in_float32_or_wider(self, dtype: torch.dtype, multiplier: Any) -> None:
+        seen: list[tuple[torch.dtype, Tensor]] = []
+
+        def look(activation: Tensor, direction: Tensor) -> Tensor:
+            seen.append((activation.dtype, direction))
+            return direction
+
+        with vector().apply(half(dtype), operator=look, multiplier=multiplier):
+            logits(half(dtype))
+        ((of_activation, direction),) = seen
+        assert of_activation is dtype
+        assert direction.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert torch.equal(direction.flatten(), 2 * vector().layer_activations[1].to(direction.dtype))
+
+    def test_only_a_change_that_overflows_is_refused_and_not_the_direction(self) -> None:
+        model, large = half(torch.float16), vector(scale=1e6)
+        with vector().apply(model, operator=lambda h, d: d / d.norm()):
+            expected = recorded(model)
+        with large.apply(model, operator=lambda h, d: d / d.norm()):
+            torch.testing.assert_close(recorded(model), expected)
+        for tokens in (None, [1], weights_of(0.0, 1.0, 0.0, 0.0, 0.0)):
+            with large.apply(model, tokens=tokens), pytest.raises(ValueError, match="layer 1: the change is too large"):
+                logits(model)
+        with large.apply(model, tokens=weights_of(0.0, 1e-6, 0.0, 0.0, 0.0)):  # the weight brings it back
+            assert bool(recorded(model).isfinite().all())
+
+    def test_what_overflows_at_tokens_that_are_not_steered_is_none(self) -> None:
+        model = half(torch.float16)
+        plain = recorded(model)
+        with vector(scale=1e6).apply(model, multiplier=[0.0]):
+            assert same_bits(recorded(model), plain)
+        with vector(scale=1e6).apply(model, operator=only_first_token, tokens=from_index(1)):
+            assert same_bits(recorded(model), plain)
+
+    @pytest.mark.parametrize(
+        "operator",
+        [
+            lambda h, d: -(h @ d.mT) * d,
+            lambda h, d: torch.nn.functional.linear(h, d[0, 0]),
+            lambda h, d: torch.einsum("bsh,h->bs", h, d.flatten())[..., None] * d,
+            lambda h, d: h.add_(d.double()).mul_(0) @ d.mT,
+        ],
+        ids=["matmul", "linear", "einsum", "in place"],
+    )
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_an_operator_that_mixes_dtypes_is_told_what_to_write(self, dtype: torch.dtype, operator: Any) -> None:
+        with (
+            vector().apply(half(dtype), operator=operator),
+            pytest.raises(
+                TypeError, match=r"mixes dtypes.* Write h @ d\.to\(h\.dtype\), or h\.float\(\) @ d"
+            ) as caught,
+        ):
+            logits(half(dtype))
+        assert isinstance(caught.value.__cause__, RuntimeError)
+
+    def test_other_errors_of_an_operator_are_its_own(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            with (
+                vector().apply(half(dtype), operator=lambda h, d: h @ d[..., 1:].to(h.dtype).mT),
+                pytest.raises(RuntimeError, match="size|shape"),
+            ):
+                logits(half(dtype))
+
     def test_a_product_that_only_the_vector_s_dtype_can_not_hold_is_none(self, model: PreTrainedModel) -> None:
         wide = SteeringVector({1: torch.full((tiny.HIDDEN,), 300.0)})
         with wide.apply(model, multiplier=300):
@@ -654,6 +719,10 @@ class TestDtype:
 
 
 HALF: dict[torch.dtype, PreTrainedModel] = {}
+
+
+def only_first_token(activation: Tensor, direction: Tensor) -> Tensor:
+    return direction * (torch.arange(activation.shape[1]) == 0)[:, None]
 
 
 def half(dtype: torch.dtype) -> PreTrainedModel:

@@ -284,7 +284,11 @@ def test_norm_preserving_leaves_what_the_inner_operator_makes_zero() -> None:
         (lambda: rotation_operator(math.inf), ValueError, "angle of rotation_operator must be finite, got inf"),
         (lambda: rotation_operator(None), TypeError, "angle of rotation_operator must be a number, got NoneType"),
         (lambda: norm_preserving_operator(0.5), TypeError, "operator must be callable"),
-        (lambda: norm_preserving_operator(addition_operator), TypeError, "did you mean addition_operator"),
+        (
+            lambda: norm_preserving_operator(addition_operator),
+            TypeError,
+            "did you forget to call it: addition_operator",
+        ),
     ],
 )
 def test_what_makes_no_operator_is_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:

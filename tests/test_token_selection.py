@@ -4,7 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,9 +15,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchEncoding
 
-from steering_vectors import Selector, TokenPositions, at, completion, from_index, generated, prompted
+from steering_vectors import (
+    Selector,
+    SteeringVector,
+    TokenPositions,
+    at,
+    completion,
+    extract_activations,
+    from_index,
+    generated,
+    prompted,
+)
 from steering_vectors._steering.token_indices import as_selector, one_selection
 from steering_vectors.token_selection import expand_rows, selected
+from tests import tiny
 
 fast = settings(max_examples=60, deadline=None)
 
@@ -509,3 +520,79 @@ def test_expanded_rows_stand_next_to_each_other(n: int, copies: int) -> None:
     rows = torch.arange(n)[:, None].expand(n, 3)
     expanded = expand_rows(rows, n * copies, "x")
     assert expanded.tolist() == [[i // copies] * 3 for i in range(n * copies)]
+
+
+class EveryOther:
+    """A user's own selector, which says of itself what it is."""
+
+    rows = 1
+    counts_from_end = needs_prompt_length = False
+
+    def __call__(self, positions: TokenPositions) -> Tensor:
+        self.prompt_length = positions.prompt_length
+        return positions.index % 2 == 0
+
+
+def every_other(positions: TokenPositions) -> Tensor:
+    return positions.index % 2 == 0
+
+
+class TestWhatASelectorSaysOfItself:
+    PAIRS: ClassVar = [("one text", "another one"), ("a third", "the last")]
+
+    def test_training_goes_through_one_that_goes_by_index_alone(self) -> None:
+        model, steering = tiny.build("llama"), SteeringVector({0: torch.ones(tiny.HIDDEN)})
+        expected = []
+        for texts in zip(*self.PAIRS, strict=True):
+            for text in texts:
+                with steering.apply(model, tokens=list(range(0, 40, 2))):
+                    expected.append(tiny.hidden_states(model, tiny.tokenizer()(text)["input_ids"])[1][-1])
+        with steering.apply(model, tokens=EveryOther()):
+            positive, negative = extract_activations(model, tiny.tokenizer(), self.PAIRS, layers=1)
+        torch.testing.assert_close(torch.cat([*positive[1], *negative[1]]), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        "attributes",
+        [{"rows": None}, {"rows": 2}, {"counts_from_end": True}, {"rows": None, "counts_from_end": None}],
+        ids=str,
+    )
+    def test_training_is_refused_through_one_that_may_not(self, attributes: dict[str, Any]) -> None:
+        model, selector = tiny.build("llama"), EveryOther()
+        for name, value in attributes.items():
+            setattr(selector, name, value)
+        with (
+            SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector),
+            pytest.raises(ValueError, match="steered row by row or from a row's end, or may be, .*rows = 1 and counts"),
+        ):
+            extract_activations(model, tiny.tokenizer(), self.PAIRS, layers=1)
+
+    @pytest.mark.parametrize("selector", [every_other, lambda positions: positions.column > 1], ids=["def", "lambda"])
+    def test_training_is_refused_through_one_that_says_nothing(self, selector: Selector) -> None:
+        model = tiny.build("llama")
+        with (
+            SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector),
+            pytest.raises(ValueError, match="steered row by row or from a row's end, or may be"),
+        ):
+            extract_activations(model, tiny.tokenizer(), self.PAIRS, layers=1)
+
+    @pytest.mark.parametrize("needs", [True, False, None])
+    def test_the_prompt_s_length_is_found_out_unless_it_says_that_it_never_looks(self, needs: bool | None) -> None:
+        model, selector = tiny.build("llama"), EveryOther()
+        if needs is None:
+            selector = type("Silent", (), {"__call__": EveryOther.__call__})()
+        else:
+            selector.needs_prompt_length = needs
+        ids = torch.tensor([[11, 12, 13]])
+        with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector), torch.no_grad():
+            model(ids, use_cache=True)
+        assert (selector.prompt_length is not None) == (needs is not False)
+
+    def test_the_library_s_own_say_all_three(self) -> None:
+        made = [from_index(1), from_index([1, 2]), at([1]), generated(3), generated(), prompted([1, 2]), completion()]
+        made += [as_selector(given) for given in ([1, -1], slice(1, -1), torch.tensor([[True], [False]]))]
+        said = [(s.rows, s.counts_from_end, s.needs_prompt_length) for s in made]  # type: ignore[attr-defined]
+        no, yes = False, True
+        assert said == [
+            *[(1, no, no), (2, no, no), (1, no, no), (1, no, no), (1, no, yes), (2, no, no), (1, no, yes)],
+            *[(1, yes, no), (1, yes, no), (2, no, no)],
+        ]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._arguments import call_hint
 from steering_vectors._models import (
     Removable,
     activation_of,
@@ -21,7 +22,7 @@ from steering_vectors._models import (
     with_activation,
     with_input,
 )
-from steering_vectors.steering_operators import PatchDeltaOperator, ignores_length, unit_direction
+from steering_vectors.steering_operators import PatchDeltaOperator
 
 # The attributes of a steered module, by what of it is steered.
 OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
@@ -59,7 +60,6 @@ class Change:
         self._multiplier = multiplier
         self._weights_for = None if weights_for is None else never_compiled(weights_for)
         self._rows_along = rows_along
-        self._ignores_length = ignores_length(operator)
         self._applies = None if applies is None else never_compiled(applies)
         # Compiled code is made anew for other booleans, and not for another multiplier.
         self._by_row = isinstance(multiplier, Tensor) and multiplier.ndim == 1
@@ -70,8 +70,7 @@ class Change:
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or self._learns_multiplier
         with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
-            wide = direction.detach().to(torch.promote_types(direction.dtype, torch.float32))
-            self._scaled = self._times_multiplier(wide).detach()
+            self._scaled = self._times_multiplier(_wide(direction.detach())).detach()
             largest = float(self._scaled.abs().max())
         self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -86,71 +85,75 @@ class Change:
             return activation
         if activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
-        delta = self._delta(activation)
+        direction = self._direction_for(activation, _wide_dtype(activation))
+        delta = self._operated(activation, direction)
         if weights is not True and weights.dtype is not torch.bool:
-            delta = weights.to(activation.dtype) * delta
+            delta = weights.to(direction.dtype) * delta
             weights = weights != 0
+        if delta.dtype is not activation.dtype:
+            # Of the direction itself a narrow copy is kept, so that addition costs no more than an addition.
+            narrow = activation.dtype
+            delta = self._direction_for(activation, narrow) if delta is direction else delta.to(narrow)
         steered = activation + delta
         if self._learns_multiplier or self._leaves_rows:
             left = _only_gradients(activation, delta) if self._learns_multiplier else activation
             steered = torch.where(self._is_zero(activation), left, steered)
         # What is not selected stays bit for bit: to add zero would change a negative zero.
-        return steered if weights is True else torch.where(weights, steered, activation)
+        steered = steered if weights is True else torch.where(weights, steered, activation)
+        if activation.dtype in self._too_large_for:  # only a direction of such a size is worth the wait for a device
+            _check_finite(steered, activation, self.layer)
+        return steered
 
-    def _delta(self, activation: Tensor) -> Tensor:
-        """What is to be added, broadcastable to ``activation``."""
-        direction = self._direction_for(activation)
-        delta = self._operator(activation, direction)
-        if delta is direction:
-            return delta
-        if not isinstance(delta, Tensor) or not _broadcasts_to(delta, activation):
+    def _operated(self, activation: Tensor, direction: Tensor) -> Tensor:
+        """Return what the operator would add to the activation, broadcastable to it, in any dtype."""
+        try:
+            delta = self._operator(activation, direction)
+        except RuntimeError as error:
+            if activation.dtype is direction.dtype or "type" not in str(error):
+                raise
+            raise TypeError(
+                f"the operator {self._operator!r} mixes dtypes: it gets the activation h in {activation.dtype} and the "
+                f"direction d in {direction.dtype}. Write h @ d.to(h.dtype), or h.float() @ d, which is more exact."
+            ) from error
+        if delta is not direction and not (isinstance(delta, Tensor) and _broadcasts_to(delta, activation)):
             got = f"shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else type(delta).__name__
             raise ValueError(
                 f"the operator {self._operator!r} gave {got} for an activation of shape {tuple(activation.shape)}; "
                 f"expected what is to be added to it, of a shape that broadcasts to it"
+                f"{call_hint(self._operator) if callable(delta) else ''}"
             )
-        return delta.to(activation.dtype)
+        return delta
 
-    def _direction_for(self, activation: Tensor) -> Tensor:
-        """The direction times the multiplier, in the activation's dtype, on its device: ``(1, 1, hidden)``.
+    def _direction_for(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the direction times the multiplier, on the activation's device: ``(1, 1, hidden)``.
 
         For an activation ``(batch * seq, hidden)`` it has one axis less. With a multiplier for each row it is
         ``(batch, 1, hidden)``, or has as many axes as the activation.
         """
-        if activation.dtype in self._too_large_for:
-            raise ValueError(
-                f"layer {self.layer}: the direction times the multiplier is too large for the model's "
-                f"{activation.dtype}; use a smaller multiplier or a model in bfloat16"
-            )
         if self._by_row:
-            return self._rows_along(self._scaled_for(activation, [-1, activation.shape[-1]]), activation)
-        return self._scaled_for(activation, [1] * min(activation.ndim - 1, 2) + [-1])
+            rows = self._scaled_for(activation.device, dtype, [-1, activation.shape[-1]])
+            return self._rows_along(rows, activation)
+        return self._scaled_for(activation.device, dtype, [1] * min(activation.ndim - 1, 2) + [-1])
 
-    def _scaled_for(self, activation: Tensor, shape: list[int]) -> Tensor:
+    def _scaled_for(self, device: torch.device, dtype: torch.dtype, shape: list[int]) -> Tensor:
         if self._is_live:
-            direction = self._direction.to(activation.device)
-            return self._times_multiplier(direction).to(activation.dtype).reshape(shape)
+            return self._times_multiplier(_wide(self._direction).to(device)).to(dtype).reshape(shape)
         if torch.compiler.is_dynamo_compiling():
-            return self._scaled.to(activation.device, activation.dtype).reshape(shape)
-        key = (activation.device, activation.dtype, len(shape))
+            return self._scaled.to(device, dtype).reshape(shape)
+        key = (device, dtype, len(shape))
         if key not in self._copies:
             with torch.inference_mode(False):
-                self._copies[key] = self._scaled.to(activation.device, activation.dtype).reshape(shape)
+                self._copies[key] = self._scaled.to(device, dtype).reshape(shape)
         return self._copies[key]
 
     def _times_multiplier(self, direction: Tensor) -> Tensor:
-        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself.
-
-        For an operator that ignores the length it has norm 1, since it might vanish or overflow in half precision.
-        """
+        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself."""
         if not isinstance(self._multiplier, Tensor) or not self._by_row:
-            scaled = self._multiplier * direction
-        else:
-            rows = self._multiplier
-            if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
-                rows = torch.where(rows == 0, 1, rows)
-            scaled = rows.to(direction.dtype).to(direction.device)[:, None] * direction.reshape(1, -1)
-        return unit_direction(scaled) if self._ignores_length else scaled
+            return self._multiplier * direction
+        rows = self._multiplier
+        if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
+            rows = torch.where(rows == 0, 1, rows)
+        return rows.to(direction.dtype).to(direction.device)[:, None] * direction.reshape(1, -1)
 
     def _is_zero(self, activation: Tensor) -> Tensor:
         """Whether the multiplier is 0, broadcastable to ``activation``."""
@@ -163,6 +166,23 @@ class Change:
                 self._zeros[activation.device] = (torch.as_tensor(self._multiplier) == 0).to(activation.device)
             is_zero = self._zeros[activation.device]
         return self._rows_along(is_zero[:, None], activation) if self._by_row else is_zero
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor))
+
+
+@never_compiled
+def _check_finite(steered: Tensor, activation: Tensor, layer: int) -> None:
+    if bool((activation.isfinite() & ~steered.isfinite()).any()):
+        raise ValueError(
+            f"layer {layer}: the change is too large for the model's {activation.dtype}; use a smaller multiplier or a "
+            f"model in bfloat16"
+        )
 
 
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:

@@ -19,7 +19,13 @@ from steering_vectors._models import Anatomy, along_tokens, attach_all, check_mo
 from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
 from steering_vectors._steering.change import Change, attach_change, changes_of
 from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import KnownSelector, Selector, expand_rows, selected
+from steering_vectors.token_selection import (
+    Selector,
+    expand_rows,
+    may_go_by_row_or_end,
+    may_need_prompt_length,
+    selected,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +205,7 @@ def _need_of(steering: Steering) -> Need:
     """Return the facts of a pass that the steering asks for."""
     selector = steering.selector
     if selector is not None:
-        knows_better = isinstance(selector, KnownSelector) and not selector.needs_prompt_length
-        return Need.POSITIONS if knows_better else Need.PROMPT_LENGTH
+        return Need.PROMPT_LENGTH if may_need_prompt_length(selector) else Need.POSITIONS
     if steering.this_thread_only:
         return Need.THREAD
     return Need.SHAPE if _is_by_row(steering.multiplier) else Need.PASSES
@@ -275,11 +280,11 @@ def check_not_steered_by_row(model: nn.Module) -> None:
     """
     for patch in active_patches(model):
         selector = patch._selector
-        by_row_or_end = isinstance(selector, KnownSelector) and (selector.rows > 1 or selector.counts_from_end)
-        if by_row_or_end or _is_by_row(patch._multiplier):
+        if (selector is not None and may_go_by_row_or_end(selector)) or _is_by_row(patch._multiplier):
             raise ValueError(
-                f"the model is steered row by row or from a row's end, and training makes its own rows: take off "
-                f"{patch!r} first, or select tokens by their index and give one multiplier, the same for each row"
+                f"the model is steered row by row or from a row's end, or may be, and training makes rows of its own: "
+                f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. A "
+                f"selector of yours that does so says it by the attributes rows = 1 and counts_from_end = False."
             )
 
 

@@ -1,28 +1,21 @@
 """Which tokens, told by a list of indices, a slice or a mask instead of by a selector."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from steering_vectors._arguments import check_takes
 from steering_vectors.token_selection import (
-    KnownSelector,
     Selector,
     TokenPositions,
-    at,
-    completion,
     expand_rows,
     from_index,
-    generated,
     integer,
     is_one_of,
-    prompted,
 )
-
-_FACTORIES: tuple[Callable[..., Selector], ...] = (at, completion, from_index, generated, prompted)
 
 TokenSelection: TypeAlias = Selector | Sequence[int] | slice | Tensor
 
@@ -38,10 +31,6 @@ def as_selector(tokens: TokenSelection) -> Selector:
     """
     if isinstance(tokens, Tensor):
         return _column_mask(tokens)
-    given: Any = tokens
-    if any(given is factory for factory in _FACTORIES):
-        name = given.__name__
-        raise TypeError(f"{name} is no selector itself: did you mean {name}(…), what it gives?")
     if callable(tokens):
         check_takes(tokens, 1, "a selector", "from_index(1)")
         return tokens
@@ -78,10 +67,12 @@ def one_selection(
 
 
 @dataclass(frozen=True)
-class _Indices(KnownSelector):
+class _Indices:
     """A list of token indices: own tokens where not negative, columns from the end of each pass where negative."""
 
     indices: tuple[int, ...]
+    rows = 1
+    needs_prompt_length = False
 
     @property
     def counts_from_end(self) -> bool:
@@ -96,12 +87,14 @@ class _Indices(KnownSelector):
 
 
 @dataclass(frozen=True)
-class _Slice(KnownSelector):
+class _Slice:
     """A slice of tokens, its bounds read as in :class:`_Indices`."""
 
     start: int | None
     stop: int | None
     step: int
+    rows = 1
+    needs_prompt_length = False
 
     @property
     def counts_from_end(self) -> bool:
@@ -123,9 +116,10 @@ class _Slice(KnownSelector):
 
 
 @dataclass(frozen=True, eq=False)
-class _ColumnMask(KnownSelector):
+class _ColumnMask:
     mask: Tensor  # (rows, columns + 1), bool; the last column stands for all beyond
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
+    counts_from_end = needs_prompt_length = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         device = positions.index.device
