@@ -11,6 +11,7 @@ from steering_vectors._steering import (
     Steering,
     SteeringContext,
     SteeringPatchHandle,
+    as_multiplier,
     is_steered_by_token_or_row,
     parts_inside,
     width_message,
@@ -61,7 +62,7 @@ def ablate_everywhere(
         blocks = [found.modules[number] for number in sorted(found.modules)]
         places = [(0, blocks[0], INPUT), *((number, block, OUTPUT) for number, block in enumerate(blocks))]
         return Steering(
-            anatomy, places, dict.fromkeys(range(len(blocks)), checked), ablation_operator(), 1.0, selector=None
+            anatomy, places, dict.fromkeys(range(len(blocks)), checked), ablation_operator(), as_multiplier(1), None
         )
 
     steering()  # a mistake shows here, before the block

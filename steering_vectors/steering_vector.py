@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steering_vectors._arguments import finite_number
 from steering_vectors._steering import (
-    Multiplier,
+    Numbers,
     Steering,
     SteeringContext,
     SteeringPatchHandle,
@@ -86,7 +86,7 @@ class SteeringVector:
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
         operator: PatchDeltaOperator | None = None,
-        multiplier: Multiplier = 1.0,
+        multiplier: Numbers = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,
         *,
@@ -143,7 +143,7 @@ class SteeringVector:
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
         operator: PatchDeltaOperator | None = None,
-        multiplier: Multiplier = 1.0,
+        multiplier: Numbers = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,
         *,

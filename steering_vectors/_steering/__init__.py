@@ -7,16 +7,15 @@ Operators and selectors are plain callables: nothing here knows one of them by n
 
 from steering_vectors._steering.change import INPUT, OUTPUT, changes_of, traced, width_message
 from steering_vectors._steering.handle import (
-    Multiplier,
     Steering,
     SteeringContext,
     SteeringPatchHandle,
     active_patches,
-    as_multiplier,
     check_not_steered_by_row,
     is_steered_by_token,
     is_steered_by_token_or_row,
 )
+from steering_vectors._steering.multiplier import Numbers, as_multiplier
 from steering_vectors._steering.plan import steering_of, warn_of_another_model
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
@@ -24,7 +23,7 @@ from steering_vectors._steering.token_indices import TokenSelection, as_selector
 __all__ = [
     "INPUT",
     "OUTPUT",
-    "Multiplier",
+    "Numbers",
     "Steering",
     "SteeringContext",
     "SteeringPatchHandle",

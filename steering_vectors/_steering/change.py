@@ -22,6 +22,7 @@ from steering_vectors._models import (
     with_activation,
     with_input,
 )
+from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors.steering_operators import PatchDeltaOperator
 
 # The attributes of a steered module, by what of it is steered.
@@ -33,7 +34,6 @@ _LOCK = threading.Lock()
 class Change:
     """One steering at one layer: activation → steered activation.
 
-    ``multiplier`` is one number, or a tensor of one for each row of a batch ``(rows,)``.
     ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it, or True for all
     and False for none of them; None means all.
     ``rows_along`` brings one row for each multiplier ``(rows, n)`` to an activation's axes. ``applies`` says whether a
@@ -47,7 +47,7 @@ class Change:
         layer: int,
         direction: Tensor,
         operator: PatchDeltaOperator,
-        multiplier: float | Tensor,
+        multiplier: Multiplier,
         weights_for: Callable[[Tensor], Tensor | bool] | None,
         rows_along: Callable[[Tensor, Tensor], Tensor],
         applies: Callable[[], bool] | None,
@@ -61,16 +61,10 @@ class Change:
         self._weights_for = None if weights_for is None else never_compiled(weights_for)
         self._rows_along = rows_along
         self._applies = None if applies is None else never_compiled(applies)
-        # Compiled code is made anew for other booleans, and not for another multiplier.
-        self._by_row = isinstance(multiplier, Tensor) and multiplier.ndim == 1
-        self._learns_multiplier = isinstance(multiplier, Tensor) and multiplier.requires_grad
-        is_zero = torch.as_tensor(multiplier).detach() == 0
-        self._changes_nothing = not self._learns_multiplier and bool(is_zero.all())
-        self._leaves_rows = self._by_row and not self._learns_multiplier and bool(is_zero.any())
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
-        self._is_live = direction.requires_grad or self._learns_multiplier
+        self._is_live = direction.requires_grad or multiplier.is_learned
         with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
-            self._scaled = self._times_multiplier(_wide(direction.detach())).detach()
+            self._scaled = multiplier.times(_wide(direction.detach())).detach()
             largest = float(self._scaled.abs().max())
         self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -81,7 +75,7 @@ class Change:
             return activation
         self.ran = True
         weights = True if self._weights_for is None else self._weights_for(activation)
-        if self._changes_nothing or weights is False:
+        if self._multiplier.changes_nothing or weights is False:
             return activation
         if activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
@@ -95,8 +89,8 @@ class Change:
             narrow = activation.dtype
             delta = self._direction_for(activation, narrow) if delta is direction else delta.to(narrow)
         steered = activation + delta
-        if self._learns_multiplier or self._leaves_rows:
-            left = _only_gradients(activation, delta) if self._learns_multiplier else activation
+        if self._multiplier.is_learned or self._multiplier.leaves_rows:
+            left = _only_gradients(activation, delta) if self._multiplier.is_learned else activation
             steered = torch.where(self._is_zero(activation), left, steered)
         # What is not selected stays bit for bit: to add zero would change a negative zero.
         steered = steered if weights is True else torch.where(weights, steered, activation)
@@ -130,14 +124,14 @@ class Change:
         For an activation ``(batch * seq, hidden)`` it has one axis less. With a multiplier for each row it is
         ``(batch, 1, hidden)``, or has as many axes as the activation.
         """
-        if self._by_row:
+        if self._multiplier.by_row:
             rows = self._scaled_for(activation.device, dtype, [-1, activation.shape[-1]])
             return self._rows_along(rows, activation)
         return self._scaled_for(activation.device, dtype, [1] * min(activation.ndim - 1, 2) + [-1])
 
     def _scaled_for(self, device: torch.device, dtype: torch.dtype, shape: list[int]) -> Tensor:
         if self._is_live:
-            return self._times_multiplier(_wide(self._direction).to(device)).to(dtype).reshape(shape)
+            return self._multiplier.times(_wide(self._direction).to(device)).to(dtype).reshape(shape)
         if torch.compiler.is_dynamo_compiling():
             return self._scaled.to(device, dtype).reshape(shape)
         key = (device, dtype, len(shape))
@@ -146,26 +140,16 @@ class Change:
                 self._copies[key] = self._scaled.to(device, dtype).reshape(shape)
         return self._copies[key]
 
-    def _times_multiplier(self, direction: Tensor) -> Tensor:
-        """``(hidden,)``, or ``(rows, hidden)``: of rows that stay as they are, the direction itself."""
-        if not isinstance(self._multiplier, Tensor) or not self._by_row:
-            return self._multiplier * direction
-        rows = self._multiplier
-        if self._leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
-            rows = torch.where(rows == 0, 1, rows)
-        return rows.to(direction.dtype).to(direction.device)[:, None] * direction.reshape(1, -1)
-
     def _is_zero(self, activation: Tensor) -> Tensor:
-        """Whether the multiplier is 0, broadcastable to ``activation``."""
-        if self._learns_multiplier:
-            is_zero = torch.as_tensor(self._multiplier, device=activation.device) == 0
-        elif torch.compiler.is_dynamo_compiling():
-            is_zero = (torch.as_tensor(self._multiplier) == 0).to(activation.device)
+        """Return where the multiplier is 0, broadcastable to ``activation``."""
+        device = activation.device
+        if self._multiplier.is_learned or torch.compiler.is_dynamo_compiling():
+            is_zero = self._multiplier.is_zero(device)
         else:
-            if activation.device not in self._zeros:  # a decoding step must not copy from host to device
-                self._zeros[activation.device] = (torch.as_tensor(self._multiplier) == 0).to(activation.device)
-            is_zero = self._zeros[activation.device]
-        return self._rows_along(is_zero[:, None], activation) if self._by_row else is_zero
+            if device not in self._zeros:  # a decoding step must not copy from host to device
+                self._zeros[device] = self._multiplier.is_zero(device)
+            is_zero = self._zeros[device]
+        return self._rows_along(is_zero[:, None], activation) if self._multiplier.by_row else is_zero
 
 
 def _wide_dtype(tensor: Tensor) -> torch.dtype:

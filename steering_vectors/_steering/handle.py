@@ -10,7 +10,7 @@ from contextlib import ContextDecorator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from steering_vectors._models import Anatomy, along_tokens, attach_all, check_model, remove_all
 from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
 from steering_vectors._steering.change import Change, attach_change, changes_of
+from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.token_selection import (
     Selector,
@@ -41,7 +42,7 @@ class Steering:
     places: Sequence[tuple[int, nn.Module, str]]
     directions: Mapping[int, Tensor]
     operator: PatchDeltaOperator
-    multiplier: float | Tensor
+    multiplier: Multiplier
     selector: Selector | None
     this_thread_only: bool = False
 
@@ -109,7 +110,7 @@ class SteeringPatchHandle:
 
     def __repr__(self) -> str:
         return (
-            f"SteeringPatchHandle(layers={self.layers}, multiplier={_shown(self._multiplier)}, "
+            f"SteeringPatchHandle(layers={self.layers}, multiplier={self._multiplier}, "
             f"operator={self._operator!r}, tokens={self._selector or 'all'}"
             f"{'' if self._thread is None else ', this_thread_only=True'}"
             f"{'' if self._hooks else ', removed'})"
@@ -208,7 +209,7 @@ def _need_of(steering: Steering) -> Need:
         return Need.PROMPT_LENGTH if may_need_prompt_length(selector) else Need.POSITIONS
     if steering.this_thread_only:
         return Need.THREAD
-    return Need.SHAPE if _is_by_row(steering.multiplier) else Need.PASSES
+    return Need.SHAPE if steering.multiplier.by_row else Need.PASSES
 
 
 def _all_or_none(weights: Tensor) -> Tensor | bool:
@@ -271,7 +272,7 @@ def is_steered_by_token(model: nn.Module) -> bool:
 
 def is_steered_by_token_or_row(model: nn.Module) -> bool:
     """Whether some steering asks how a pass's tokens are laid out."""
-    return any(patch._selector is not None or _is_by_row(patch._multiplier) for patch in active_patches(model))
+    return any(patch._selector is not None or patch._multiplier.by_row for patch in active_patches(model))
 
 
 def check_not_steered_by_row(model: nn.Module) -> None:
@@ -280,7 +281,7 @@ def check_not_steered_by_row(model: nn.Module) -> None:
     """
     for patch in active_patches(model):
         selector = patch._selector
-        if (selector is not None and may_go_by_row_or_end(selector)) or _is_by_row(patch._multiplier):
+        if (selector is not None and may_go_by_row_or_end(selector)) or patch._multiplier.by_row:
             raise ValueError(
                 f"the model is steered row by row or from a row's end, or may be, and training makes rows of its own: "
                 f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. A "
@@ -288,43 +289,5 @@ def check_not_steered_by_row(model: nn.Module) -> None:
             )
 
 
-Multiplier: TypeAlias = float | Sequence[float] | Tensor
-
-
-def as_multiplier(multiplier: Any) -> float | Tensor:
-    """``multiplier`` as a float, or as a tensor: of several numbers ``(rows,)``, or one that gradients flow to.
-
-    Raises TypeError unless it is one number, or one for each row, and ValueError unless all are finite.
-    """
-    wanted = "multiplier must be one number, or a sequence or 1-D tensor of one for each row"
-    if isinstance(multiplier, (str, bytes)):
-        raise TypeError(f"{wanted}, got {multiplier!r}")
-    try:
-        if isinstance(multiplier, Sequence) and any(isinstance(n, Tensor) and n.requires_grad for n in multiplier):
-            multiplier = torch.stack([torch.as_tensor(number) for number in multiplier])  # keeps the gradients
-        numbers = multiplier if isinstance(multiplier, Tensor) else torch.as_tensor(multiplier, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{wanted}, got {type(multiplier).__name__}") from error
-    if numbers.ndim > 1 or numbers.is_complex():
-        raise TypeError(f"{wanted}, got {type(multiplier).__name__} of shape {tuple(numbers.shape)}")
-    if numbers.numel() == 0:
-        raise ValueError("multiplier is empty: give one number, or one for each row")
-    if not bool(numbers.isfinite().all()):
-        raise ValueError(f"multiplier must be finite, got {multiplier}")
-    if numbers.requires_grad:
-        return numbers
-    return float(numbers) if numbers.numel() == 1 else numbers.detach().cpu().double()
-
-
 _DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _ORDER = itertools.count()
-
-
-def _is_by_row(multiplier: float | Tensor) -> bool:
-    return isinstance(multiplier, Tensor) and multiplier.ndim == 1
-
-
-def _shown(multiplier: float | Tensor) -> float | list[float] | str:
-    if not isinstance(multiplier, Tensor):
-        return multiplier
-    return multiplier.tolist() if multiplier.numel() <= 4 else f"{multiplier.numel()} numbers"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._steering.change import OUTPUT, width_message
 from steering_vectors._steering.handle import Steering
+from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._vectors import checked_directions, type_and_depth
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
@@ -26,7 +27,7 @@ def steering_of(
     model: nn.Module,
     layer_config: ModelLayerConfig | None,
     operator: PatchDeltaOperator | None,
-    multiplier: float | Tensor,
+    multiplier: Multiplier,
     selector: Any,
     this_thread_only: bool,
 ) -> Steering:
@@ -36,7 +37,7 @@ def steering_of(
     found = layers_of(anatomy, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_operator(operator)
-    if selector is not None or (isinstance(multiplier, Tensor) and multiplier.ndim == 1):
+    if selector is not None or multiplier.by_row:
         _check_tokens_can_be_told(anatomy)
     directions = checked_directions(vector.layer_activations)
     if not directions:
