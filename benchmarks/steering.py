@@ -4,8 +4,9 @@
 
 A tiny random Llama always, the model in ``--model``, and on a GPU a random Llama of a billion weights in bfloat16. Each
 round runs every variant, in changing order; the ratios are medians over the rounds. ``--compiled`` times models that
-torch.compile made, with steerings of all tokens. On a GPU the profiler counts what a decoding step copies between host
-and device, and where it waits.
+torch.compile made, with steerings of all tokens. First it times entering and leaving ``apply`` at all layers, also
+inside another vector's block. On a GPU the profiler counts what a decoding step copies between host and device, and
+where it waits.
 """
 
 import argparse
@@ -29,6 +30,11 @@ PROMPT, STEPS = 64, 8
 def tiny() -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).eval()
+
+
+def smollm2_sized() -> Any:
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_key_value_heads=3, **sizes)).eval()
 
 
 def billion() -> Any:
@@ -126,6 +132,27 @@ def measure(name: str, model: Any, rounds: int, compiled: bool) -> None:
         count_transfers(model, vector, inputs)
 
 
+def measure_entering(name: str, model: Any, rounds: int) -> None:
+    """Print the milliseconds that applying a vector at all layers takes, entered and left, with no pass between."""
+    generator = torch.Generator().manual_seed(0)
+    blocks, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    vectors = [SteeringVector({n: torch.randn(hidden, generator=generator) for n in range(blocks)}) for _ in range(2)]
+
+    def milliseconds(vector: SteeringVector, tokens: Any) -> float:
+        begin = time.perf_counter()
+        with vector.apply(model, tokens=tokens):
+            pass
+        return 1000 * (time.perf_counter() - begin)
+
+    print(f"{name}, entering and leaving apply at {blocks} layers of {len(list(model.modules()))} modules")
+    for what, tokens in (("all tokens", None), ("generated()", generated())):
+        first = [milliseconds(vectors[0], tokens) for _ in range(rounds)]
+        with vectors[1].apply(model, tokens=tokens):
+            second = [milliseconds(vectors[0], tokens) for _ in range(rounds)]
+        medians = f"{statistics.median(first):.2f} ms, as a second vector {statistics.median(second):.2f} ms"
+        print(f"    {what:18} {medians}", flush=True)
+
+
 def report(title: str, times: dict[str, list[float]]) -> None:
     plain = times["unsteered"]
     print(f"{title}: unsteered {1000 * statistics.median(plain):.3f} ms", flush=True)
@@ -170,6 +197,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     random.seed(0)
+    measure_entering("a random SmolLM2-135M", smollm2_sized(), options.rounds)
     measure("tiny", tiny(), 5 * options.rounds, options.compiled)
     if options.model:
         measure(

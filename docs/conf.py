@@ -40,7 +40,6 @@ _ELSEWHERE = [
     *("torch.Tensor", "torch.device", "torch.dtype", "torch.nn.Module", "torch.nn.modules.module.Module"),
     *("collections.abc.Generator", "collections.abc.Iterable", "collections.abc.Mapping", "collections.abc.Sequence"),
     "os.PathLike",
-    "steering_vectors._steering.handle.SteeringContext",  # what apply gives has no name of its own in the public face
 ]
 nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
 nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|collections\.OrderedDict")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from steering_vectors._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from steering_vectors._steering import active_patches
+    from steering_vectors._steering import SteeringContext, active_patches
     from steering_vectors.ablation import ablate_everywhere
     from steering_vectors.aggregators import (
         Accumulator,
@@ -67,6 +67,7 @@ __all__ = [
     "ModelLayerConfig",
     "PatchDeltaOperator",
     "Selector",
+    "SteeringContext",
     "SteeringPatchHandle",
     "SteeringTrace",
     "SteeringVector",
@@ -103,7 +104,7 @@ __all__ = [
 
 # By module, the public names that are imported when they are first used.
 _NAMES = {
-    "_steering": ("active_patches",),
+    "_steering": ("SteeringContext", "active_patches"),
     "ablation": ("ablate_everywhere",),
     "aggregators": (
         "Accumulator",

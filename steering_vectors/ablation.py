@@ -50,11 +50,11 @@ def ablate_everywhere(
     def steering() -> Steering:
         anatomy = anatomy_of(model)
         found = layers_of(anatomy, "decoder_block", layer_config)
-        checked = checked_direction(direction, "the direction").reshape(-1)
-        if not bool(checked.detach().any()):
+        ablated = checked_direction(direction, "the direction").reshape(-1)
+        if not bool(ablated.detach().any()):
             raise ValueError("the direction is zero, and has no line that could be ablated")
-        if anatomy.widths and checked.shape[0] not in anatomy.widths:
-            raise ValueError(width_message(checked.shape[0], 0, anatomy.widths[0]))
+        if anatomy.widths and ablated.shape[0] not in anatomy.widths:
+            raise ValueError(width_message(ablated.shape[0], 0, anatomy.widths[0]))
         if is_steered_by_token_or_row(model):
             raise ValueError(
                 "the model is steered by token or by row: enter ablate_everywhere before, and that steering inside"
@@ -62,10 +62,10 @@ def ablate_everywhere(
         blocks = [found.modules[number] for number in sorted(found.modules)]
         places = [(0, blocks[0], INPUT), *((number, block, OUTPUT) for number, block in enumerate(blocks))]
         return Steering(
-            anatomy, places, dict.fromkeys(range(len(blocks)), checked), ablation_operator(), as_multiplier(1), None
+            anatomy, places, dict.fromkeys(range(len(blocks)), ablated), ablation_operator(), as_multiplier(1), None
         )
 
-    steering()  # a mistake shows here, before the block
+    checked = steering()  # a mistake shows here, before the block
 
     def attach() -> SteeringPatchHandle:
         made = steering()
@@ -73,4 +73,4 @@ def ablate_everywhere(
         parts = [(number, part, OUTPUT) for number, part in parts_inside(model, blocks)]
         return SteeringPatchHandle(replace(made, places=[*made.places, *parts]))
 
-    return SteeringContext(attach)
+    return SteeringContext(attach, shown=repr(checked))

@@ -135,8 +135,9 @@ class SteeringVector:
                 self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
             )
 
-        warn_of_another_model(self.metadata, steering().anatomy)  # a mistake shows here, before the block
-        return SteeringContext(lambda: SteeringPatchHandle(steering()))
+        checked = steering()  # a mistake shows here, before the block
+        warn_of_another_model(self.metadata, checked.anatomy)
+        return SteeringContext(lambda: SteeringPatchHandle(steering()), shown=repr(checked))
 
     def patch(
         self,

@@ -46,7 +46,7 @@ PUBLIC_SINCE_0_12_2 = {
     *("record_activations", "train_steering_vector"),
 }
 PUBLIC_SINCE_1_0 = {
-    *("Accumulator", "Selector", "StreamingAggregator", "TokenPositions", "active_patches"),
+    *("Accumulator", "Selector", "SteeringContext", "StreamingAggregator", "TokenPositions", "active_patches"),
     *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
     *(
         "LayerSummary",

@@ -5,18 +5,17 @@ One hook a module runs all of its changes, in the order in which they were enter
 Operators and selectors are plain callables: nothing here knows one of them by name.
 """
 
-from steering_vectors._steering.change import INPUT, OUTPUT, changes_of, traced, width_message
-from steering_vectors._steering.handle import (
-    Steering,
-    SteeringContext,
-    SteeringPatchHandle,
+from steering_vectors._steering.active import (
     active_patches,
     check_not_steered_by_row,
     is_steered_by_token,
     is_steered_by_token_or_row,
 )
+from steering_vectors._steering.attaching import INPUT, OUTPUT, changes_of, traced
+from steering_vectors._steering.change import width_message
+from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
-from steering_vectors._steering.plan import steering_of, warn_of_another_model
+from steering_vectors._steering.plan import Steering, steering_of, warn_of_another_model
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
 

@@ -1,34 +1,17 @@
-"""Change a module's output: one steering at one layer, and the hook that runs all of a module's."""
+"""Change an activation: one steering at one layer."""
 
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steering_vectors._arguments import call_hint
-from steering_vectors._models import (
-    Removable,
-    activation_of,
-    after_forward,
-    before_forward,
-    input_of,
-    never_compiled,
-    unless_removed,
-    with_activation,
-    with_input,
-)
+from steering_vectors._models import never_compiled
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors.steering_operators import PatchDeltaOperator
 
-# The attributes of a steered module, by what of it is steered.
-OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LOCK = threading.Lock()
 
 
 class Change:
@@ -58,9 +41,9 @@ class Change:
         self._direction = direction
         self._operator = operator
         self._multiplier = multiplier
-        self._weights_for = None if weights_for is None else never_compiled(weights_for)
+        self._weights_for = weights_for
         self._rows_along = rows_along
-        self._applies = None if applies is None else never_compiled(applies)
+        self._applies = applies
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or multiplier.is_learned
         with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
@@ -172,104 +155,6 @@ def _check_finite(steered: Tensor, activation: Tensor, layer: int) -> None:
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
     """``activation`` bit for bit, with the gradients of ``activation + delta``: for a multiplier learned from 0."""
     return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
-
-
-# Called with each steered module, and its activation before and after.
-Trace: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
-_traces: tuple[Trace, ...] = ()
-
-
-@contextmanager
-def traced(trace: Trace) -> Iterator[None]:
-    """A block in which ``trace`` is told of each steering of a module's output."""
-    global _traces  # noqa: PLW0603  # compiled code looks at it, and is made anew
-    own = never_compiled(trace)
-    with _LOCK:
-        _traces = (*_traces, own)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _traces = tuple(other for other in _traces if other is not own)
-
-
-class _Steered:
-    """What is done to a module's output, or input: the changes, in the order in which they were entered.
-
-    It stands on the module itself, where torch.compile sees what compiled code depends on.
-    """
-
-    def __init__(self, module: nn.Module, place: str, original: "_Steered | None") -> None:
-        self.module = weakref.ref(module)
-        self.original = original  # what steers the module that this one is a copy of
-        self.changes: tuple[Change, ...] = ()
-        # A copy of a steered module has the hook. It comes first, so that whoever captures the output later sees what
-        # was steered.
-        self.hook: Removable | None = None
-        if place == OUTPUT and _steer not in module._forward_hooks.values():
-            self.hook = after_forward(module, _steer, first=True, traceable=True)
-        if place == INPUT and _steer_input not in module._forward_pre_hooks.values():
-            self.hook = before_forward(module, _steer_input, traceable=True)
-
-    def __deepcopy__(self, _memo: Any) -> "_Steered":
-        return self  # a copy of the model is steered no longer than the model
-
-
-def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
-    activation = steered = activation_of(output)
-    for change in changes_of(module):
-        steered = change(steered)
-    for trace in _traces:
-        trace(module, activation, steered)
-    return output if steered is activation else with_activation(output, steered)
-
-
-@unless_removed
-def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    activation = input_of(args, kwargs)
-    for change in changes_of(module, INPUT):
-        activation = change(activation)
-    return with_input(args, kwargs, activation)
-
-
-@dataclass(frozen=True, eq=False)
-class _AttachedChange:
-    """What takes a change off its module, and the module's hook with the last one."""
-
-    steered: _Steered  # which copies of the module share, and may outlive it by
-    place: str
-    change: Change
-
-    def remove(self) -> None:
-        with _LOCK:
-            steered = self.steered
-            steered.changes = tuple(change for change in steered.changes if change is not self.change)
-            module = steered.module()
-            if steered.changes or module is None or module.__dict__.get(self.place) is not steered:
-                return
-            if steered.hook is not None:
-                steered.hook.remove()
-            del module.__dict__[self.place]
-            if steered.original is not None:
-                module.__dict__[self.place] = steered.original
-
-
-def attach_change(module: nn.Module, change: Change, place: str = OUTPUT) -> _AttachedChange:
-    """Make the change to the module's output, or at the place ``INPUT`` to its input, from now on."""
-    with _LOCK:
-        steered = module.__dict__.get(place)
-        if steered is None or steered.module() is not module:
-            steered = module.__dict__[place] = _Steered(module, place, original=steered)
-        steered.changes = (*steered.changes, change)
-    return _AttachedChange(steered, place, change)
-
-
-def changes_of(module: nn.Module, place: str = OUTPUT) -> tuple[Change, ...]:
-    """The changes that are made to the module's output, or input, in the order in which they were entered."""
-    steered: _Steered | None = module.__dict__.get(place)
-    if steered is None:
-        return ()
-    return steered.changes if steered.original is None else (*steered.original.changes, *steered.changes)
 
 
 def width_message(width: int, layer: int, layer_width: int) -> str:

@@ -1,50 +1,23 @@
-"""Change activations at layers and tokens while a model runs."""
+"""Attach a steering to a model, and remove it: by hand, or by leaving a block."""
 
 import inspect
 import itertools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from steering_vectors._models import Anatomy, along_tokens, attach_all, check_model, remove_all
-from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
-from steering_vectors._steering.change import Change, attach_change, changes_of
-from steering_vectors._steering.multiplier import Multiplier
-from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.token_selection import (
-    Selector,
-    expand_rows,
-    may_go_by_row_or_end,
-    may_need_prompt_length,
-    selected,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Steering:
-    """What is to be done to a model's activations; checked, and not attached yet.
-
-    ``directions`` are ``(hidden,)`` by layer number, ``places`` the modules that are changed, each with its layer's
-    number and whether its output or its input is meant. None as ``selector`` means all tokens. With
-    ``this_thread_only`` only passes in the thread that attaches it are steered.
-    """
-
-    anatomy: Anatomy
-    places: Sequence[tuple[int, nn.Module, str]]
-    directions: Mapping[int, Tensor]
-    operator: PatchDeltaOperator
-    multiplier: Multiplier
-    selector: Selector | None
-    this_thread_only: bool = False
+from steering_vectors._models import attach_all, never_compiled, remove_all
+from steering_vectors._passes import Need, PassTracker, this_thread
+from steering_vectors._steering.attaching import attach_change
+from steering_vectors._steering.change import Change
+from steering_vectors._steering.plan import Steering
+from steering_vectors._steering.selection import Selection
+from steering_vectors.token_selection import may_need_prompt_length
 
 
 class SteeringPatchHandle:
@@ -61,33 +34,34 @@ class SteeringPatchHandle:
         """Attach all hooks or, if one can't be attached, none."""
         # Nothing here refers to the model: a steering that is never removed must not keep it in memory.
         self.layers = sorted(steering.directions)
-        self._operator = steering.operator
-        self._multiplier = steering.multiplier
-        self._selector = steering.selector
-        self._columns_first = steering.anatomy.columns_first
-        self._tracker = PassTracker(_need_of(steering))
+        self.selector = steering.selector
+        self.multiplier = steering.multiplier
+        self.order = next(_ORDER)
+        self._shown = repr(steering)
         self._thread = this_thread() if steering.this_thread_only else None
-        self._order = next(_ORDER)
-        self._any_selected: bool | None = None  # until something is known
-        self._any_selected_on: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
-        asked: dict[str, Any] = {
-            "operator": steering.operator,
-            "multiplier": steering.multiplier,
-            "weights_for": None if steering.selector is None else self._weights_for,
-            "rows_along": self._rows_along,
-            "applies": None if self._thread is None else self._is_of_own_thread,
-        }
-        self._changes = [Change(self, layer, steering.directions[layer], **asked) for layer, _, _ in steering.places]
-        self._hooks = attach_all(
-            [
-                *self._tracker.registrations(steering.anatomy.pass_modules),
-                *(
-                    partial(attach_change, module, change, place)
-                    for change, (_, module, place) in zip(self._changes, steering.places, strict=True)
-                ),
-            ]
+        self._tracker = PassTracker(_need_of(steering))
+        self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
+        weights_for = None if steering.selector is None else never_compiled(self._selection.weights_for)
+        applies = None if self._thread is None else never_compiled(self._is_of_own_thread)
+        self._changes = [
+            Change(
+                owner=self,
+                layer=layer,
+                direction=steering.directions[layer],
+                operator=steering.operator,
+                multiplier=steering.multiplier,
+                weights_for=weights_for,
+                rows_along=self._selection.rows_along,
+                applies=applies,
+            )
+            for layer, _, _ in steering.places
+        ]
+        attachments = (
+            partial(attach_change, module, change, place)
+            for change, (_, module, place) in zip(self._changes, steering.places, strict=True)
         )
+        self._hooks = attach_all([*self._tracker.registrations(steering.anatomy.pass_modules), *attachments])
 
     def remove(self) -> None:
         """Take the steering off the model; a second call does nothing.
@@ -109,12 +83,7 @@ class SteeringPatchHandle:
         self._detach(quiet=kind is not None)
 
     def __repr__(self) -> str:
-        return (
-            f"SteeringPatchHandle(layers={self.layers}, multiplier={self._multiplier}, "
-            f"operator={self._operator!r}, tokens={self._selector or 'all'}"
-            f"{'' if self._thread is None else ', this_thread_only=True'}"
-            f"{'' if self._hooks else ', removed'})"
-        )
+        return f"SteeringPatchHandle({self._shown}{'' if self._hooks else ', removed'})"
 
     def _detach(self, *, quiet: bool) -> None:
         with self._lock:
@@ -125,8 +94,6 @@ class SteeringPatchHandle:
 
     def _warn_of_nothing(self) -> None:
         idle = sorted({change.layer for change in self._changes if not change.ran})
-        flags = [*self._any_selected_on.values(), *([] if self._any_selected is None else [self._any_selected])]
-        nothing_selected = flags and not any(bool(flag) for flag in flags)
         if self._thread is not None and idle == self.layers:
             message = (
                 f"the model ran, but not in the thread that this steering is for, by this_thread_only=True: layers "
@@ -134,72 +101,19 @@ class SteeringPatchHandle:
             )
         elif idle:
             message = f"the model ran, and of the steered layers {self.layers} these never did: {idle}"
-        elif nothing_selected:
+        elif self._selection.was_empty:
             message = (
-                f"the model ran, and {self._selector!r} selected none of its tokens: "
+                f"the model ran, and {self.selector!r} selected none of its tokens: "
                 f"layers {self.layers} were not steered"
             )
         else:
             return
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    def _weights_for(self, activation: Tensor) -> Tensor | bool:
-        """What the selector says of the pass that this thread is in, broadcastable to ``activation``.
-
-        True for all tokens and False for none of them, where that is known without waiting for a device.
-        """
-        current = self._current_pass()
-        weights = current.weights.get(activation.device)
-        if weights is None:
-            weights = self._select(current, activation.device)
-        if isinstance(weights, bool):
-            shape = current.positions.index.shape
-            if activation.shape[:2] != shape:  # raises where it can't be told which tokens it holds
-                along_tokens(activation.new_empty(*shape, 1), activation, columns_first=self._columns_first)
-            return weights
-        return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
-
-    def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
-        """The selection of a pass, kept for its other layers."""
-        assert self._selector is not None
-        weights = next(iter(current.weights.values()), None)
-        if weights is None:
-            weights = _all_or_none(selected(self._selector, current.positions))
-            self._note_selected(weights)
-        if isinstance(weights, Tensor):
-            current.weights[weights.device] = weights
-            weights = weights.to(device)
-        current.weights[device] = weights
-        return weights
-
-    def _rows_along(self, rows: Tensor, activation: Tensor) -> Tensor:
-        """``rows (rows, n)``, one for each multiplier, expanded to the batch, broadcastable to ``activation``."""
-        if activation.ndim == 3 and not self._columns_first:
-            return expand_rows(rows, activation.shape[0], "the multiplier")[:, None]
-        batch, seq = self._current_pass().shape
-        expanded = expand_rows(rows, batch, "the multiplier")[:, None].expand(-1, seq, -1)
-        return along_tokens(expanded, activation, columns_first=self._columns_first)
-
     def _is_of_own_thread(self) -> bool:
-        """Whether the pass that runs now is one of the thread that attached the steering."""
+        """Return True if the pass that runs now belongs to the thread that attached the steering."""
         current = self._tracker.current
         return (this_thread() if current is None else current.thread) is self._thread
-
-    def _current_pass(self) -> ForwardPass:
-        current = self._tracker.current
-        if current is None:
-            raise RuntimeError(
-                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
-                "model and not its layers, and enable gradient checkpointing by the model's own method, before steering"
-            )
-        return current
-
-    def _note_selected(self, weights: Tensor | bool) -> None:
-        if isinstance(weights, bool) or weights.device.type == "cpu":
-            self._any_selected = self._any_selected or weights is not False
-        else:
-            some = (weights != 0).any()
-            self._any_selected_on[weights.device] = some | self._any_selected_on.get(weights.device, some)
 
 
 def _need_of(steering: Steering) -> Need:
@@ -212,20 +126,18 @@ def _need_of(steering: Steering) -> Need:
     return Need.SHAPE if steering.multiplier.by_row else Need.PASSES
 
 
-def _all_or_none(weights: Tensor) -> Tensor | bool:
-    """Whether all tokens or none are selected, on the CPU: to look at another device's weights would wait for it."""
-    if weights.device.type != "cpu":
-        return weights
-    if weights.dtype is torch.bool and bool(weights.all()):
-        return True
-    return weights if bool(weights.any()) else False
-
-
 class SteeringContext(ContextDecorator):
-    """Steers a model inside a ``with`` block, or whenever the function that it decorates runs."""
+    """A context manager that steers a model, and a decorator of functions in which it is steered.
 
-    def __init__(self, attach: Callable[[], SteeringPatchHandle]) -> None:
+    :meth:`SteeringVector.apply` and :func:`ablate_everywhere` return it.
+
+    >>> vector.apply(model, multiplier=2.0)
+    SteeringContext(layers=[1], multiplier=2.0, operator=addition_operator(), tokens=all)
+    """
+
+    def __init__(self, attach: Callable[[], SteeringPatchHandle], shown: str) -> None:
         self._attach = attach
+        self._shown = shown
         self._handles: list[tuple[object, SteeringPatchHandle]] = []  # with the threads that entered
 
     def __enter__(self) -> None:
@@ -248,45 +160,11 @@ class SteeringContext(ContextDecorator):
             )
         return super().__call__(function)
 
+    def __repr__(self) -> str:
+        return f"SteeringContext({self._shown})"
+
     def _recreate_cm(self) -> "SteeringContext":
-        return SteeringContext(self._attach)  # each call of a decorated function steers for itself
-
-
-def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
-    """The steerings that are attached to ``model``'s modules, in the order in which they were entered.
-
-    A notebook cell that is run twice attaches twice, and doubles a strength.
-
-    >>> active_patches(model)
-    []
-    """
-    check_model(model)
-    handles = {change.owner._order: change.owner for module in model.modules() for change in changes_of(module)}
-    return [handles[order] for order in sorted(handles)]
-
-
-def is_steered_by_token(model: nn.Module) -> bool:
-    """Whether some steering selects tokens, so that it matters how they are laid out in a pass."""
-    return any(patch._selector is not None for patch in active_patches(model))
-
-
-def is_steered_by_token_or_row(model: nn.Module) -> bool:
-    """Whether some steering asks how a pass's tokens are laid out."""
-    return any(patch._selector is not None or patch._multiplier.by_row for patch in active_patches(model))
-
-
-def check_not_steered_by_row(model: nn.Module) -> None:
-    """Raise ValueError if a steering depends on the rows of a batch or their padding: in training they aren't the
-    caller's.
-    """
-    for patch in active_patches(model):
-        selector = patch._selector
-        if (selector is not None and may_go_by_row_or_end(selector)) or patch._multiplier.by_row:
-            raise ValueError(
-                f"the model is steered row by row or from a row's end, or may be, and training makes rows of its own: "
-                f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. A "
-                f"selector of yours that does so says it by the attributes rows = 1 and counts_from_end = False."
-            )
+        return SteeringContext(self._attach, self._shown)  # each call of a decorated function steers for itself
 
 
 _DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)

@@ -1,18 +1,45 @@
 """From a vector and what is asked of it to a steering of a model: all that can be checked before the model runs."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from steering_vectors._models import Anatomy, anatomy_of
-from steering_vectors._steering.change import OUTPUT, width_message
-from steering_vectors._steering.handle import Steering
+from steering_vectors._steering.attaching import OUTPUT
+from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._vectors import checked_directions, type_and_depth
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
+from steering_vectors.token_selection import Selector
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steering:
+    """What is to be done to a model's activations; checked, and not attached yet.
+
+    ``directions`` are ``(hidden,)`` by layer number, ``places`` the modules that are changed, each with its layer's
+    number and whether its output or its input is meant. None as ``selector`` means all tokens. With
+    ``this_thread_only`` only passes in the thread that attaches it are steered.
+    """
+
+    anatomy: Anatomy
+    places: Sequence[tuple[int, nn.Module, str]]
+    directions: Mapping[int, Tensor]
+    operator: PatchDeltaOperator
+    multiplier: Multiplier
+    selector: Selector | None
+    this_thread_only: bool = False
+
+    def __repr__(self) -> str:
+        thread = ", this_thread_only=True" if self.this_thread_only else ""
+        return (
+            f"layers={sorted(self.directions)}, multiplier={self.multiplier}, operator={self.operator!r}, "
+            f"tokens={self.selector or 'all'}{thread}"
+        )
 
 
 class Vector(Protocol):

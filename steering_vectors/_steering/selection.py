@@ -1,0 +1,91 @@
+"""Find a steering's tokens and rows in the activations of each pass."""
+
+import torch
+from torch import Tensor
+
+from steering_vectors._models import along_tokens
+from steering_vectors._passes import ForwardPass, PassTracker
+from steering_vectors.token_selection import Selector, expand_rows, selected
+
+
+class Selection:
+    """The tokens that a steering selects, pass by pass, and the rows of its multipliers.
+
+    None as ``selector`` means all tokens. With ``columns_first`` activations are ``(seq, batch, hidden)``.
+    """
+
+    def __init__(self, tracker: PassTracker, selector: Selector | None, *, columns_first: bool) -> None:
+        self._tracker = tracker
+        self._selector = selector
+        self._columns_first = columns_first
+        self._any_selected: bool | None = None  # until something is known
+        self._any_selected_on: dict[torch.device, Tensor] = {}
+
+    @property
+    def was_empty(self) -> bool:
+        """True if tokens were selected from, and none was."""
+        known = [] if self._any_selected is None else [self._any_selected]
+        flags = [*self._any_selected_on.values(), *known]
+        return bool(flags) and not any(bool(flag) for flag in flags)
+
+    def weights_for(self, activation: Tensor) -> Tensor | bool:
+        """Return what the selector says of the pass that this thread is in, broadcastable to ``activation``.
+
+        True for all tokens and False for none of them, where that is known without waiting for a device.
+        """
+        current = self._current_pass()
+        weights = current.weights.get(activation.device)
+        if weights is None:
+            weights = self._select(current, activation.device)
+        if isinstance(weights, bool):
+            shape = current.positions.index.shape
+            if activation.shape[:2] != shape:  # raises where it can't be told which tokens it holds
+                along_tokens(activation.new_empty(*shape, 1), activation, columns_first=self._columns_first)
+            return weights
+        return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
+
+    def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
+        """Return the selection of a pass, which is kept for its other layers."""
+        assert self._selector is not None
+        weights = next(iter(current.weights.values()), None)
+        if weights is None:
+            weights = _all_or_none(selected(self._selector, current.positions))
+            self._note_selected(weights)
+        if isinstance(weights, Tensor):
+            current.weights[weights.device] = weights
+            weights = weights.to(device)
+        current.weights[device] = weights
+        return weights
+
+    def rows_along(self, rows: Tensor, activation: Tensor) -> Tensor:
+        """Return ``rows (rows, n)``, one for each multiplier, in a shape that broadcasts to ``activation``."""
+        if activation.ndim == 3 and not self._columns_first:
+            return expand_rows(rows, activation.shape[0], "the multiplier")[:, None]
+        batch, seq = self._current_pass().shape
+        expanded = expand_rows(rows, batch, "the multiplier")[:, None].expand(-1, seq, -1)
+        return along_tokens(expanded, activation, columns_first=self._columns_first)
+
+    def _current_pass(self) -> ForwardPass:
+        current = self._tracker.current
+        if current is None:
+            raise RuntimeError(
+                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
+                "model and not its layers, and enable gradient checkpointing by the model's own method, before steering"
+            )
+        return current
+
+    def _note_selected(self, weights: Tensor | bool) -> None:
+        if isinstance(weights, bool) or weights.device.type == "cpu":
+            self._any_selected = self._any_selected or weights is not False
+        else:
+            some = (weights != 0).any()
+            self._any_selected_on[weights.device] = some | self._any_selected_on.get(weights.device, some)
+
+
+def _all_or_none(weights: Tensor) -> Tensor | bool:
+    """Return True for all tokens and False for none, on the CPU; to look at other devices would wait for them."""
+    if weights.device.type != "cpu":
+        return weights
+    if weights.dtype is torch.bool and bool(weights.all()):
+        return True
+    return weights if bool(weights.any()) else False
