@@ -31,12 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steering_vectors import SteeringVector, pca_aggregator, train_steering_vector
 
 if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
-    from steering_vectors._extraction.extractor import Extractor
+    from steering_vectors._extraction import extractor
     from steering_vectors._extraction.packs import PACK_SIZE, cheapest_packs
+    from steering_vectors._extraction.verification import Verification
+    from steering_vectors._extraction.ways import Packed, ReadModel
 
 Pairs = list[tuple[str, str]]
 Layers = Sequence[int] | None
 BATCH_SIZES = (1, 4, 16)
+KINDS = ["choices", "personas", "unrelated", "pca", "limit", "verification", "memory"]
 
 
 def choices(file: Path | None, tokenizer: Any, count: int) -> Pairs:
@@ -220,15 +223,47 @@ def _peak(folder: str, name: str, pairs: Pairs, batch_size: int) -> float:
     return (int(peak.split()[1]) * 1024 - before) / 1e6
 
 
+def share_of_verification(model: Any, tokenizer: Any, pairs: Pairs, rounds: int) -> tuple[float, float]:
+    """Return the share of a training that takes to compare tokens with their prompts alone, and its time: medians."""
+    spent = [0.0]
+
+    def counting(owner: Any, name: str) -> Callable[..., Any]:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return counted
+
+    parts = [(ReadModel, "alone"), (Verification, "due"), (Verification, "note"), (extractor, "conditions_of")]
+    before = [getattr(owner, name) for owner, name in parts]
+    shares, times = [], []
+    for owner, name in parts:
+        setattr(owner, name, counting(owner, name))
+    try:
+        for _ in range(rounds):
+            spent[0] = 0
+            times.append(timed(lambda: ours(model, tokenizer, pairs, None, 1)))
+            shares.append(spent[0] / times[-1])
+    finally:
+        for (owner, name), function in zip(parts, before, strict=True):
+            setattr(owner, name, function)
+    return statistics.median(shares), statistics.median(times)
+
+
 @contextmanager
 def rows_only() -> Iterator[None]:
     """Ours as on a model that takes no packs."""
-    find = Extractor._find_ways
-    Extractor._find_ways = lambda self: [way for way in find(self) if way.kinds is None]  # type: ignore[method-assign]
+    find = extractor.find_ways
+    extractor.find_ways = lambda *args, **kwargs: [w for w in find(*args, **kwargs) if not isinstance(w, Packed)]
     try:
         yield
     finally:
-        Extractor._find_ways = find  # type: ignore[method-assign]
+        extractor.find_ways = find
 
 
 def main() -> None:
@@ -239,7 +274,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--personas", type=int, default=1000)
-    parser.add_argument("--only", nargs="*", default=["choices", "personas", "unrelated", "pca", "limit", "memory"])
+    parser.add_argument("--only", nargs="*", default=KINDS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -273,6 +308,10 @@ def compare(options: argparse.Namespace) -> None:
             args = (model, tokenizer, asked, layers, 4)
             times, slow, fast = ratio(partial(ours, *args), partial(bare_decoder, *args), options.rounds)
             print(f"ours over the bare decoder, layers {layers or 'all'}: {times:.2f} ({slow:.2f} s, {fast:.2f} s)")
+    if "verification" in options.only:
+        pairs = personas(tokenizer, 192)
+        share, seconds = share_of_verification(model, tokenizer, pairs, 2 * options.rounds + 1)
+        print(f"verification, {len(pairs)} persona pairs: {100 * share:.1f} % of a training of {seconds:.2f} s")
     if "memory" in options.only:
         size = best_batch_size(plain_loop, model, tokenizer, asked, None)
         theirs, mine = (peak_memory(options.model, name, asked, size) for name in ("plain_loop", "ours"))

@@ -19,8 +19,12 @@ from transformers import (
 )
 
 from steering_vectors import SteeringVector, at
+from steering_vectors._extraction import ways as ways_module
 from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPrompt
 from steering_vectors._extraction.packs import distinct_prefixes
+from steering_vectors._extraction.reading import extractor_for
+from steering_vectors._extraction.ways import OneAtATime, Packed, Way
+from steering_vectors._models import anatomy_of
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -316,14 +320,14 @@ PACKED_ON_TRANSFORMERS_4 = {
 def ways_of(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Fills with whether each pass that counted ran packs."""
     ways: list[bool] = []
-    run = Extractor._run_at_once
+    run = Way.run
 
-    def noted(self: Extractor, packs: Any, prompts: Any) -> Any:
+    def noted(self: Way, packs: Any, prompts: Any) -> Any:
         result = run(self, packs, prompts)
-        ways.append(self._ways[0].kinds is not None and any(pack.branches for pack in packs))
+        ways.append(isinstance(self, Packed) and any(pack.branches for pack in packs))
         return result
 
-    monkeypatch.setattr(Extractor, "_run_at_once", noted)
+    monkeypatch.setattr(Way, "run", noted)
     return ways
 
 
@@ -348,15 +352,13 @@ class TestPacks:
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
     def test_a_mask_that_is_left_out_is_noticed(self, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """With it left out the walk's first prompt would be right all the same."""
-        import steering_vectors._extraction.extractor as extraction
-
         model = tiny.shared(architecture)
-        masks = extraction.attention_masks
+        masks = ways_module.attention_masks
 
         def causal(kinds: Any, config: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
             return masks(kinds, config, torch.ones_like(visible).tril(), depths, dtype)
 
-        monkeypatch.setattr(extraction, "attention_masks", causal)
+        monkeypatch.setattr(ways_module, "attention_masks", causal)
         extractor = Extractor(model, modules_of(model), batch_size=8)
         ways = ways_of(monkeypatch)
         rows = rows_by_prompt(extractor(last(SHARING)))
@@ -381,6 +383,18 @@ class TestPacks:
                 expected = tiny.hidden_states(model, prompt)[2][-1]
                 torch.testing.assert_close(rows[2, number], expected, atol=2e-5, rtol=1e-4)
 
+    def test_a_window_that_only_masks_get_wrong_is_noticed_after_a_pass_without_masks(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import steering_vectors._extraction.masks as attention
+
+        monkeypatch.setattr(attention, "_window", lambda config: None)
+        model = tiny.build("mistral", sliding_window=12, max_position_embeddings=1024)
+        long = [[5, *(n % 300 + 10 for n in range(start, start + 519))] for start in (0, 150)]
+        shallow = [[k % 17 + 7, k % 13 + 30, k % 11 + 50, k % 7 + 70] for k in range(200)]
+        deep = [[7, 30, *range(100, 130), 9], [7, 30, *range(100, 130), 8]]
+        check_rows(model, last([*long, *deep, *shallow]), batch_size=1)
+
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_the_deepest_of_a_wide_tree_is_exact(self, batch_size: int) -> None:
         model = tiny.shared("llama")
@@ -403,10 +417,11 @@ class TestPacks:
     def test_no_later_layer_runs_and_no_logits(self) -> None:
         model: Any = tiny.build("llama")
         extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
-        list(extractor(last(SHARING)))  # compared with the whole model
         ran: list[str] = []
         for name in ("model.layers.0", "model.layers.2", "model.norm", "lm_head"):
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        list(extractor(last(SHARING)))  # compared with the whole model
+        ran.clear()
         list(extractor(last(SHARING)))
         assert ran == ["model.layers.0"]
 
@@ -475,7 +490,7 @@ class TestPacks:
         model = tiny.build("llama")
         vector = SteeringVector({0: torch.full((tiny.HIDDEN,), 3.0)})
         with vector.apply(model, tokens=at([index])):
-            extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
+            extractor = extractor_for(anatomy_of(model), [1], "decoder_block", None, batch_size=8)
             assert [way.module for way in extractor._ways] == [model, model]
             rows = rows_by_prompt(extractor(last(SHARING)))
 
@@ -559,7 +574,7 @@ class TestWhatGoesWrongLater:
         tiny.blocks(model)[0].register_forward_hook(takes_padding_in)
         prompts = [[n + 7 * length for n in range(length)] for length in lengths]
         extractor = check_rows(model, last(prompts))
-        assert extractor._ways[0].one_at_a_time
+        assert isinstance(extractor._ways[0], OneAtATime)
 
     def test_a_model_whose_batches_are_otherwise_is_run_one_prompt_at_a_time(self) -> None:
         model = tiny.build("mamba")
@@ -568,7 +583,7 @@ class TestWhatGoesWrongLater:
             return output * (1 + 0.01 * (output.shape[0] - 1))
 
         tiny.blocks(model)[1].register_forward_hook(noisy)
-        assert check_rows(model, last(SHARING))._ways[0].one_at_a_time
+        assert isinstance(check_rows(model, last(SHARING))._ways[0], OneAtATime)
 
     @pytest.mark.parametrize("columns", [slice(0, 3), slice(3, None), slice(20, 22)], ids=str)
     def test_what_a_hook_does_by_column_is_what_it_does_to_each_prompt_alone(self, columns: slice) -> None:
@@ -644,9 +659,18 @@ def tokens_run(model: Any, prompts: list[ReadPrompt], batch_size: int) -> int:
     """How many tokens the model ran for the prompts, those that were compared left out."""
     extractor = check_rows(model, prompts, batch_size=batch_size)
     counted: list[int] = []
-    handle = tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: counted.append(args[0].shape[:2].numel()))
-    list(extractor(prompts))
-    handle.remove()
+    read_pass = ways_module.read_pass  # a hook on the model would be looked at, and the model run otherwise
+
+    def counting(module: nn.Module, layers: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs["attention_mask"]
+        if module is model:  # a prompt alone, to compare
+            return read_pass(module, layers, inputs, *args, **kwargs)
+        counted.append(inputs["input_ids"].numel() - (len(mask) if mask.ndim == 4 else 0))  # without the last column
+        return read_pass(module, layers, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ways_module, "read_pass", counting)
+        list(extractor(prompts))
     return sum(counted)
 
 

@@ -531,7 +531,7 @@ class TestTheModelAndTokenizer:
         tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
         function(model, tiny.tokenizer(), SAMPLES, batch_size=batch_size)
         assert max(rows) <= 2 * batch_size
-        checking = 2 + 3  # two passes tell decoders from encoders, and some prompts are run alone
+        checking = 2 + 4  # two passes tell decoders from encoders, and some prompts are run alone
         assert len(rows) <= checking + -(-len(SAMPLES) // batch_size)
 
     def test_a_model_in_training_mode_is_read_without_dropout_and_put_back_module_by_module(self) -> None:

@@ -7,6 +7,7 @@ of the walk.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Pack:
         """Whether some token must not see all tokens before it."""
         return self.depths[-1] < len(self) - 1
 
-    @property
+    @cached_property
     def skipped(self) -> list[int]:
         """How many others stand between each token's ancestors."""
         roots: list[int] = []
@@ -49,9 +50,13 @@ class Pack:
             roots.append(place if depth == 0 else roots[-1])
         return [place - root - depth for place, (root, depth) in enumerate(zip(roots, self.depths, strict=True))]
 
+    def nodes_to(self, node: int) -> list[int]:
+        """Return where the tokens of the prefix stand that ends with ``node``."""
+        return [place for place in range(node + 1) if self.ends[place] >= node]
+
     def path(self, node: int) -> list[int]:
-        """The token ids of the prefix that ends with ``node``."""
-        return [token for place, token in enumerate(self.input_ids[: node + 1]) if self.ends[place] >= node]
+        """Return the token ids of the prefix that ends with ``node``."""
+        return [self.input_ids[place] for place in self.nodes_to(node)]
 
 
 def pack_prompts(
@@ -60,8 +65,10 @@ def pack_prompts(
     """Packs of at most ``size`` tokens, or of one prompt that is longer.
 
     ``numbers`` says which of the ``prompts`` are meant, and ``positions`` which tokens of each are read. Each prompt
-    stands as a whole in one pack: what it shares with prompts of an earlier pack is repeated.
+    stands as a whole in one pack: what it shares with prompts of an earlier pack is repeated. The longest prompt comes
+    last: so the last token is both the deepest and the one with most tokens before it.
     """
+    longest = max((prompts[number] for number in numbers), key=lambda prompt: (len(prompt), prompt), default=[])
     ids: list[int] = []
     depths: list[int] = []
     ends: list[int] = []
@@ -74,7 +81,10 @@ def pack_prompts(
             ends[node] = len(ids) - 1
         del path[depth:]
 
-    for number in sorted(numbers, key=prompts.__getitem__):
+    def place(number: int) -> tuple[int, list[int]]:
+        return shared_prefix(longest, prompts[number]), prompts[number]
+
+    for number in sorted(numbers, key=place):
         prompt = prompts[number]
         shared = shared_prefix(before, prompt)
         new = len(prompt) - shared

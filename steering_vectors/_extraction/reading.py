@@ -7,10 +7,17 @@ from typing import Any, TypeAlias
 import torch
 
 from steering_vectors._arguments import is_whole_number
+from steering_vectors._extraction.conditions import Steered
 from steering_vectors._extraction.extractor import Extractor, ReadPrompt
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._models import Anatomy
-from steering_vectors._steering import TokenSelection, as_selector, check_not_steered_by_row
+from steering_vectors._steering import (
+    TokenSelection,
+    active_patches,
+    as_selector,
+    check_not_steered_by_row,
+    is_steered_by_token,
+)
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
 from steering_vectors.token_selection import TokenPositions, selected
 
@@ -38,7 +45,12 @@ def extractor_for(
     modules = {n: found.modules[n] for n in found.numbers(layers)}
     if anatomy.takes_tokens_again:
         raise ValueError(f"{kind} takes some of a row's tokens again and in another order; it can't be read")
-    return Extractor(anatomy.model, modules, batch_size=batch_size)
+
+    def steered() -> Steered:
+        check_not_steered_by_row(anatomy.model)
+        return Steered(tuple(active_patches(anatomy.model)), is_steered_by_token(anatomy.model))
+
+    return Extractor(anatomy.model, modules, batch_size=batch_size, steered=steered)
 
 
 class Reading:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from operator import index as as_index
 from typing import Any, TypeAlias, TypeGuard
 
 from torch import nn
 
 from steering_vectors._arguments import is_whole_number
+from steering_vectors._extraction.packs import shared_prefix
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -113,11 +113,11 @@ class PromptTokenizer:
     def _completion_character(self, messages: Sequence[Message], text: str) -> int:
         """Where in ``text`` the last turn's own text begins: after its role header, thinking included."""
         *history, last = messages
-        turn = _shared(text, self._render(history)) if history else 0
+        turn = shared_prefix(text, self._render(history)) if history else 0
         asked = history or [{"role": "user", "content": "."}]
-        start = _shared(text, self._render_unfinished([*history, _with_text(last, "")]))
+        start = shared_prefix(text, self._render_unfinished([*history, _with_text(last, "")]))
         if history:
-            start = max(start, _shared(text, self._render(asked, add_generation_prompt=True)))
+            start = max(start, shared_prefix(text, self._render(asked, add_generation_prompt=True)))
         before = text[turn:start]  # the role header, and perhaps a thinking block that the template writes
         if not before.strip():
             return turn  # whether a space is the header's or the answer's can't be told
@@ -154,7 +154,7 @@ class PromptTokenizer:
             spans = encoded["offset_mapping"]
             return added + next((n for n, (_, end) in enumerate(spans) if end > character), len(spans))
         before = self._tokenizer(text[:character], add_special_tokens=False)["input_ids"]
-        return added + _shared(list(before), ids[added:])
+        return added + shared_prefix(list(before), ids[added:])
 
 
 def chat_template_of(tokenizer: Any) -> object:
@@ -204,8 +204,3 @@ def _with_text_appended(message: Message, addition: str) -> dict[str, Any]:
         return _with_text(message, addition)
     *others, last = content
     return {**message, "content": [*others, {**last, "text": last["text"] + addition}]}
-
-
-def _shared(some: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long a beginning the two have in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, other, strict=False)))

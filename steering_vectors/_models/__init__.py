@@ -24,12 +24,10 @@ from steering_vectors._models.hooks import (
 from steering_vectors._models.parts import part_path
 from steering_vectors._models.running import (
     check_unsharded,
-    input_device,
     is_sharded,
     kept_states,
     read_pass,
     stateful_modules,
-    virtual_tokens,
     without_data_parallelism,
 )
 
@@ -46,7 +44,6 @@ __all__ = [
     "check_model",
     "check_unsharded",
     "has_hooks_of_users",
-    "input_device",
     "input_of",
     "is_sharded",
     "kept_states",
@@ -57,7 +54,6 @@ __all__ = [
     "remove_all",
     "stateful_modules",
     "unless_removed",
-    "virtual_tokens",
     "with_activation",
     "with_input",
     "without_data_parallelism",

@@ -129,12 +129,10 @@ def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removab
     return handles
 
 
-def has_hooks_of_users(model: nn.Module) -> bool:
-    """Whether some module has a forward hook that neither this library nor Hugging Face's or PyTorch put there."""
+def has_hooks_of_users(modules: Iterable[nn.Module]) -> bool:
+    """Return whether one of the modules has a forward hook that is not this library's, Hugging Face's or PyTorch's."""
     hooks = (
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     return any(_package_of(hook) not in _PACKAGES for hook in hooks)
 

@@ -79,14 +79,6 @@ def without_data_parallelism(model: nn.Module) -> nn.Module:
     return next(wrapped, model)
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    return anatomy_of(model).virtual_tokens
-
-
-def input_device(model: nn.Module) -> torch.device:
-    return anatomy_of(model).input_device
-
-
 def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """One pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from steering_vectors._models import (
     activation_of,
     after_forward,
+    anatomy_of,
     attach_all,
     before_forward,
-    input_device,
     input_of,
     kept_states,
     read_pass,
@@ -76,7 +76,7 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
             *(partial(after_forward, block, end, first=True) for block in blocks),
         ]
     )
-    device = input_device(model)
+    device = anatomy_of(model).input_device
     ids = torch.arange(1, _TOKENS + 1, device=device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     try:

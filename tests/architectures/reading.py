@@ -10,6 +10,8 @@ from torch import Tensor
 
 from steering_vectors._extraction.extractor import ReadPrompt
 from steering_vectors._extraction.reading import extractor_for
+from steering_vectors._extraction.ways import OneAtATime, Packed
+from steering_vectors._models import anatomy_of
 from steering_vectors.layer_matching import find_layers
 
 _DRAW = torch.Generator().manual_seed(3)
@@ -38,15 +40,15 @@ def _how_rows_are_read(model: Any) -> tuple[str, float]:
     """How the model was run in the end, and how far its rows are from those of each prompt alone, relative."""
     found = find_layers(model)
     modules = {layer: model.get_submodule(name) for layer, name in found.names.items()}
-    extractor, worst, packed = extractor_for(model, None, "decoder_block", None, batch_size=8), 0.0, False
+    extractor, worst, packed = extractor_for(anatomy_of(model), None, "decoder_block", None, batch_size=8), 0.0, False
     parts = list(extractor(PROMPTS))
     alone = [_rows_alone(model, modules, prompt) for prompt in PROMPTS]
     for part in parts:
-        packed = extractor._ways[0].kinds is not None
+        packed = isinstance(extractor._ways[0], Packed)
         for number, row in zip(part.prompts, part.rows, strict=True):
             expected = alone[number][part.layer]
             worst = max(worst, float((row - expected).norm() / expected.norm()))
-    how = "one at a time" if extractor._ways[0].one_at_a_time else "packs" if packed else "rows"
+    how = "one at a time" if isinstance(extractor._ways[0], OneAtATime) else "packs" if packed else "rows"
     return how, worst
 
 

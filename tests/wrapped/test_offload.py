@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from steering_vectors import SteeringVector, record_activations, train_steering_vector
-from steering_vectors._models.running import input_device
+from steering_vectors._models import anatomy_of
 from tests import tiny
 from tests.wrapped.promises import (
     INPUTS,
@@ -165,4 +165,4 @@ class TestSteering:
 
 
 def test_inputs_go_where_weights_are_that_are_not_offloaded(model: Any) -> None:
-    assert input_device(model) == torch.device("cpu")
+    assert anatomy_of(model).input_device == torch.device("cpu")
