@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+import steering_vectors
 from steering_vectors import (
     Accumulator,
     Aggregator,
@@ -24,17 +25,15 @@ from steering_vectors import (
     train_steering_vector,
 )
 from steering_vectors.aggregators import Side, accumulator_for, aggregate
-from tests import tiny
+from tests import families, tiny
 
 HIDDEN = 6
 AGGREGATORS: dict[str, Callable[[], Aggregator]] = {
-    "mean": mean_aggregator,
-    "pca": pca_aggregator,
-    "logistic": logistic_aggregator,
+    **{name: case.make for name, case in families.AGGREGATORS.items()},
     "callable": lambda: median_of_differences,
 }
-SHIPPED = ["mean", "pca", "logistic"]
-UNIT = ["pca", "logistic"]
+SHIPPED = list(families.AGGREGATORS)
+UNIT = [name for name, case in families.AGGREGATORS.items() if case.has_norm_1]
 
 
 def median_of_differences(positive: Tensor, negative: Tensor) -> Tensor:
@@ -172,12 +171,12 @@ class TestAllOfThem:
 
     @pytest.mark.parametrize("name", UNIT)
     def test_docstrings_of_those_of_norm_one_say_what_multiplier_one_does(self, name: str) -> None:
-        text = " ".join((globals()[f"{name}_aggregator"].__doc__ or "").split())
+        text = " ".join((getattr(steering_vectors, name).__doc__ or "").split())
         assert "a multiplier of 1 is seldom visible" in text
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_repr_is_the_call_that_made_it(self, name: str) -> None:
-        assert repr(AGGREGATORS[name]()) == f"{name}_aggregator()"
+        assert repr(AGGREGATORS[name]()) == f"{name}()"
 
     def test_repr_shows_arguments(self) -> None:
         assert repr(logistic_aggregator({"C": 0.5})) == "logistic_aggregator({'C': 0.5})"

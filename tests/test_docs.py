@@ -31,7 +31,6 @@ from steering_vectors import (
     record_activations,
 )
 from tests import tiny
-from tests.test_tokenizing import QWEN_3
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"
@@ -122,7 +121,7 @@ def fake_modules() -> dict[str, Any]:
 
 
 def thinking_model() -> tuple[Any, Any]:
-    tokenizer = tiny.tokenizer(chat_template=QWEN_3)
+    tokenizer = tiny.tokenizer(chat_template=tiny.QWEN_3)
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids by default
     sizes = {"num_hidden_layers": 28, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}

@@ -1,7 +1,6 @@
 """The laws: what holds for every architecture."""
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,16 @@ from torch import Tensor, nn
 from steering_vectors import (
     SteeringVector,
     TokenPositions,
-    ablation_operator,
-    ablation_then_addition_operator,
-    addition_operator,
     at,
-    clamp_operator,
-    completion,
     extract_activations,
     from_index,
     generated,
-    norm_preserving_operator,
     prompted,
     record_activations,
-    rotation_operator,
     train_steering_vector,
 )
-from tests import tiny
-from tests.test_layer_matching import llava
+from tests import families, tiny
+from tests.families import FIRST_PASS, SELECTIONS
 
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33]]
 STEPS = 4
@@ -57,57 +49,15 @@ def generate(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> tuple[Tens
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
+OPERATORS = {name: case.make() for name, case in families.OPERATORS.items()}
+
+
 def operator_by_hand(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]:
-    unit = direction / direction.norm()
-    return {
-        "addition": lambda h: h + direction,
-        "ablation": lambda h: h - (h @ unit) * unit,
-        "ablation_then_addition": lambda h: h - (h @ unit) * unit + direction,
-        "clamp": lambda h: h + (max(0.5, min(float(h @ unit), 1.0)) - h @ unit) * unit,
-        "rotation": lambda h: turned(h, unit),
-        "norm_preserving": lambda h: (h + direction) / (h + direction).norm() * h.norm(),
-    }[name]
+    return lambda h: families.OPERATORS[name].by_hand(h, direction)
 
 
-def turned(h: Tensor, unit: Tensor, angle: float = 0.6) -> Tensor:
-    own = h / h.norm()
-    aside = torch.nn.functional.normalize(unit - (unit @ own) * own, dim=0)
-    return h.norm() * (math.cos(angle) * own + math.sin(angle) * aside)
-
-
-OPERATORS = {
-    "addition": addition_operator(),
-    "ablation": ablation_operator(),
-    "ablation_then_addition": ablation_then_addition_operator(),
-    "clamp": clamp_operator(0.5, 1.0),
-    "rotation": rotation_operator(0.6),
-    "norm_preserving": norm_preserving_operator(addition_operator()),
-}
-
-# name → (selector for a batch of prompts of these lengths, whether a token of a prompt of length n is selected)
-SELECTIONS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], Callable[[int, int], bool]]] = {
-    "all": (lambda inputs: None, lambda index, n: True),
-    "generated(inputs)": (generated, lambda index, n: index >= n - 1),
-    "generated(lengths)": (
-        lambda inputs: generated(inputs["attention_mask"].sum(1).tolist()),
-        lambda index, n: index >= n - 1,
-    ),
-    "prompted(inputs)": (prompted, lambda index, n: index < n - 1),
-    "from_index(1)": (lambda inputs: from_index(1), lambda index, n: index >= 1),
-    "from_index(per row)": (
-        lambda inputs: from_index((inputs["attention_mask"].sum(1) - 2).tolist()),
-        lambda index, n: index >= n - 2,
-    ),
-    "at": (lambda inputs: at([0, 2, 6, 9]), lambda index, n: index in (0, 2, 6, 9)),
-    "list": (lambda inputs: [1, 4, 8], lambda index, n: index in (1, 4, 8)),
-    "slice": (lambda inputs: slice(2, 9, 2), lambda index, n: index in (2, 4, 6, 8)),
-    "callable": (lambda inputs: lambda positions: positions.index % 3 == 1, lambda index, n: index % 3 == 1),
-}
-FIRST_PASS = {
-    "generated()": (lambda inputs: generated(), lambda index, n: index >= n - 1),
-    "prompted()": (lambda inputs: prompted(), lambda index, n: index < n - 1),
-    "completion()": (lambda inputs: completion(), lambda index, n: index >= n),
-}
+def of(selection: families.Selection) -> tuple[Callable[[dict[str, Tensor]], Any], Callable[[int, int], bool]]:
+    return selection.tokens, selection.selects
 
 
 class TestReadWhereYouWrite:
@@ -120,7 +70,7 @@ class TestReadWhereYouWrite:
         model = tiny.shared(architecture)
         vector = random_vector([1])
         prompt = PROMPTS[1]
-        select, is_selected = SELECTIONS[selection]
+        select, is_selected = of(SELECTIONS[selection])
         inputs = padded([prompt])
         with record_activations(model, layers=[0, 1]) as plain, torch.no_grad():
             model(**inputs)
@@ -148,17 +98,17 @@ class TestTheCacheDoesNotMatter:
     def test_cached_and_uncached_generation_equal_a_loop_steered_by_hand(
         self, architecture: str, selection: str
     ) -> None:
-        self.check(architecture, *SELECTIONS[selection], "addition", cached=(True, False))
+        self.check(architecture, *of(SELECTIONS[selection]), "addition_operator", cached=(True, False))
 
-    @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "addition"])
+    @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "addition_operator"])
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_under_every_operator(self, architecture: str, operator: str) -> None:
-        self.check(architecture, *SELECTIONS["generated(inputs)"], operator, cached=(True, False))
+        self.check(architecture, *of(SELECTIONS["generated(inputs)"]), operator, cached=(True, False))
 
     @pytest.mark.parametrize("selection", FIRST_PASS)
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_the_first_pass_of_a_cache_is_the_prompt(self, architecture: str, selection: str) -> None:
-        self.check(architecture, *FIRST_PASS[selection], "addition", cached=(True,))
+        self.check(architecture, *of(FIRST_PASS[selection]), "addition_operator", cached=(True,))
 
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_with_a_multiplier_for_each_row(self, architecture: str) -> None:
@@ -166,12 +116,15 @@ class TestTheCacheDoesNotMatter:
             pytest.skip("the model itself takes padding for tokens")
         model, vector, inputs = tiny.shared(architecture), random_vector([0, 2]), padded(PROMPTS)
         multipliers = [1.5, 0.0, -2.0]
-        select, is_selected = SELECTIONS["generated(inputs)"]
+        select, is_selected = of(SELECTIONS["generated(inputs)"])
         for use_cache in (True, False):
             with vector.apply(model, multiplier=multipliers, tokens=select(inputs)):
                 answers, logits = generate(model, inputs, use_cache=use_cache)
             for row, (prompt, multiplier) in enumerate(zip(PROMPTS, multipliers, strict=True)):
-                moves = {n: operator_by_hand("addition", multiplier * d) for n, d in vector.layer_activations.items()}
+                moves = {
+                    n: operator_by_hand("addition_operator", multiplier * d)
+                    for n, d in vector.layer_activations.items()
+                }
                 expected_answer, expected_logits = by_hand_loop(model, prompt, moves, is_selected)
                 assert answers[row].tolist() == expected_answer
                 torch.testing.assert_close(logits[row], expected_logits, atol=2e-4, rtol=1e-3)
@@ -268,7 +221,7 @@ class TestEveryWayOfGenerating:
     @pytest.mark.parametrize("architecture", tiny.WITH_STATIC_CACHE)
     def test_a_static_cache_is_a_cache(self, architecture: str, selection: str) -> None:
         model, inputs = tiny.shared(architecture), padded(PROMPTS)
-        select, _ = {**SELECTIONS, **FIRST_PASS}[selection]
+        select, _ = of({**SELECTIONS, **FIRST_PASS}[selection])
         vector = random_vector([1], scale=2.0)
         with vector.apply(model, tokens=select(inputs)):
             expected, expected_logits = generate(model, inputs)
@@ -521,7 +474,7 @@ class TestTheRealModel:
         self, smollm2: tuple[Any, Any], selection: str
     ) -> None:
         model, tokenizer = smollm2
-        select, is_selected = SELECTIONS[selection]
+        select, is_selected = of(SELECTIONS[selection])
         texts = ["The weather in the mountains was", "I think"]
         direction = 20 * torch.nn.functional.normalize(torch.linspace(-1, 1, model.config.hidden_size), dim=0)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -558,7 +511,7 @@ class TestTheRealModel:
 @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="transformers 4.46 runs LLaVA with images only")
 class TestAVisionLanguageModel:
     def test_layers_are_the_text_decoder_s_and_are_moved_by_the_direction(self) -> None:
-        model = llava(depth=5)
+        model = tiny.llava(depth=5)
         vector = random_vector([1])
         with record_activations(model) as plain, torch.no_grad():
             model(**padded([PROMPTS[1]]))

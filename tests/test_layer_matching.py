@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from transformers import (
     JambaConfig,
     JambaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -49,19 +47,6 @@ MISSING: dict[str, list[str]] = {
     "phi": ["post_attention_layernorm"],
     "mamba": ["self_attn", "mlp", "post_attention_layernorm"],
 }
-
-
-@cache
-def llava(depth: int = 5) -> PreTrainedModel:
-    """A vision tower of so many blocks beside a text model of three."""
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4}
-    config = LlavaConfig(
-        text_config={"model_type": "llama", **_SIZES},
-        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 16, "patch_size": 8},
-        image_token_index=tiny.VOCABULARY - 1,
-    )
-    model: PreTrainedModel = LlavaForConditionalGeneration(config).eval()
-    return model
 
 
 @cache
@@ -162,10 +147,10 @@ class TestBlocks:
 
     @pytest.mark.parametrize("depth", [2, 3, 5])
     def test_are_never_those_of_a_vision_tower_however_deep(self, depth: int) -> None:
-        names = find_layers(llava(depth)).names
+        names = find_layers(tiny.llava(depth)).names
         assert sorted(names) == [0, 1, 2]
         assert all("vision" not in name and "language_model" in name for name in names.values())
-        assert {type(module).__name__ for module in found_modules(llava(depth))} == {"LlamaDecoderLayer"}
+        assert {type(module).__name__ for module in found_modules(tiny.llava(depth))} == {"LlamaDecoderLayer"}
 
     @pytest.mark.parametrize("depth", [2, 3, 5])
     def test_are_the_decoders_where_an_encoder_stands_beside_it(self, depth: int) -> None:
@@ -260,7 +245,7 @@ class TestParts:
 
     def test_of_a_vision_language_model_stand_in_its_text_blocks(self) -> None:
         for layer_type in PARTS:
-            names = find_layers(llava(), layer_type).names
+            names = find_layers(tiny.llava(), layer_type).names
             assert sorted(names) == [0, 1, 2]
             assert all("vision" not in name for name in names.values())
 
@@ -318,7 +303,7 @@ class TestWrappers:
         model = tiny.shared("opt")
         wrapped = Wrapper(model)
         assert anatomy_of(wrapped).pass_modules == (wrapped, model, model.model, model.model.decoder)
-        assert anatomy_of(llava()).decoder is found_modules_parent(llava())
+        assert anatomy_of(tiny.llava()).decoder is found_modules_parent(tiny.llava())
 
     def test_a_wrapped_encoder_decoder_is_told(self) -> None:
         assert anatomy_of(Wrapper(t5())).is_encoder_decoder
@@ -351,10 +336,10 @@ class TestAnExplicitConfig:
     def test_names_a_vision_towers_blocks(self) -> None:
         template = next(
             name.replace(".0", ".{num}", 1)
-            for name, module in llava().named_modules()
+            for name, module in tiny.llava().named_modules()
             if type(module).__name__ == "CLIPEncoderLayer"
         )
-        assert len(find_layers(llava(), "decoder_block", {"decoder_block": template}).names) == 5
+        assert len(find_layers(tiny.llava(), "decoder_block", {"decoder_block": template}).names) == 5
 
     def test_helps_where_nothing_is_sure(self) -> None:
         model = Stack("left", "right")

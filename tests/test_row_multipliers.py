@@ -16,27 +16,20 @@ from transformers import (
 
 from steering_vectors import (
     SteeringVector,
-    ablation_then_addition_operator,
-    addition_operator,
     at,
     clamp_operator,
     from_index,
     generated,
-    norm_preserving_operator,
     rotation_operator,
     train_steering_vector,
 )
-from tests import tiny
+from tests import families, tiny
 from tests.test_steering import answer, logits, padded, recorded, shown, unchanged, vector
 
 IDS = torch.tensor([[11, 12, 13, 14, 15]])
 MULTIPLIERS = torch.linspace(-2, 2, 9)
 OPERATORS = [
-    addition_operator(),
-    ablation_then_addition_operator(),
-    clamp_operator(min=0.5),
-    rotation_operator(0.4),
-    norm_preserving_operator(addition_operator()),
+    *(case.make() for case in families.OPERATORS.values()),
     lambda h, d: d / d.norm(dim=-1, keepdim=True) * h.norm(dim=-1, keepdim=True),  # NaN of a zero direction
 ]
 

@@ -45,7 +45,7 @@ from steering_vectors import (
     prompted,
     record_activations,
 )
-from tests import tiny
+from tests import families, tiny
 
 IDS = torch.tensor([[11, 12, 13, 14, 15]])
 CACHE = "past_key_values" if tiny.ON_TRANSFORMERS_4 else "cache"
@@ -58,7 +58,7 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-OPERATORS = [None, addition_operator(), ablation_operator(), ablation_then_addition_operator()]
+OPERATORS = [None, *(case.make() for case in families.OPERATORS.values())]
 
 
 def shown(value: Any) -> str:
@@ -732,11 +732,8 @@ def half(dtype: torch.dtype) -> PreTrainedModel:
 
 
 def by_hand(activation: Tensor, direction: Tensor, operator: Any) -> Tensor:
-    unit = direction / direction.norm()
-    if operator is None or operator == addition_operator():
-        return activation + direction
-    ablated = activation - (activation @ unit)[..., None] * unit
-    return ablated if operator == ablation_operator() else ablated + direction
+    cases = {case.make(): case for case in families.OPERATORS.values()}
+    return cases[operator or addition_operator()].by_hand(activation, direction)
 
 
 class TestGradients:

@@ -20,67 +20,17 @@ from steering_vectors import (
     norm_preserving_operator,
     rotation_operator,
 )
+from tests import families
 
-OPERATORS: dict[str, Callable[[], PatchDeltaOperator]] = {
-    "addition": addition_operator,
-    "ablation": ablation_operator,
-    "ablation_then_addition": ablation_then_addition_operator,
-    "clamp min": lambda: clamp_operator(min=0.5),
-    "clamp max": lambda: clamp_operator(max=-0.25),
-    "clamp both": lambda: clamp_operator(min=-0.1, max=0.2),
-    "clamp equal": lambda: clamp_operator(1.5, 1.5),
-    "rotation": lambda: rotation_operator(0.7),
-    "rotation past": lambda: rotation_operator(-2.5),
-    "norm_preserving addition": lambda: norm_preserving_operator(addition_operator()),
-    "norm_preserving ablation": lambda: norm_preserving_operator(ablation_operator()),
-}
-SHOWN = {
-    "addition": "addition_operator()",
-    "ablation": "ablation_operator()",
-    "ablation_then_addition": "ablation_then_addition_operator()",
-    "clamp min": "clamp_operator(min=0.5)",
-    "clamp max": "clamp_operator(max=-0.25)",
-    "clamp both": "clamp_operator(min=-0.1, max=0.2)",
-    "clamp equal": "clamp_operator(min=1.5, max=1.5)",
-    "rotation": "rotation_operator(0.7)",
-    "rotation past": "rotation_operator(-2.5)",
-    "norm_preserving addition": "norm_preserving_operator(addition_operator())",
-    "norm_preserving ablation": "norm_preserving_operator(ablation_operator())",
-}
+CASES = {**families.OPERATORS, **families.OTHER_OPERATORS}
+OPERATORS = {name: case.make for name, case in CASES.items()}
 every_operator = pytest.mark.parametrize("operator", [make() for make in OPERATORS.values()], ids=repr)
 every_ablation = pytest.mark.parametrize("operator", [ablation_operator(), ablation_then_addition_operator()], ids=repr)
 
 
 def steered_by_hand(name: str, h: Tensor, d: Tensor) -> Tensor:
     """Row by row, in double precision."""
-    d = d.double().reshape(-1)
-    rows = h.double().reshape(-1, d.numel())
-    return torch.stack([_row_by_hand(name, row, d) for row in rows]).reshape(h.shape)
-
-
-def _row_by_hand(name: str, h: Tensor, d: Tensor) -> Tensor:
-    unit = d / d.norm() if bool(d.any()) else d
-    without = h - torch.outer(unit, unit) @ h
-    if name.startswith("norm_preserving"):
-        steered = _row_by_hand(name.removeprefix("norm_preserving "), h, d)
-        return steered / steered.norm() * h.norm() if float(steered.norm()) > 1e-6 * float(h.norm()) else h
-    if name.startswith("clamp"):
-        low, high = {"min": (0.5, math.inf), "max": (-math.inf, -0.25), "both": (-0.1, 0.2), "equal": (1.5, 1.5)}[
-            name.split()[1]
-        ]
-        return without + min(max(float(h @ unit), low), high) * unit
-    if name.startswith("rotation"):
-        angle = {"rotation": 0.7, "rotation past": -2.5}[name]
-        own = h / h.norm()
-        aside = unit - (unit @ own) * own
-        if float(aside.norm()) < 1e-6:
-            return h
-        aside = aside / aside.norm()
-        eye = torch.eye(len(h), dtype=torch.float64)
-        turn = torch.outer(aside, own) - torch.outer(own, aside)
-        plane = torch.outer(own, own) + torch.outer(aside, aside)
-        return (eye + math.sin(angle) * turn + (math.cos(angle) - 1) * plane) @ h
-    return {"addition": h + d, "ablation": without, "ablation_then_addition": without + d}[name]
+    return CASES[name].by_hand(h.double(), d.double())
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,7 +112,7 @@ def test_ablation_then_addition_sets_the_projection_to_the_direction_s_length(mu
 def test_small_and_large_directions_of_half_precision_are_ablated(value: float) -> None:
     h = random(1, 4, 8, dtype=torch.float16)
     d = torch.full((8,), value, dtype=torch.float16)
-    expected = steered_by_hand("ablation", h, torch.ones(8))
+    expected = steered_by_hand("ablation_operator", h, torch.ones(8))
     torch.testing.assert_close((h + ablation_operator()(h, d)).double(), expected, atol=1e-2, rtol=1e-2)
 
 
@@ -210,7 +160,8 @@ def test_gradients_do_not_overflow_for_tiny_directions(operator: PatchDeltaOpera
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_values_that_show_how_they_were_made(name: str) -> None:
     operator = OPERATORS[name]()
-    assert repr(operator) == SHOWN[name]
+    assert repr(operator) == CASES[name].shown
+    assert eval(repr(operator)) == operator
     assert operator == OPERATORS[name]() == copy.deepcopy(operator) == pickle.loads(pickle.dumps(operator))
     assert len({make() for make in OPERATORS.values()}) == len(OPERATORS)
 

@@ -15,10 +15,7 @@ from steering_vectors._extraction.tokenizing import PromptTokenizer
 from tests import tiny
 
 # Each content may be a text or a list of text parts.
-_TEXT = (
-    "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-)
+_TEXT = tiny.TEXT_OF_CONTENT
 CHATML = _TEXT + (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' + text(m['content']) + '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
@@ -47,24 +44,6 @@ GEMMA = _TEXT + (
     "{%- set role = 'model' if m['role'] == 'assistant' else m['role'] -%}"
     "{{ '<start_of_turn>' + role + '\\n' + text(m['content']) | trim + '<end_of_turn>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
-)
-QWEN_3 = _TEXT + (
-    "{%- set ns = namespace(last_query=-1) -%}"
-    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{%- set ns.last_query = loop.index0 -%}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- for m in messages -%}{%- set content = text(m['content']) -%}"
-    "{%- if m['role'] != 'assistant' -%}{{ '<|im_start|>' + m['role'] + '\\n' + content + '<|im_end|>\\n' }}"
-    "{%- else -%}{%- set thought = '' -%}"
-    "{%- if '</think>' in content -%}"
-    "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
-    "{{ '<|im_start|>assistant\\n' }}"
-    "{%- if loop.index0 > ns.last_query and (loop.last or thought) -%}"
-    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
-    "{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
-    "{%- endif -%}"
 )
 DEEPSEEK_R1 = _TEXT + (
     "{{- bos_token -}}"
@@ -147,7 +126,7 @@ def left_trimmed(answer: str) -> str:
 
 _CHATML_HISTORY = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nHow was the film?<|im_end|>\n"
 _QWEN = {
-    "template": QWEN_3,
+    "template": tiny.QWEN_3,
     "history": _CHATML_HISTORY,
     "header": "<|im_start|>assistant\n",
     "written": lambda answer: EMPTY_THOUGHT + answer.lstrip("\n"),
@@ -368,7 +347,7 @@ class TestTheAssistantsTurn:
 
     @pytest.mark.parametrize("name", ["Qwen 3", "Qwen 3 without thinking"])
     def test_a_thought_in_the_answer_is_inside_the_completion(self, name: str) -> None:
-        style, tokenizer = STYLES[name], made(QWEN_3)
+        style, tokenizer = STYLES[name], made(tiny.QWEN_3)
         thinking = "<think>\nIt was long.\n</think>\n\nGreat"
         read = PromptTokenizer(tokenizer, style.kwargs)(answered(thinking), find_completion=True)
         assert decode(tokenizer, read.input_ids[read.completion_start :]) == thinking
@@ -401,7 +380,7 @@ class TestTheAssistantsTurn:
     def test_messages_are_not_changed(self) -> None:
         parts = [{"type": "text", "text": "Great"}]
         messages = answered(parts)
-        PromptTokenizer(made(QWEN_3))(messages, find_completion=True)
+        PromptTokenizer(made(tiny.QWEN_3))(messages, find_completion=True)
         assert messages == [*TALK, {"role": "assistant", "content": [{"type": "text", "text": "Great"}]}]
 
 
@@ -506,7 +485,7 @@ class TestSlowTokenizers:
     @pytest.mark.parametrize("answer", ["Great", "i"])
     def test_thoughts_are_inside_the_completion(self, answer: str) -> None:
         tokenizer = Characters()
-        tokenizer.chat_template = QWEN_3
+        tokenizer.chat_template = tiny.QWEN_3
         read = PromptTokenizer(tokenizer, {"enable_thinking": False})(answered(answer), find_completion=True)
         assert read.completion_start == len(read.input_ids) - len(EMPTY_THOUGHT + answer)
 

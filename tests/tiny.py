@@ -107,6 +107,20 @@ def shared(architecture: str) -> PreTrainedModel:
     return build(architecture)
 
 
+@cache
+def llava(depth: int = 5) -> PreTrainedModel:
+    """A vision tower of so many blocks beside a text model of three."""
+    text = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 3}
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text, "num_attention_heads": 4, "num_key_value_heads": 2},
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 16, "patch_size": 8},
+        image_token_index=VOCABULARY - 1,
+    )
+    model: PreTrainedModel = transformers.LlavaForConditionalGeneration(config).eval()
+    return model
+
+
 def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The decoder blocks, told by hand, independently of the library."""
     paths = ("model.layers", "transformer.h", "transformer.blocks", "gpt_neox.layers", "model.decoder.layers")
@@ -121,6 +135,30 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A message's content as text, also where it comes in parts.
+TEXT_OF_CONTENT = (
+    "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- for part in content -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+# It leaves the thinking out of all answers but the last.
+QWEN_3 = TEXT_OF_CONTENT + (
+    "{%- set ns = namespace(last_query=-1) -%}"
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{%- set ns.last_query = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- for m in messages -%}{%- set content = text(m['content']) -%}"
+    "{%- if m['role'] != 'assistant' -%}{{ '<|im_start|>' + m['role'] + '\\n' + content + '<|im_end|>\\n' }}"
+    "{%- else -%}{%- set thought = '' -%}"
+    "{%- if '</think>' in content -%}"
+    "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
+    "{{ '<|im_start|>assistant\\n' }}"
+    "{%- if loop.index0 > ns.last_query and (loop.last or thought) -%}"
+    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}"
+    "{%- else -%}{{ content }}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
+    "{%- endif -%}"
 )
 
 

@@ -17,19 +17,13 @@ from transformers import GenerationMixin
 
 from steering_vectors import (
     SteeringVector,
-    ablation_operator,
-    ablation_then_addition_operator,
     active_patches,
-    addition_operator,
-    clamp_operator,
     from_index,
     generated,
-    norm_preserving_operator,
-    rotation_operator,
     train_steering_vector,
 )
 from steering_vectors.layer_matching import find_layers
-from tests import tiny
+from tests import families, tiny
 from tests.wrapped.promises import (
     INPUTS,
     LAYER,
@@ -88,13 +82,7 @@ def each_block_wrapped(model: Any) -> Any:
     return model
 
 
-OPERATORS = [
-    ablation_operator(),
-    ablation_then_addition_operator(),
-    clamp_operator(min=0.5),
-    rotation_operator(0.4),
-    norm_preserving_operator(addition_operator()),
-]
+OPERATORS = [case.make() for case in families.OPERATORS.values()]
 AS_A_WHOLE: list[Way] = [whole, in_place, forward_method, decoder_in_place]
 BY_BLOCKS: list[Way] = [each_block_in_place, each_block_wrapped]
 EACH_WAY = AS_A_WHOLE + BY_BLOCKS

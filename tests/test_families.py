@@ -1,0 +1,84 @@
+"""Every member of a family is tested, exported and documented: nothing of CONTRIBUTING's recipe was forgotten."""
+
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+import steering_vectors
+from steering_vectors import Aggregator, PatchDeltaOperator, Selector, aggregators, steering_operators, token_selection
+from tests.families import AGGREGATORS, FIRST_PASS, OPERATORS, SELECTIONS
+from tests.test_structure import PUBLIC_SINCE_0_12_2
+
+ROOT = Path(__file__).parent.parent
+
+# module → (what its factories return, the table of tests/families.py and its keys, the page that has their table)
+FAMILIES: dict[ModuleType, tuple[Any, str, list[str], str]] = {
+    steering_operators: (PatchDeltaOperator, "OPERATORS", [*OPERATORS], "docs/advanced_usage.rst"),
+    token_selection: (Selector, "SELECTIONS or FIRST_PASS", [*SELECTIONS, *FIRST_PASS], "docs/concepts/tokens.rst"),
+    aggregators: (Aggregator, "AGGREGATORS", [*AGGREGATORS], "docs/advanced_usage.rst"),
+}
+
+
+def factories() -> list[tuple[ModuleType, str]]:
+    """The functions of each family's module that return one of its members."""
+    return [
+        (module, name)
+        for module, (made, *_) in FAMILIES.items()
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == module.__name__
+        if get_type_hints(function).get("return") == made
+    ]
+
+
+def forgotten(module: ModuleType, name: str, root: Path = ROOT) -> list[str]:
+    """The places of CONTRIBUTING's recipe that lack the factory, each with what belongs there."""
+    _, table, keys, page = FAMILIES[module]
+    api = f"docs/api/{module.__name__.rpartition('.')[2]}.rst"
+    shown = f"``{name}("
+    places = {
+        f"steering_vectors/__init__.py: import {name}, and put it into __all__": name in steering_vectors.__all__,
+        f"tests/families.py: an entry in {table}": any(re.fullmatch(rf"{name}(\(.*\))?", key) for key in keys),
+        f"{page}: a line {shown}…)`` in the table or list": shown in (root / page).read_text(),
+        f"{api}: .. autofunction:: {name}": f".. autofunction:: {name}\n" in (root / api).read_text(),
+        f"CHANGELOG.rst: ``{name}``": name in PUBLIC_SINCE_0_12_2
+        or f"``{name}``" in (root / "CHANGELOG.rst").read_text(),
+    }
+    return [place for place, is_there in places.items() if not is_there]
+
+
+@pytest.mark.parametrize(("module", "name"), factories(), ids=lambda value: getattr(value, "__name__", value))
+def test_is_in_every_place_of_the_recipe(module: ModuleType, name: str) -> None:
+    missing = forgotten(module, name)
+    assert not missing, "\n".join([f"{name} is missing (see How to add in CONTRIBUTING.rst):", *missing])
+
+
+def test_the_three_families_are_found() -> None:
+    found = [name for _, name in factories()]
+    assert {"addition_operator", "at", "completion", "mean_aggregator", "norm_preserving_operator"} <= set(found)
+
+
+@pytest.mark.parametrize("module", FAMILIES, ids=lambda module: module.__name__)
+def test_what_is_in_no_place_is_missed_in_all(module: ModuleType) -> None:
+    assert len(forgotten(module, "nowhere")) == 5
+
+
+def test_the_recipe_names_every_place() -> None:
+    recipe = (ROOT / "CONTRIBUTING.rst").read_text().partition("How to add")[2]
+    for module in FAMILIES:
+        for place in forgotten(module, "nowhere"):
+            assert f"``{place.partition(':')[0]}``" in recipe, place
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_aggregators_give_their_formulas(name: str, n: int) -> None:
+    case = AGGREGATORS[name]
+    generator = torch.Generator().manual_seed(n)
+    positive, negative = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = case.by_hand(positive + 1, negative)
+    torch.testing.assert_close(case.make()(positive + 1, negative).double(), expected, atol=1e-4, rtol=1e-4)
