@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import steering_vectors
 from steering_vectors import (
     PatchDeltaOperator,
     ablation_operator,
@@ -161,7 +162,7 @@ def test_gradients_do_not_overflow_for_tiny_directions(operator: PatchDeltaOpera
 def test_operators_are_values_that_show_how_they_were_made(name: str) -> None:
     operator = OPERATORS[name]()
     assert repr(operator) == CASES[name].shown
-    assert eval(repr(operator)) == operator
+    assert eval(repr(operator), vars(steering_vectors)) == operator
     assert operator == OPERATORS[name]() == copy.deepcopy(operator) == pickle.loads(pickle.dumps(operator))
     assert len({make() for make in OPERATORS.values()}) == len(OPERATORS)
 
