@@ -1,4 +1,4 @@
-"""Check what users give: numbers, and callables such as operators, selectors and aggregators."""
+"""Check users' arguments: numbers, and callables such as operators, selectors and aggregators."""
 
 import inspect
 import math
@@ -9,7 +9,7 @@ from typing import Any, get_origin, get_type_hints
 
 
 def check_takes(function: object, arguments: int, what: str, example: str) -> None:
-    """Raise TypeError unless ``function`` can be called with so many arguments.
+    """Raise TypeError unless ``function`` can be called with this number of arguments.
 
     >>> check_takes(len, 1, "selector", "from_index(1)")
     """
@@ -17,17 +17,17 @@ def check_takes(function: object, arguments: int, what: str, example: str) -> No
         raise TypeError(f"{what} must be callable, such as {example}, got {type(function).__name__}")
     wanted = f"{what} must be callable with {arguments} argument{'s' if arguments > 1 else ''}, such as {example}"
     if _makes_callables(function):
-        raise TypeError(f"{wanted}, and {_name(function)} makes one instead{call_hint(function)}")
+        raise TypeError(f"{wanted}, but {_name(function)} returns one instead{call_hint(function)}")
     try:
         inspect.signature(function).bind(*range(arguments))
     except TypeError as error:
-        raise TypeError(f"{wanted}, and {_name(function)} is not ({error}){call_hint(function)}") from error
+        raise TypeError(f"{wanted}, but {_name(function)} is not ({error}){call_hint(function)}") from error
     except ValueError:  # some functions written in C have no signature
         return
 
 
 def call_hint(function: object) -> str:
-    """Return the end of a message about a function that makes operators, selectors and the like, given uncalled."""
+    """Return the end of an error message for a factory of operators, selectors or the like that was not called."""
     return f"; did you forget to call it: {_name(function)}(…)?"
 
 
@@ -52,16 +52,16 @@ def _makes_callables(function: Callable[..., Any]) -> bool:
 
 
 def is_whole_number(value: object) -> bool:
-    """Whether ``value`` is one whole number, of Python's or of an array library's; a bool is none."""
+    """Return True if ``value`` is one whole number, of Python or of an array library; a bool is not one."""
     try:
         operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):  # arrays and tensors claim to be, and are if they hold just one
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors raise unless they hold one integer
         return False
     return not isinstance(value, bool)
 
 
 def finite_number(value: object, what: str) -> float:
-    """``value`` as a float. Raises TypeError unless it is one number, and ValueError unless it is finite.
+    """Return ``value`` as a float. Raises TypeError unless it is one number, and ValueError unless it is finite.
 
     >>> finite_number(2, "the angle")
     2.0
@@ -73,7 +73,7 @@ def finite_number(value: object, what: str) -> float:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a number, got {type(value).__name__}") from error
     except OverflowError as error:
-        raise ValueError(f"{what} must be finite, got a number beyond all floats") from error
+        raise ValueError(f"{what} must be finite, got a number too large for a float") from error
     if not math.isfinite(number):
         raise ValueError(f"{what} must be finite, got {number}")
     return number

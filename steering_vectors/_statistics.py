@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Lanczos' method is given up after so many steps; its error is below _CONVERGED, in radians.
+# The most steps of Lanczos' method, and the error in radians at which it has converged.
 _STEPS, _CONVERGED = 40, 1e-9
 
 
 class RunningMean:
-    """The mean of rows ``(n, hidden)`` that come in portions, whatever the portions.
+    """The mean of rows ``(n, hidden)`` that are added in batches of any size.
 
-    Sums are kept in float64 where the device has it, else in float32, on the device of the first rows.
+    Sums are kept in float64 if the device has it, else in float32, on the device of the first rows.
     """
 
     def __init__(self) -> None:
@@ -20,19 +20,19 @@ class RunningMean:
         self._sum: Tensor | None = None  # (hidden,)
 
     def add(self, rows: Tensor) -> None:
-        wide = torch.float32 if rows.device.type == "mps" else torch.float64
-        self._join(rows.shape[0], rows.sum(dim=0, dtype=wide))
+        dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+        self._join(rows.shape[0], rows.sum(dim=0, dtype=dtype))
 
     def merge(self, other: "RunningMean") -> None:
-        """Take in what another one has seen."""
+        """Add the rows that ``other`` has seen."""
         if other._sum is not None:
             self._join(other.count, other._sum)
 
     @property
     def mean(self) -> Tensor:
-        """``(hidden,)``. Raises ValueError before any row came."""
+        """The mean ``(hidden,)``. Raises ValueError before any row was added."""
         if self._sum is None or self.count == 0:
-            raise ValueError("no rows: there is no mean")
+            raise ValueError("no rows: a mean needs at least one")
         return self._sum / self.count
 
     def _join(self, count: int, total: Tensor) -> None:
@@ -41,9 +41,9 @@ class RunningMean:
 
 
 class SecondMoment:
-    """The uncentred second moment of rows ``(n, hidden)`` that come in portions, in float64 where the device has it.
+    """The uncentred second moment of rows ``(n, hidden)`` added in batches, in float64 if the device has it.
 
-    Rows are kept until there are as many as they are wide, and then as their sum of squares ``(hidden, hidden)``.
+    Rows are kept until there are ``hidden`` of them, and then as their sum of squares ``(hidden, hidden)``.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class SecondMoment:
         self._compress()
 
     def merge(self, other: "SecondMoment") -> None:
-        """Take in what another one has seen."""
+        """Add the rows that ``other`` has seen."""
         self._mean.merge(other._mean)
         if other._squares is not None:
             self._squares = other._squares if self._squares is None else self._squares + other._squares
@@ -65,11 +65,14 @@ class SecondMoment:
         self._compress()
 
     def principal_component(self) -> Tensor | None:
-        """The direction ``(hidden,)`` of norm 1 of most second moment, towards the mean; None if all rows are zero."""
+        """Return the direction ``(hidden,)`` of norm 1 with the largest second moment, signed towards the mean.
+
+        None if all rows are zero. Raises ValueError before any row was added.
+        """
         if self._mean.count == 0:
-            raise ValueError("no rows: there is no principal component")
-        mean = _wide(self._mean.mean).detach()
-        rows = _wide(torch.cat(self._rows)).detach() if self._rows else mean.new_zeros(0, len(mean))
+            raise ValueError("no rows: a principal component needs at least one")
+        mean = _double(self._mean.mean).detach()
+        rows = _double(torch.cat(self._rows)).detach() if self._rows else mean.new_zeros(0, len(mean))
         squares = None if self._squares is None else self._squares.detach()
 
         def times(vector: Tensor) -> Tensor:
@@ -89,44 +92,44 @@ class SecondMoment:
         count = sum(map(len, self._rows))
         if count == 0 or (self._squares is None and count < self._rows[0].shape[-1]):
             return
-        rows = _wide(torch.cat(self._rows))
+        rows = _double(torch.cat(self._rows))
         self._squares = rows.T @ rows if self._squares is None else self._squares + rows.T @ rows
         self._rows = []
 
 
 def _dominant_eigenvector(times: Callable[[Tensor], Tensor], near: Tensor) -> Tensor | None:
-    """The eigenvector of the largest eigenvalue of a symmetric matrix, by Lanczos' method with all vectors kept.
+    """Return the eigenvector of the largest eigenvalue of a symmetric matrix, by Lanczos' method with all vectors kept.
 
-    ``times`` multiplies with the matrix; ``near`` is where to begin. None where it hasn't converged after a few steps:
-    the eigenvalues are too close for it.
+    ``times`` multiplies a vector by the matrix; ``near`` is the starting point. None if the method hasn't converged
+    after a few steps, since the eigenvalues are too close for it.
     """
-    # Something of every direction, so that none is overlooked.
+    # The start has a component in every direction, so that none is overlooked.
     noise = torch.randn(near.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(near)
     start = near / near.norm().clamp(min=torch.finfo(near.dtype).tiny) + 0.1 * noise / noise.norm()
     basis = [start / start.norm()]
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for _ in range(min(_STEPS, len(near))):
         product = times(basis[-1])
         diagonal.append(float(product @ basis[-1]))
         kept = torch.stack(basis)
-        for _twice in range(2):  # once leaves too much
+        for _twice in range(2):  # a single subtraction leaves too much rounding error
             product = product - kept.T @ (kept @ product)
         rest = float(product.norm())
         small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        small += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)  # eigh reads the lower half
+        small += torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), -1)  # eigh reads the lower half
         values, vectors = torch.linalg.eigh(small)
         gap = float(values[-1] - values[-2]) if len(values) > 1 else float(values[-1])
         if len(values) > 1 and rest * abs(float(vectors[-1, -1])) <= _CONVERGED * gap:
             found: Tensor = kept.T @ vectors[:, -1].to(near)
             return found
-        beside.append(rest)
+        off_diagonal.append(rest)
         basis.append(product / max(rest, torch.finfo(near.dtype).tiny))
     return None
 
 
 def _by_decomposition(rows: Tensor, squares: Tensor | None) -> Tensor:
-    """The same by the whole decomposition, of the smaller of two matrices; zeros where all is zero."""
+    """Return the same by decomposing the smaller of two matrices; zeros if all rows are zero."""
     if squares is None:
         values, vectors = torch.linalg.eigh(rows @ rows.T)  # (n, n): fewer rows than they are wide
         component = vectors[:, -1] @ rows
@@ -136,5 +139,6 @@ def _by_decomposition(rows: Tensor, squares: Tensor | None) -> Tensor:
     return component if bool(values[-1] > 0) else torch.zeros_like(component)
 
 
-def _wide(rows: Tensor) -> Tensor:
+def _double(rows: Tensor) -> Tensor:
+    """Return the rows in float64, which Apple's GPUs lack."""
     return rows if rows.device.type == "mps" else rows.double()

@@ -24,22 +24,24 @@ from steering_vectors.steering_operators import ablation_operator
 def ablate_everywhere(
     model: nn.Module, direction: Tensor, *, layer_config: ModelLayerConfig | None = None
 ) -> SteeringContext:
-    """A context manager, and a decorator, in which the residual stream has no part along ``direction`` anywhere.
+    """Return a context manager, also a decorator, that removes ``direction`` from the residual stream everywhere.
 
-    ``h − (h·u)u`` with ``u = d / ‖d‖`` is done to what goes into the first decoder block, to what each block's
-    attention and MLP (or what stands in their place) write to the stream, after a norm of their own where they have
-    one, and to each block's output. So refusal is taken out of chat models. The length and sign of ``direction`` do
-    nothing.
+    Inside it, ``h`` becomes ``h − (h·u)u`` with ``u = d / ‖d‖`` in three places: the input of the first decoder block,
+    each block's output, and the outputs that each block's attention and MLP, or their counterparts, add to the stream.
+    Where a norm follows such a module, the norm's output is ablated. This is how refusal is removed from chat models.
+    The length and sign of ``direction`` have no effect.
 
-    Which modules write to the stream is told on entering, by passes over five tokens, in which their outputs are
-    replaced; hooks of others see these passes too. Where a block's output is no sum of its input and its modules'
-    outputs, as in blocks that end in a norm, the block's output alone is ablated; so it is, with a UserWarning, where
-    the model can't be run on tokens alone. In training mode some blocks drop out what was ablated already.
+    Entering finds the modules that write to the stream, by passes over five tokens in which module outputs are
+    replaced. Hooks of other code see these passes too. Some blocks' outputs are not the sum of their input and their
+    modules' outputs, as in blocks that end in a norm: there, only the block's output is ablated. The same holds, with a
+    UserWarning, where the model can't be run on tokens alone. In training mode, some blocks apply dropout to outputs
+    that were ablated already.
 
     ``direction`` has the shape ``(hidden,)``. ``layer_config`` is that of :meth:`SteeringVector.apply`.
 
-    Raises TypeError for what is no model or direction, and ValueError for layers that can't be told, a width that
-    doesn't fit, a direction of zeros, and a model that is steered by token or by row just now.
+    Raises TypeError if ``model`` is not a module or ``direction`` not a tensor of numbers. Raises ValueError if the
+    layers can't be identified, if the width doesn't fit, or if the direction is all zeros. Raises ValueError also for a
+    model that is currently steered by token or by row.
 
     Source: directional ablation, arXiv 2406.11717, section 2.4.
 
@@ -52,12 +54,13 @@ def ablate_everywhere(
         found = layers_of(anatomy, "decoder_block", layer_config)
         ablated = checked_direction(direction, "the direction").reshape(-1)
         if not bool(ablated.detach().any()):
-            raise ValueError("the direction is zero, and has no line that could be ablated")
+            raise ValueError("the direction is all zeros, so there is nothing to ablate: pass a nonzero direction")
         if anatomy.widths and ablated.shape[0] not in anatomy.widths:
             raise ValueError(width_message(ablated.shape[0], 0, anatomy.widths[0]))
         if is_steered_by_token_or_row(model):
             raise ValueError(
-                "the model is steered by token or by row: enter ablate_everywhere before, and that steering inside"
+                "the model is already steered by token or by row: remove that steering, enter ablate_everywhere, and "
+                "apply it again inside"
             )
         blocks = [found.modules[number] for number in sorted(found.modules)]
         places = [(0, blocks[0], INPUT), *((number, block, OUTPUT) for number, block in enumerate(blocks))]
@@ -65,7 +68,7 @@ def ablate_everywhere(
             anatomy, places, dict.fromkeys(range(len(blocks)), ablated), ablation_operator(), as_multiplier(1), None
         )
 
-    checked = steering()  # a mistake shows here, before the block
+    checked = steering()  # so that this call raises errors, not the entry of the block
 
     def attach() -> SteeringPatchHandle:
         made = steering()

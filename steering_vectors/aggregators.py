@@ -1,8 +1,8 @@
-"""Aggregators: from contrasting rows of activations to a direction.
+"""Aggregators: callables from contrasting rows of activations to a direction.
 
-An aggregator is any callable that gets the positive and the negative rows, both ``(n, hidden)`` in float32 or wider,
-row i of one belonging to row i of the other, and returns a direction ``(hidden,)``. One that also has the method
-``accumulator(hidden)`` takes the rows as they come and keeps only what it needs of them.
+An aggregator takes the positive and the negative rows, both ``(n, hidden)`` in float32 or wider, and returns a
+direction ``(hidden,)``. Row i of one side belongs to row i of the other. An aggregator that also has the method
+``accumulator(hidden)`` takes the rows as they come, and keeps only what it needs of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +12,19 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from steering_vectors._precision import wide
 from steering_vectors._statistics import RunningMean, SecondMoment
 
 Aggregator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Side: TypeAlias = Literal["positive", "negative"]
+_ALL_ALIKE = (
+    "all differences between the sides are zero, so they show no direction: each pair's positive and negative "
+    "activations must differ"
+)
 
 
 class Accumulator(Protocol):
-    """What makes a direction of rows that come in any order, the sides of a pair perhaps far apart.
+    """State that turns rows into a direction. Rows come in any order, and the sides of a pair may come far apart.
 
     >>> accumulator = mean_aggregator().accumulator(hidden=2)
     >>> accumulator.add(torch.tensor([[1.0, 1.0]]), "negative", samples=[0])
@@ -29,31 +34,29 @@ class Accumulator(Protocol):
     """
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
-        """Take in ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number
-        ``samples[i]``.
-        """
+        """Add ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number ``samples[i]``."""
 
     def merge(self, other: Any) -> None:
-        """Take in what another accumulator of the same kind has seen, of other pairs."""
+        """Add the rows that another accumulator of the same kind has seen, from other pairs."""
 
     def direction(self) -> Tensor:
-        """The direction ``(hidden,)`` of all pairs taken in."""
+        """Return the direction ``(hidden,)`` of all pairs added."""
 
 
 @runtime_checkable
 class StreamingAggregator(Protocol):
-    """An aggregator that needs no row kept until the end.
+    """An aggregator that takes rows as they come, so that none need be kept until the end.
 
     >>> isinstance(mean_aggregator(), StreamingAggregator), isinstance(logistic_aggregator(), StreamingAggregator)
     (True, False)
     """
 
     def accumulator(self, hidden: int) -> Accumulator:
-        """A new accumulator for rows that are ``hidden`` wide."""
+        """Return a new accumulator for rows of width ``hidden``."""
 
 
 def mean_aggregator() -> Aggregator:
-    """The mean of the differences, positive less negative. The default.
+    """Average the differences, positive minus negative. This is the default.
 
     Source: contrastive activation addition, arXiv 2312.06681, equation 1.
 
@@ -64,12 +67,12 @@ def mean_aggregator() -> Aggregator:
 
 
 def pca_aggregator() -> Aggregator:
-    """The first principal component of the differences, not centred, at norm 1, towards their mean.
+    """Take the first principal component of the differences, not centred, at norm 1, pointing towards their mean.
 
-    Centring would take away what is looked for, the part that all differences share. Activations have norms in the tens
-    to the thousands, so a multiplier of 1 is seldom visible.
+    Centring would remove the part that all differences share, which is the direction wanted. Activations have norms in
+    the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
 
-    Raises ValueError if all differences are zero.
+    The aggregator raises ValueError if all differences are zero.
 
     Source: representation engineering, arXiv 2310.01405, section 3.1.
 
@@ -80,10 +83,10 @@ def pca_aggregator() -> Aggregator:
 
 
 def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggregator:
-    """The normal of a logistic regression between the sides, at norm 1; each pair is centred on its own mean first.
+    """Fit a logistic regression between the sides, and take its normal at norm 1.
 
-    ``sklearn_kwargs`` go to scikit-learn's ``LogisticRegression``. Activations have norms in the tens to the
-    thousands, so a multiplier of 1 is seldom visible.
+    Each pair is first centred on its own mean. ``sklearn_kwargs`` are passed to scikit-learn's ``LogisticRegression``.
+    Activations have norms in the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
 
     Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``. The
     aggregator raises ValueError if all differences are zero.
@@ -97,30 +100,32 @@ def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggr
 
 
 def accumulator_for(aggregator: Aggregator, hidden: int) -> Accumulator:
-    """The aggregator's own accumulator, or one that keeps the rows for it."""
+    """Return the aggregator's own accumulator, or one that keeps all rows for it."""
     if isinstance(aggregator, StreamingAggregator):
         return aggregator.accumulator(hidden)
     return _KeptRows(aggregator)
 
 
 def aggregate(aggregator: Aggregator, positive: Tensor, negative: Tensor) -> Tensor:
-    """The aggregator's direction for rows ``(n, hidden)``: ``(hidden,)`` in float32.
+    """Return the aggregator's direction for rows ``(n, hidden)``: ``(hidden,)`` in float32.
 
-    Raises TypeError or ValueError if the aggregator gives something else.
+    Raises TypeError or ValueError if the aggregator returns something else.
     """
-    return as_direction(aggregator, aggregator(_wide(positive), _wide(negative)), positive.shape[-1])
+    return as_direction(aggregator, aggregator(wide(positive), wide(negative)), positive.shape[-1])
 
 
 def as_direction(aggregator: Aggregator, direction: object, hidden: int) -> Tensor:
-    """What the aggregator gave as a direction ``(hidden,)`` in float32, without gradients.
+    """Return an aggregator's result as a direction ``(hidden,)`` in float32, without gradients.
 
-    Raises TypeError or ValueError if it is none.
+    Raises TypeError unless the result is a tensor, and ValueError unless it has the shape of a direction.
     """
     if not isinstance(direction, Tensor):
-        raise TypeError(f"the aggregator {aggregator!r} gave {type(direction).__name__}, expected a tensor ({hidden},)")
+        raise TypeError(
+            f"the aggregator {aggregator!r} returned {type(direction).__name__}, expected a tensor of shape ({hidden},)"
+        )
     if direction.shape not in ((hidden,), (1, hidden)):
         raise ValueError(
-            f"the aggregator {aggregator!r} gave a tensor of shape {tuple(direction.shape)}, expected ({hidden},)"
+            f"the aggregator {aggregator!r} returned a tensor of shape {tuple(direction.shape)}, expected ({hidden},)"
         )
     return direction.detach().reshape(hidden).float()
 
@@ -138,7 +143,7 @@ class _Mean:
 
 
 class _MeanAccumulator:
-    """The difference of two means: no row is kept."""
+    """Accumulator of the difference of two means; it keeps no row."""
 
     def __init__(self) -> None:
         self._means = {"positive": RunningMean(), "negative": RunningMean()}
@@ -167,7 +172,7 @@ class _PCA:
 
 
 class _PCAAccumulator:
-    """The differences' second moment; a row is kept until its partner has come."""
+    """Accumulator of the differences' second moment; it keeps a row until the pair's other row comes."""
 
     def __init__(self) -> None:
         self._waiting: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
@@ -178,7 +183,7 @@ class _PCAAccumulator:
         paired = [n for n, sample in enumerate(samples) if sample in partners]
         if paired:
             others = torch.stack([partners.pop(samples[n]) for n in paired])
-            self._moment.add(sign * (_wide(rows[paired]) - _wide(others)))
+            self._moment.add(sign * (wide(rows[paired]) - wide(others)))
         alone = set(range(len(samples))).difference(paired)
         self._waiting[side].update((samples[n], rows[n]) for n in sorted(alone))
 
@@ -188,7 +193,7 @@ class _PCAAccumulator:
     def direction(self) -> Tensor:
         component = self._moment.principal_component()
         if component is None:
-            raise ValueError("all differences between the sides are zero, and have no principal component")
+            raise ValueError(_ALL_ALIKE)
         return component.float()
 
 
@@ -197,9 +202,9 @@ class _Logistic:
     sklearn_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
-        half = (_wide(positive) - _wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
+        half = (wide(positive) - wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
         if not bool(half.any()):
-            raise ValueError("all differences between the sides are zero: there is nothing to tell them apart by")
+            raise ValueError(_ALL_ALIKE)
         rows = torch.cat([half, -half]).detach().cpu().numpy()
         labels = [1] * len(half) + [-1] * len(half)
         regression = _logistic_regression()(**{"fit_intercept": False, **self.sklearn_kwargs}).fit(rows, labels)
@@ -211,14 +216,15 @@ class _Logistic:
 
 
 class _KeptRows:
-    """Keeps all rows, for an aggregator that wants them all at once."""
+    """Accumulator that keeps all rows, for an aggregator that needs them all at once."""
 
     def __init__(self, aggregator: Aggregator) -> None:
         self._aggregator = aggregator
         self._rows: dict[Side, dict[int, Tensor]] = {"positive": {}, "negative": {}}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_aggregator": None, "_rows": self._rows}  # another process has the aggregator, which may not be sent
+        # The receiving process has the aggregator, which can't always be pickled.
+        return {"_aggregator": None, "_rows": self._rows}
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
         self._rows[side].update(zip(samples, rows, strict=True))
@@ -234,20 +240,16 @@ class _KeptRows:
 
 
 def _direction_of_all(aggregator: StreamingAggregator, positive: Tensor, negative: Tensor) -> Tensor:
-    """What an aggregator that streams gives for rows that are all there."""
+    """Return a streaming aggregator's direction for rows that are all available."""
     if positive.shape != negative.shape or positive.ndim != 2:
         raise ValueError(
-            f"the sides must have rows (n, hidden) of one shape, got {tuple(positive.shape)} and "
+            f"the positive and negative rows must have the same shape (n, hidden), got {tuple(positive.shape)} and "
             f"{tuple(negative.shape)}"
         )
     accumulator = aggregator.accumulator(positive.shape[-1])
     accumulator.add(positive, "positive", range(len(positive)))
     accumulator.add(negative, "negative", range(len(negative)))
     return accumulator.direction()
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _logistic_regression() -> Any:

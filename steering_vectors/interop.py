@@ -1,6 +1,6 @@
-"""Vectors that exist elsewhere: files of other projects, tensors at hand, features of sparse autoencoders.
+"""Steering vectors from other sources: files of other projects, tensors, features of sparse autoencoders.
 
-Each function says which layer a direction is of. Here layer l is the output of block l, from 0.
+Each function documents how its source numbers layers. In this library, layer l is the output of block l, from 0.
 """
 
 import os
@@ -19,13 +19,13 @@ __all__ = ["from_sae", "from_tensors", "load_caa", "load_persona_vectors"]
 
 
 def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
-    """The vector of a ``.pt`` file of contrastive activation addition's code: one direction ``(hidden,)``.
+    """Load the ``.pt`` file of one direction ``(hidden,)`` that the contrastive activation addition code writes.
 
-    ``layer`` is the number in its name, as in ``vec_layer_13_….pt``: that code counts blocks from 0 and reads their
-    outputs, so that it is layer 13 here. It steers by the direction at multipliers like 1, as training here gives it.
+    ``layer`` is the number in the file's name: ``vec_layer_13_….pt`` is of layer 13. That code counts blocks from 0 and
+    reads their outputs, as this library does. Directions have the scale of those trained here: multipliers near 1 fit.
 
-    The file is read by ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
-    none, and ValueError for a file that holds something else.
+    The file is read with ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
+    no such file, and ValueError for a file with other content.
 
     Source: https://github.com/nrimsky/CAA, for arXiv 2312.06681.
 
@@ -40,14 +40,14 @@ def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
 
 
 def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
-    """The vectors of a ``.pt`` file of the persona vectors' code: a tensor ``(blocks + 1, hidden)``.
+    """Load the ``.pt`` file of a tensor ``(blocks + 1, hidden)`` that the persona vectors code writes.
 
-    Its row i is of ``hidden_states[i]``, so of layer i - 1 here. Row 0 is of the embeddings, which are no block's
-    output, and the last row was read behind the model's final norm, which is no block's output either: both are left
-    out. The paper's layer 20 is this vector's layer 19.
+    Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is this vector's layer 19.
+    Two rows are left out, as they are not outputs of blocks. Row 0 was read from the embeddings, and the last row
+    after the model's final norm.
 
-    The file is read by ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
-    none, and ValueError for a file that holds something else.
+    The file is read with ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
+    no such file, and ValueError for a file with other content.
 
     Source: https://github.com/safety-research/persona_vectors, for arXiv 2507.21509.
 
@@ -62,14 +62,14 @@ def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
 
 
 def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerType = "decoder_block") -> SteeringVector:
-    """A vector of directions at hand.
+    """Make a steering vector from tensors, arrays or lists.
 
-    ``tensors`` is one direction ``(hidden,)``, with its ``layer``; or a tensor ``(layers, hidden)`` or a sequence of
-    directions, whose row l is layer l's; or a mapping from layer numbers, which may be strings such as ``"12"`` or
-    ``"layers.12"``, to directions. Tensors are kept as they are, arrays and lists made tensors.
+    ``tensors`` takes one of three forms. One direction ``(hidden,)`` needs its ``layer``. A tensor ``(layers, hidden)``
+    or a sequence of directions has layer l in row l. A mapping has directions by layer number; its keys may be strings
+    such as ``"12"`` or ``"layers.12"``. Tensors are kept as they are, and arrays and lists are converted to tensors.
 
-    Raises TypeError and ValueError as :class:`~steering_vectors.SteeringVector`, and ValueError for a ``layer`` that is
-    missing or too much, and for names without a number.
+    Raises TypeError and ValueError as :class:`~steering_vectors.SteeringVector`. Raises ValueError too if ``layer`` is
+    missing for one direction or given for several, and for names without a single number.
 
     >>> from_tensors(torch.ones(4), layer=12).layers
     [12]
@@ -79,51 +79,55 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
     if isinstance(tensors, Mapping):
         directions = {_number(name): direction for name, direction in tensors.items()}
         if len(directions) < len(tensors):
-            raise ValueError(f"several of the names are of one layer: {list(tensors)}")
+            raise ValueError(
+                f"each layer may have one direction, but some of these keys name the same layer: {list(tensors)}"
+            )
     else:
         rows = _rows(tensors)
         is_one = (isinstance(rows, Tensor) and rows.ndim == 1) or (isinstance(rows, list) and _is_number(rows[:1]))
         if is_one and layer is None:
-            raise ValueError("one direction needs its layer: from_tensors(direction, layer=12)")
+            raise ValueError("one direction needs its layer: write from_tensors(direction, layer=12)")
         if len(rows) == 0:
             raise ValueError("tensors is empty: give at least one direction")
         directions = {layer: rows} if is_one and layer is not None else dict(enumerate(rows))
         layer = None if is_one else layer
     if layer is not None:
-        raise ValueError("layer is for one direction; the layers of several are told by their keys or places")
+        raise ValueError(
+            "layer is only for one direction: the layers of several are their keys or positions, so leave it out"
+        )
     return SteeringVector(directions, layer_type)
 
 
 def from_sae(sae: Any, feature: int, *, layer: int, layer_type: LayerType = "decoder_block") -> SteeringVector:
-    """A feature of a sparse autoencoder as a direction: its row of the decoder.
+    """Make a steering vector from a feature of a sparse autoencoder: its row of the decoder weight.
 
-    ``sae`` is anything with a decoder weight: an attribute ``W_dec`` ``(features, hidden)``, or a ``decoder`` that is a
-    linear layer, whose weight is ``(hidden, features)``; or the weight ``(features, hidden)`` itself.
+    ``sae`` is an object with a decoder weight, or the weight ``(features, hidden)`` itself. The object has an attribute
+    ``W_dec`` ``(features, hidden)``, or a linear layer ``decoder``, whose weight is ``(hidden, features)``.
 
-    ``layer`` is the block at whose output the autoencoder was trained: of ``blocks.8.hook_resid_post`` 8, of
-    ``blocks.8.hook_resid_pre`` 7, since that is what goes into block 8.
+    ``layer`` is the block on whose output the autoencoder was trained. It is 8 for ``blocks.8.hook_resid_post``, and 7
+    for ``blocks.8.hook_resid_pre``, which is the input of block 8.
 
-    Raises TypeError for what has no decoder weight, and ValueError for a feature that it hasn't.
+    Raises TypeError if there is no decoder weight, and ValueError for a feature that the autoencoder doesn't have.
 
     >>> from_sae(torch.eye(4), 2, layer=7).layer_activations
     {7: tensor([0., 0., 1., 0.])}
     """
     rows = _decoder_rows(sae)
     if not is_whole_number(feature) or not 0 <= feature < rows.shape[0]:
-        raise ValueError(f"feature {feature!r} of an autoencoder with {rows.shape[0]} features (0 to {len(rows) - 1})")
+        raise ValueError(f"feature must be a whole number from 0 to {len(rows) - 1}, got {feature!r}")
     return SteeringVector({layer: rows[feature].detach().clone()}, layer_type)
 
 
 def _decoder_rows(sae: Any) -> Tensor:
-    """``(features, hidden)``."""
+    """Return the decoder weight as ``(features, hidden)``."""
     weight = sae if isinstance(sae, Tensor) else getattr(sae, "W_dec", None)
     decoder = getattr(sae, "decoder", None)
     if weight is None and isinstance(decoder, nn.Linear):
         weight = decoder.weight.T
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise TypeError(
-            f"expected an autoencoder with W_dec (features, hidden) or a linear decoder, or that weight, got "
-            f"{_shown(sae)}"
+            f"sae must be an autoencoder with W_dec (features, hidden) or a linear decoder, or the weight (features, "
+            f"hidden) itself, got {_shown(sae)}"
         )
     return weight
 
@@ -133,14 +137,14 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file makes it raise anything
+    except Exception as error:  # torch.load raises errors of all kinds for broken files
         kind = type(error).__name__
-        raise ValueError(f"{path} is no file of tensors alone that torch.load reads, safely ({kind})") from error
+        raise ValueError(f"{path} can't be loaded safely, as a file of tensors only ({kind})") from error
     return content.detach() if isinstance(content, Tensor) else content
 
 
 def _rows(tensors: Any) -> Any:
-    """Directions, or the numbers of one."""
+    """Return a sequence of directions, or the numbers of one."""
     if isinstance(tensors, Sequence) and not isinstance(tensors, str):
         return list(tensors)
     try:
@@ -150,17 +154,17 @@ def _rows(tensors: Any) -> Any:
     if not isinstance(tensors, Tensor) and not rows.is_floating_point():
         rows = rows.to(torch.get_default_dtype())
     if rows.ndim == 0:
-        raise TypeError("tensors must be a direction or several, got one number, of no dimension")
+        raise TypeError("tensors must be one or more directions, got a single number")
     return rows
 
 
 def _number(name: Any) -> int:
-    """The layer that a name tells of: a number, or a text with just one in it."""
+    """Return the layer of a name: a number, or a text with exactly one number in it."""
     if is_whole_number(name):
         return int(name)
     numbers = [part for part in re.split("[._]", str(name)) if re.fullmatch("-?[0-9]{1,9}", part)]
     if len(numbers) != 1:
-        raise ValueError(f"can't tell the layer from the name {name!r}: expected a number such as 12 or 'layers.12'")
+        raise ValueError(f"a layer's key must have exactly one number, such as 12 or 'layers.12', got {name!r}")
     return int(numbers[0])
 
 

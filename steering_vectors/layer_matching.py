@@ -1,4 +1,4 @@
-"""From a model, a layer type and layer numbers to modules."""
+"""Find a model's modules by layer type and layer number."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +16,14 @@ LayerType: TypeAlias = Literal["decoder_block", "self_attn", "mlp", "input_layer
 LayerMatcher: TypeAlias = str | Callable[[nn.Module, int], str]
 ModelLayerConfig: TypeAlias = dict[LayerType, LayerMatcher]
 
+_EXPECTED_MATCHER = (
+    "a layer matcher must be a callable or a template with {num} in it, such as 'model.layers.{num}.mlp'"
+)
+
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers of one type: the modules and their names by layer number, among ``count`` decoder blocks."""
+    """A model's layers of one type: modules and their names by layer number, out of ``count`` decoder blocks."""
 
     model: str
     layer_type: LayerType
@@ -28,28 +32,31 @@ class Layers:
     modules: dict[int, nn.Module] = field(repr=False, compare=False)
 
     def numbers(self, layers: int | Iterable[int] | None) -> list[int]:
-        """The layers asked for as numbers from 0, ascending, each once; None asks for all.
+        """Return the requested layers as numbers from 0, ascending and without duplicates; None requests all.
 
-        Raises TypeError for anything but whole numbers, and ValueError for a layer that the model hasn't.
+        Raises TypeError unless the layers are whole numbers, and ValueError for a layer that the model doesn't have.
         """
         if layers is None:
             return sorted(self.names)
         asked = [layers] if is_whole_number(layers) else layers
         if not isinstance(asked, Iterable) or isinstance(asked, (str, bytes)):
-            raise TypeError(f"layers must be a layer number or several of them, got {layers!r}")
+            raise TypeError(f"layers must be a layer number or a list of them, such as [5, 6], got {layers!r}")
         numbers = sorted({self.number(layer) for layer in asked})
         if not numbers:
-            raise ValueError("layers is empty: give at least one layer number, or None for all")
+            raise ValueError("layers is empty: pass at least one layer number, or None for all")
         return numbers
 
     def number(self, layer: Any) -> int:
-        """One layer as a number from 0. Raises as :meth:`numbers`."""
+        """Return one layer as a number from 0. Raises the errors of :meth:`numbers`."""
         if not is_whole_number(layer):
-            raise TypeError(f"a layer is told by a whole number, got {layer!r}")
+            raise TypeError(f"a layer must be a whole number, such as 0 or -1, got {layer!r}")
         given = as_index(layer)
         number = given + self.count if given < 0 else given
         if not 0 <= number < self.count:
-            raise ValueError(f"layer {given} of a model with {self.count} layers (0 to {self.count - 1})")
+            raise ValueError(
+                f"layer {given} does not exist: the model has {self.count} layers, 0 to {self.count - 1}, or "
+                f"-{self.count} to -1 from the end"
+            )
         if number not in self.names:
             raise ValueError(
                 f"block {number} of {self.model} has no {self.layer_type}; blocks that have one: {sorted(self.names)}"
@@ -60,7 +67,10 @@ class Layers:
 def find_layers(
     model: nn.Module, layer_type: LayerType = "decoder_block", layer_config: ModelLayerConfig | None = None
 ) -> Layers:
-    """Return the model's layers of a type. Raises as :func:`layers_of`, and TypeError if ``model`` is no module."""
+    """Return the model's layers of a type.
+
+    Raises the errors of :func:`layers_of`, and TypeError if ``model`` is not a module.
+    """
     return layers_of(anatomy_of(model), layer_type, layer_config)
 
 
@@ -69,11 +79,11 @@ def layers_of(
 ) -> Layers:
     """Return a model's layers of a type.
 
-    What ``layer_config`` says of the type is taken as it is. Else each of the text decoder's blocks is searched for the
-    part that plays the role.
+    A matcher for the type in ``layer_config`` decides. Without one, each of the text decoder's blocks is searched for
+    its part of the type.
 
-    Raises TypeError if ``layer_config`` is no mapping. Raises ValueError for an unknown layer type, a matcher that
-    matches nothing, and where it is not sure which modules are meant.
+    Raises TypeError if ``layer_config`` is not a mapping. Raises ValueError for an unknown layer type, for a matcher
+    that matches nothing, and if the modules can't be determined.
     """
     check_layer_type(layer_type)
     matcher = _checked_config(layer_config).get(layer_type)
@@ -90,8 +100,8 @@ def layers_of(
     if not parts:
         children = sorted({name for block in blocks for name, _ in block.named_children()})
         raise ValueError(
-            f"no {layer_type} found in the blocks of {kind}, whose parts are {children}; if one of them is meant, give "
-            f"layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}}"
+            f"no {layer_type} found in the blocks of {kind}, whose parts are {children}; if one of them is the "
+            f"{layer_type}, pass layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}}"
         )
     names = {n: f"{path}.{n}.{part}" for n, part in parts.items()}
     modules = {n: blocks[n].get_submodule(part) for n, part in parts.items()}
@@ -102,7 +112,7 @@ def _layers_by_matcher(anatomy: Anatomy, layer_type: LayerType, matcher: LayerMa
     names, kind = _matched(anatomy.model, matcher), type(anatomy.model).__name__
     if not names:
         raise ValueError(
-            f"layer_config[{layer_type!r}] = {matcher!r} matches no module of {kind}; its lists of modules: "
+            f"layer_config[{layer_type!r}] = {matcher!r} matches no module of {kind}; templates that match: "
             f"{anatomy.lists_of_modules}"
         )
     modules = {number: anatomy.model.get_submodule(name) for number, name in names.items()}
@@ -110,7 +120,7 @@ def _layers_by_matcher(anatomy: Anatomy, layer_type: LayerType, matcher: LayerMa
 
 
 def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> list[str]:
-    """The names of the modules that ``layer_matcher`` gives for 0, 1, 2, … as far as the model has them.
+    """Return the names that ``layer_matcher`` matches for 0, 1, 2, …, up to the first that the model doesn't have.
 
     ``layer_matcher`` is a template such as ``"transformer.h.{num}.mlp"``, or a callable ``(model, number) → name``.
     Raises ValueError for a template without ``{num}``.
@@ -123,7 +133,7 @@ def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> li
 
 
 def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> int:
-    """How many modules ``collect_matching_layers`` finds.
+    """Return the number of modules that ``collect_matching_layers`` finds.
 
     >>> get_num_matching_layers(model, "transformer.h.{num}")
     2
@@ -134,10 +144,10 @@ def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> in
 def guess_and_enhance_layer_config(
     model: nn.Module, layer_config: ModelLayerConfig | None = None, layer_type: LayerType | None = None
 ) -> ModelLayerConfig:
-    """A copy of ``layer_config`` with matchers for the layer types that it lacks, or for ``layer_type`` alone.
+    """Return a copy of ``layer_config`` with matchers for all layer types that it lacks, or for ``layer_type`` alone.
 
-    Types that the model hasn't, or that can't be told, stay absent. Raises TypeError for what is no model or no
-    mapping, and ValueError for an unknown layer type.
+    Types that the model doesn't have, or that can't be determined, stay absent. Raises TypeError if ``model`` is not a
+    module or ``layer_config`` is not a mapping, and ValueError for an unknown layer type.
 
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")
     {'mlp': 'transformer.h.{num}.mlp'}
@@ -171,25 +181,28 @@ def _checked_config(layer_config: object) -> Mapping[LayerType, LayerMatcher]:
         if not isinstance(layer_config, str):
             with suppress(TypeError, ValueError, RuntimeError):
                 hint = f"; did you mean multiplier={float(layer_config)}?"  # type: ignore[arg-type]
-        raise TypeError(f"layer_config must be a mapping from layer types to matchers, got {layer_config!r}{hint}")
+        raise TypeError(
+            "layer_config must be a mapping from layer types to matchers, such as "
+            f"{{'mlp': 'model.layers.{{num}}.mlp'}}, got {layer_config!r}{hint}"
+        )
     for layer_type in layer_config:
         check_layer_type(layer_type)
     return layer_config
 
 
 def _matched(model: nn.Module, matcher: LayerMatcher) -> dict[int, str]:
-    """The names that a matcher gives, by number; a template's numbers may have gaps."""
+    """Return the names of the modules that a matcher matches, by number; a template's numbers may have gaps."""
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if isinstance(matcher, str):
         if "{num}" not in matcher:
-            raise ValueError(f"a layer matcher is a callable or a template with {{num}} in it, got {matcher!r}")
+            raise ValueError(f"{_EXPECTED_MATCHER}, got {matcher!r}")
         pattern = re.compile(
             re.escape(matcher).replace(re.escape("{num}"), r"(\d+)", 1).replace(re.escape("{num}"), r"\1")
         )
         found = ((match, name) for name in names if (match := pattern.fullmatch(name)))
         return dict(sorted((int(match[1]), name) for match, name in found))
     if not callable(matcher):
-        raise TypeError(f"a layer matcher is a callable or a template with {{num}} in it, got {matcher!r}")
+        raise TypeError(f"{_EXPECTED_MATCHER}, got {matcher!r}")
     if isinstance(matcher, _Names):
         return {number: name for number, name in matcher.names.items() if name in names}
     matches: dict[int, str] = {}
@@ -200,7 +213,7 @@ def _matched(model: nn.Module, matcher: LayerMatcher) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class _Names:
-    """A matcher for layers that no template fits; unlike other callables it may have gaps."""
+    """A matcher for layers that fit no template; unlike other callables it may have gaps."""
 
     names: dict[int, str]
 
@@ -209,7 +222,7 @@ class _Names:
 
 
 def _as_matcher(names: dict[int, str]) -> LayerMatcher:
-    """A template for the names where one fits all, else a callable."""
+    """Return a template if one fits all names, else a callable."""
     templates = {re.sub(rf"\.{number}(\.|$)", r".{num}\1", name, count=1) for number, name in names.items()}
     template = templates.pop()
     if not templates and all(template.format(num=number) == name for number, name in names.items()):

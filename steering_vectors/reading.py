@@ -1,4 +1,4 @@
-"""Read activations of single prompts, for probes, and measure how large they are."""
+"""Read the activations of single prompts, for probes, and measure their norms."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -18,11 +18,12 @@ from steering_vectors._extraction import (
     extractor_for,
 )
 from steering_vectors._models import anatomy_of
+from steering_vectors._precision import wide
 from steering_vectors._steering import TokenSelection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 from steering_vectors.token_selection import from_index
 
-# How many texts are run in the order that suits the model at a time.
+# The number of texts within which their order in the model's passes is free.
 _WINDOW = 256
 
 
@@ -41,14 +42,12 @@ def read_activations(
     move_to_cpu: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[int, Tensor]:
-    """The activations of prompts, ``(n, hidden)`` in float32 or wider, by layer; row i is prompt i's.
+    """Return the activations of prompts, ``(n, hidden)`` in float32 or wider, by layer; row i is prompt i's.
 
-    ``prompts`` are texts, lists of chat messages, or lists of token ids. What is read of each, and all other arguments,
-    are as in :func:`train_steering_vector`, with the same guarantees; ``batch_size`` counts pairs of prompts there and
-    here. A callable ``read_token_index`` gets an empty text for token ids. Rows are on the CPU, or with
-    ``move_to_cpu=False`` on the device where the layer runs.
-
-    Raises as :func:`train_steering_vector`.
+    ``prompts`` are texts, lists of chat messages, or lists of token ids. All other arguments, errors and guarantees are
+    those of :func:`train_steering_vector`. As there, ``batch_size`` counts pairs of prompts. A callable
+    ``read_token_index`` gets an empty text for token ids. Rows are on the CPU, or with ``move_to_cpu=False`` on the
+    device where the layer runs.
 
     >>> rows = read_activations(model, tokenizer, ["I love it", "I hate it", "Fine"], layers=[0, 1])
     >>> {layer: tuple(part.shape) for layer, part in rows.items()}
@@ -65,19 +64,18 @@ def read_activations(
     first = 0
     total = len(prompts) if isinstance(prompts, Sequence) else None
     with (
-        torch.inference_mode(False),  # from its tensors nothing could learn later
+        torch.inference_mode(False),  # inference tensors could not be used in training later
         tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar,
     ):
         while window := list(islice(numbered, 2 * WINDOW)):
             for part in extract([reading(prompt, name=f"prompt {number}") for number, prompt in window]):
-                wide = part.rows.to("cpu" if move_to_cpu else part.rows.device)
-                wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-                rows[part.layer].update((first + n, row) for n, row in zip(part.prompts, wide, strict=True))
+                own = wide(part.rows.to("cpu" if move_to_cpu else part.rows.device))
+                rows[part.layer].update((first + n, row) for n, row in zip(part.prompts, own, strict=True))
                 bar.update(len(part.prompts) if part.layer == extract.layers[-1] else 0)
             first += len(window)
         if first == 0:
             raise ValueError("prompts is empty: give at least one")
-        return {layer: torch.stack([own[n] for n in range(first)]) for layer, own in rows.items()}
+        return {layer: torch.stack([by_prompt[n] for n in range(first)]) for layer, by_prompt in rows.items()}
 
 
 def residual_norms(
@@ -90,14 +88,14 @@ def residual_norms(
     show_progress: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[int, float]:
-    """The median Euclidean norm of the activations of each decoder block, by layer.
+    """Return the median Euclidean norm of the activations of each decoder block, by layer.
 
-    It is taken over all tokens of the ``texts`` but the first of each, whose norm is often a hundred times the
-    others' (massive activations, arXiv 2402.17762). The texts should be like those that the model is to write, and may
-    be chats; all arguments are as in :func:`train_steering_vector`.
+    The median is over all tokens of the ``texts`` except the first of each. Its norm is often a hundred times that of
+    the others (massive activations, arXiv 2402.17762). The texts may be chats, and should resemble what the model is to
+    write. The other arguments are those of :func:`train_steering_vector`.
 
-    A vector times these norms has a multiplier that means a share of the stream, and so means the same in another
-    model: ``vector.normalized().scaled(residual_norms(…))``.
+    Scale a unit vector by these norms: ``vector.normalized().scaled(residual_norms(…))``. Its multiplier is then a
+    fraction of the activations' size, comparable across models.
 
     Raises as :func:`train_steering_vector`, and ValueError for a text of a single token.
 
@@ -105,7 +103,7 @@ def residual_norms(
     [0, 1]
     """
     if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be several texts or chats, got {type(texts).__name__}")
+        raise TypeError(f"texts must be a list or another iterable of texts or chats, got {type(texts).__name__}")
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, None, "decoder_block", layer_config, batch_size)
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
@@ -115,8 +113,7 @@ def residual_norms(
     with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
         while window := list(islice(read, _WINDOW)):
             for part in extract(list(_single_tokens(window))):
-                wide = part.rows.to(torch.promote_types(part.rows.dtype, torch.float32))
-                norms[part.layer].append(wide.norm(dim=-1).cpu())
+                norms[part.layer].append(wide(part.rows).norm(dim=-1).cpu())
             bar.update(len(window))
     if not norms[extract.layers[0]]:
         raise ValueError("texts is empty: give at least one")
@@ -124,7 +121,7 @@ def residual_norms(
 
 
 def _single_tokens(texts: Iterable[ReadPrompt]) -> Iterator[ReadPrompt]:
-    """Each token that is read, as a prompt of its own: one row for each."""
+    """Yield a prompt for each token that is read, so that each has a row."""
     return (ReadPrompt(text.input_ids, [position]) for text in texts for position in text.positions)
 
 

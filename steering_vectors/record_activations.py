@@ -22,14 +22,14 @@ def record_activations(
     *,
     layers: int | Iterable[int] | None = None,
 ) -> Generator[dict[int, list[Tensor]], None, None]:
-    """A dictionary that fills while the model runs inside the block: layer number → one activation per pass.
+    """Yield a dictionary that fills while the model runs inside the block: layer number → one activation per pass.
 
-    Activations are ``(batch, seq, hidden)``, in the model's dtype, on the device where the layer ran; under a steering
-    they are what was steered. ``clone_activations=False`` keeps the layer's own output, with its gradients, instead
-    of a detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end;
-    None records all. The passes are the caller's, and so are gradients and training mode.
+    Activations are ``(batch, seq, hidden)``, in the model's dtype, on the device where the layer ran. A steered model's
+    are recorded as steered. ``clone_activations=False`` keeps the layer's output itself, with its gradients, instead of
+    a detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end; None
+    records all. The caller runs the passes, and decides about gradients and training mode.
 
-    Raises ValueError for layers that the model hasn't, or if both names are given.
+    Raises ValueError for layers that the model doesn't have, or if both ``layers`` and ``layer_nums`` are passed.
 
     >>> with record_activations(model, layers=[0, -1]) as activations:
     ...     _ = model(**inputs)
@@ -37,7 +37,7 @@ def record_activations(
     {0: (2, 5, 32), 1: (2, 5, 32)}
     """
     if layer_nums is not None and layers is not None:
-        raise ValueError("layers and layer_nums are two names of one parameter: give one of them")
+        raise ValueError("layers and layer_nums are two names of one parameter: pass only one of them")
     found = find_layers(model, layer_type, layer_config)
     numbers = found.numbers(layer_nums if layers is None else layers)
     records: dict[int, list[Tensor]] = defaultdict(list)

@@ -1,6 +1,6 @@
-"""Operators: from an activation and a direction to the change of the activation.
+"""Operators: callables from an activation and a direction to the change of the activation.
 
-:class:`PatchDeltaOperator` says what an operator gets, and what it returns.
+:class:`PatchDeltaOperator` specifies an operator's arguments and its result.
 """
 
 import math
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from steering_vectors._arguments import check_takes, finite_number
+from steering_vectors._precision import wide
 
 
 class PatchDeltaOperator(Protocol):
-    """Any callable from an activation and a direction to what is to be added to the activation.
+    """Any callable that takes an activation and a direction, and returns the tensor to add to the activation.
 
-    The activation is ``(batch, seq, hidden)``, or as the layer has it, in the model's dtype.
-    The direction has been multiplied by the multiplier, and has a shape that broadcasts to the activation. It is in
-    float32, or in float64 where the model is, so that it neither vanishes nor overflows in half precision.
-    What mixes the two is float32 too, where PyTorch promotes: ``*`` and ``+`` do. Matrix products don't: write
+    The activation has the shape ``(batch, seq, hidden)``, or whichever the layer has, and the model's dtype.
+    The direction is already multiplied by the multiplier, and has a shape that broadcasts to the activation. It is in
+    float32, or in float64 if the model is, so that it neither vanishes nor overflows in half precision.
+    ``*`` and ``+`` promote, so their results are in float32 too. Matrix products don't promote: write
     ``h.float() @ d``, or ``h @ d.to(h.dtype)``.
 
     The result may have any dtype, and any shape that broadcasts to the activation. It is computed for all tokens,
-    brought to the activation's dtype, and added at the selected tokens.
-    A function or a lambda will do, and need not say anything of itself. One that returns the direction as it got it,
+    converted to the activation's dtype, and added at the selected tokens.
+    A function or a lambda will do; it needs no attributes. An operator that returns its argument unchanged,
     ``return direction``, costs a single addition.
 
     >>> double: PatchDeltaOperator = lambda activation, direction: 2 * direction
@@ -33,11 +34,11 @@ class PatchDeltaOperator(Protocol):
     """
 
     def __call__(self, activation: Tensor, direction: Tensor, /) -> Tensor:
-        """Return what is to be added to the activation."""
+        """Return the tensor to add to the activation."""
 
 
 def addition_operator() -> PatchDeltaOperator:
-    """Add the direction: ``h + d``. The default.
+    """Add the direction: ``h + d``. This is the default.
 
     Source: activation addition, arXiv 2308.10248; contrastive activation addition, arXiv 2312.06681.
 
@@ -48,10 +49,10 @@ def addition_operator() -> PatchDeltaOperator:
 
 
 def ablation_operator() -> PatchDeltaOperator:
-    """Take away the activation's part along the direction: ``h − (h·u)u`` with ``u = d / ‖d‖``.
+    """Remove the activation's component along the direction: ``h − (h·u)u`` with ``u = d / ‖d‖``.
 
-    The multiplier's size and sign do nothing: it only matters whether it is 0. Nor does the direction's length; one of
-    zeros changes nothing.
+    The multiplier's size and sign don't matter, except that 0 changes nothing. The direction's length doesn't matter
+    either, except that a direction of zeros changes nothing.
 
     Source: directional ablation, arXiv 2406.11717, equation 4.
 
@@ -62,7 +63,7 @@ def ablation_operator() -> PatchDeltaOperator:
 
 
 def ablation_then_addition_operator() -> PatchDeltaOperator:
-    """Replace the activation's part along the direction by the direction: ``h − (h·u)u + d`` with ``u = d / ‖d‖``.
+    """Replace the activation's component along the direction by the direction: ``h − (h·u)u + d`` with ``u = d / ‖d‖``.
 
     Afterwards the projection on ``u`` is ``‖d‖``, whatever it was before. A direction of zeros changes nothing.
 
@@ -74,15 +75,15 @@ def ablation_then_addition_operator() -> PatchDeltaOperator:
 
 
 def clamp_operator(min: float | None = None, max: float | None = None) -> PatchDeltaOperator:  # noqa: A002
-    """Bring the activation's projection on the direction between bounds: ``h + (clamp(p) − p)u``, ``p = h·u``.
+    """Clamp the activation's projection on the direction: ``h + (clamp(p) − p)u`` with ``p = h·u``.
 
-    The multiplier's size does nothing: it only matters whether it is 0, and where it is negative ``u``, the direction
-    at norm 1, points the other way. ``min`` alone lifts what lies below it and leaves the rest, ``max`` alone caps,
-    equal bounds set the projection. They are in the activation's units: see :func:`~steering_vectors.residual_norms`.
-    A direction of zeros changes nothing.
+    ``u`` is the direction at norm 1. ``min`` alone raises lower projections to it, ``max`` alone lowers higher ones,
+    and equal bounds set the projection. The bounds are in the activation's units: see
+    :func:`~steering_vectors.residual_norms`. The multiplier's size doesn't matter, except that 0 changes nothing. A
+    negative multiplier makes ``u`` point the other way. A direction of zeros changes nothing.
 
-    Raises TypeError for bounds that are no numbers, and ValueError for none at all, for an infinite one, and where
-    ``min`` is above ``max``.
+    Raises TypeError if a bound is not a number. Raises ValueError if both bounds are missing, if one isn't finite, or
+    if ``min`` is above ``max``.
 
     Source: for ``min`` alone, steering to a target projection, arXiv 2604.08169.
 
@@ -92,23 +93,23 @@ def clamp_operator(min: float | None = None, max: float | None = None) -> PatchD
     given = {"min": min, "max": max}
     bounds = [finite_number(bound, f"{name} of clamp_operator") for name, bound in given.items() if bound is not None]
     if not bounds:
-        raise ValueError("clamp_operator needs a bound: give min, max or both")
+        raise ValueError("clamp_operator needs a bound: pass min, max or both")
     if bounds[0] > bounds[-1]:
         raise ValueError(f"clamp_operator needs min to be at most max, got min={min} and max={max}")
     return _Clamp(min, max)
 
 
 def rotation_operator(angle: float) -> PatchDeltaOperator:
-    """Turn the activation by ``angle`` radians towards the direction, in the plane of the two; its norm stays.
+    """Rotate the activation by ``angle`` radians towards the direction, in the plane of the two, keeping its norm.
 
-    The multiplier's size does nothing: it only matters whether it is 0, and where it is negative the activation turns
-    away. ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the part of ``u = d / ‖d‖`` at right angles to ``h``, at
-    norm 1. An angle beyond the one between the two turns past the direction. Where ``h`` is along the direction,
-    or one of them is zero, there is no plane, and nothing changes.
+    The result is ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the component of ``u = d / ‖d‖`` orthogonal to
+    ``h``, at norm 1. An angle larger than the one between the two rotates past the direction. The multiplier's size
+    doesn't matter, except that 0 changes nothing. A negative multiplier rotates away from the direction. Nothing
+    changes where ``h`` is along the direction or one of them is zero, since the two span no plane.
 
-    Raises TypeError for an angle that is no number, and ValueError for one that isn't finite.
+    Raises TypeError if ``angle`` is not a number, and ValueError if it isn't finite.
 
-    Source: rotation that preserves the norm, arXiv 2510.26243 and 2601.19375; there in one plane for all activations.
+    Source: norm-preserving rotation, arXiv 2510.26243 and 2601.19375, which use one plane for all activations.
 
     >>> operator = rotation_operator(torch.pi / 2)
     >>> operator(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
@@ -118,13 +119,13 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
 
 
 def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator:
-    """Bring what another operator gives to the norm that the activation had: ``h′ ‖h‖ / ‖h′‖``.
+    """Rescale another operator's result to the activation's norm: ``h′ ‖h‖ / ‖h′‖`` with ``h′ = h + operator(h, d)``.
 
-    ``h′`` is ``h + operator(h, d)``. An activation that the operator would make zero stays as it is.
+    An activation that the operator would make zero is left unchanged.
 
-    Raises TypeError for what can't be called with an activation and a direction.
+    Raises TypeError if ``operator`` can't be called with an activation and a direction.
 
-    Source: arXiv 2606.06735 tells what a steering does to angle and norm apart.
+    Source: arXiv 2606.06735, which separates a steering's effects on angle and on norm.
 
     >>> operator = norm_preserving_operator(addition_operator())
     >>> operator(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))
@@ -135,15 +136,15 @@ def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator
 
 
 def check_operator(operator: object) -> None:
-    """Raise TypeError for what is no operator, also for a function that makes one."""
+    """Raise TypeError unless ``operator`` is an operator. A function that makes operators is not one."""
     check_takes(operator, 2, "operator", "ablation_operator()")
 
 
 def unit_direction(direction: Tensor) -> Tensor:
-    """The direction at norm 1, or zeros for zeros, with finite gradients there too."""
-    wide = _wide(direction)
-    norm = _norm(wide)
-    return (wide / torch.where(norm > 0, norm, 1)).to(direction.dtype)
+    """Return the direction at norm 1, or zeros for zeros; gradients are finite there too."""
+    exact = wide(direction)
+    norm = _norm(exact)
+    return (exact / torch.where(norm > 0, norm, 1)).to(direction.dtype)
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ class _Clamp:
     max: float | None
 
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        unit = unit_direction(_wide(direction))
-        projection = (_wide(activation) * unit).sum(dim=-1, keepdim=True)
+        unit = unit_direction(wide(direction))
+        projection = (wide(activation) * unit).sum(dim=-1, keepdim=True)
         return ((projection.clamp(self.min, self.max) - projection) * unit).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
@@ -194,14 +195,14 @@ class _Rotation:
     angle: float
 
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        wide, unit = _wide(activation), unit_direction(_wide(direction))
-        own = unit_direction(wide)
-        aside = unit - (unit * own).sum(dim=-1, keepdim=True) * own
-        # Of a direction along the activation only rounding is left, which must not be blown up to a plane.
+        exact, unit = wide(activation), unit_direction(wide(direction))
+        unit_activation = unit_direction(exact)
+        aside = unit - (unit * unit_activation).sum(dim=-1, keepdim=True) * unit_activation
+        # For a direction along the activation only rounding error is left, which must not be scaled up to a plane.
         square = (aside * aside).sum(dim=-1, keepdim=True)
         has_plane = square > (4 * torch.finfo(activation.dtype).eps) ** 2
         aside = aside * torch.where(has_plane, square, 1).rsqrt()
-        delta = (math.cos(self.angle) - 1) * wide + math.sin(self.angle) * _norm(wide) * aside
+        delta = (math.cos(self.angle) - 1) * exact + math.sin(self.angle) * _norm(exact) * aside
         return torch.where(has_plane, delta, 0).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
@@ -213,28 +214,24 @@ class _NormPreserving:
     operator: PatchDeltaOperator
 
     def __call__(self, activation: Tensor, direction: Tensor) -> Tensor:
-        wide = _wide(activation)
-        steered = wide + self.operator(activation, direction)
+        exact = wide(activation)
+        steered = exact + self.operator(activation, direction)
         norm = _norm(steered)
-        delta = _norm(wide) / torch.where(norm > 0, norm, 1) * steered - wide
+        delta = _norm(exact) / torch.where(norm > 0, norm, 1) * steered - exact
         return torch.where(norm > 0, delta, 0).to(_promoted(activation, direction))
 
     def __repr__(self) -> str:
         return f"norm_preserving_operator({self.operator!r})"
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _promoted(activation: Tensor, direction: Tensor) -> torch.dtype:
     return torch.promote_types(activation.dtype, direction.dtype)
 
 
-def _norm(wide: Tensor) -> Tensor:
-    """Euclidean norms ``(…, 1)``, with finite gradients at zero too."""
-    # Dividing by the largest number first keeps small and large ones from vanishing or overflowing in their squares.
-    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = wide / torch.where(largest > 0, largest, 1)
+def _norm(exact: Tensor) -> Tensor:
+    """Return the Euclidean norms ``(…, 1)``, with finite gradients at zero too."""
+    # Dividing by the largest number first keeps the squares from vanishing or overflowing.
+    largest = exact.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = exact / torch.where(largest > 0, largest, 1)
     square = (scaled * scaled).sum(dim=-1, keepdim=True)
     return torch.where(square > 0, largest * torch.where(square > 0, square, 1).sqrt(), 0)

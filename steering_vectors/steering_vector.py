@@ -1,4 +1,4 @@
-"""Steering vectors: directions by layer, and how to apply them to a model."""
+"""Steering vectors: directions by layer, their arithmetic, and their application to a model."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +28,8 @@ from steering_vectors._vectors import (
     cosines,
     derived,
     in_ranges,
+    inherited,
     norms,
-    of_another,
     orthogonal,
     projections,
     read,
@@ -44,16 +44,17 @@ __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
 @dataclass(eq=False, repr=False)
 class SteeringVector:
-    """Directions by layer number, and the type of layer at whose output they act.
+    """Directions by layer number, and the type of layer whose output they change.
 
-    ``layer_activations`` maps layer numbers, from 0 (negative ones count from the model's end), to directions
-    ``(hidden,)`` or ``(1, hidden)``, all of one width: tensors, which are kept as they are, or numpy arrays and lists.
+    ``layer_activations`` maps layer numbers to directions ``(hidden,)`` or ``(1, hidden)``, all of one width. Layer
+    numbers count from 0; negative ones count from the model's end. Tensors are kept as they are, and numpy arrays and
+    lists are converted to tensors.
 
-    ``metadata`` is a read-only mapping of strings: where the vector comes from. Training fills it, files keep it, and
-    equality ignores it.
+    ``metadata`` is a read-only mapping of strings that records the vector's origin. Training fills it, files keep it,
+    and equality ignores it.
 
-    Raises TypeError for other values, and ValueError for other shapes, numbers that aren't finite, and an unknown layer
-    type; when it is made, and again when it is applied or saved.
+    Raises TypeError for other values. Raises ValueError for other shapes, numbers that aren't finite, and an unknown
+    layer type. The vector is checked when it is made, and again when it is applied or saved.
 
     >>> SteeringVector({1: [3.0, 4.0], 2: [0.0, 1.0]})
     SteeringVector(layers=[1, 2], hidden_size=2, layer_type='decoder_block', norms=1 to 5)
@@ -69,12 +70,12 @@ class SteeringVector:
         self.metadata = Metadata(self.metadata)
 
     def __getstate__(self) -> dict[str, Any]:
-        # With plain types, so that the class of 0.12.2 takes it too.
+        # Plain types, so that the class of 0.12.2 can load the state too.
         state = {"layer_activations": self.layer_activations, "layer_type": self.layer_type}
         return {**state, "metadata": dict(self.metadata)} if self.metadata else state
 
     def __deepcopy__(self, _memo: Any) -> "SteeringVector":
-        # Tensors that were computed, with gradients, have no copy of their own.
+        # copy.deepcopy refuses tensors that were computed with gradients.
         copies = {n: d.detach().clone().requires_grad_(d.requires_grad) for n, d in self.layer_activations.items()}
         return SteeringVector(copies, self.layer_type, metadata=self.metadata)
 
@@ -93,37 +94,43 @@ class SteeringVector:
         tokens: TokenSelection | None = None,
         this_thread_only: bool = False,
     ) -> SteeringContext:
-        """A context manager, and a decorator, in which ``model`` is steered.
+        """Return a context manager, usable as a decorator too, inside which ``model`` is steered.
 
-        The model's modules and weights stay as they are: hooks change the layers' outputs while the block lasts.
-        Several steerings act in the order in which they are entered.
+        Hooks change the layers' outputs inside the block; the model's modules and weights stay as they are. Several
+        steerings act in the order in which they are entered.
 
-        ``layer_config`` says where the layers are, for models whose layers aren't found: a mapping from layer type to a
+        ``layer_config`` names the layers of models whose layers aren't found automatically. It maps a layer type to a
         template such as ``"transformer.h.{num}"``, or to a callable ``(model, number) → name``.
-        ``operator`` says what is added, from the activation and the direction times ``multiplier``; by default the
-        latter itself. At 0 the model runs as if it weren't steered. A sequence or tensor ``(rows,)`` gives each row of
-        a batch a multiplier of its own; with k times as many rows, as beams and several answers make them, row i has
-        that of row i // k.
 
-        Which tokens are steered, by one of these; by default all:
-        ``tokens`` takes a selector (:func:`~steering_vectors.generated` and others, or any callable from
-        :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``), a list of indices, a slice
-        or a mask of columns. ``token_indices`` is its older name, ``min_token_index=n`` means ``tokens=from_index(n)``.
-        Indices count a row's own tokens, without padding, and with those in the cache. Negative ones count columns from
-        the end of each pass: -1 is the prompt's last column first, and then each generated token. With them it matters
-        how the cache cuts the passes; :func:`~steering_vectors.generated` is exact.
+        ``operator`` is called with the activation and the direction times ``multiplier``, and returns what is added to
+        the activation. By default, that is the direction times ``multiplier``.
 
-        With ``this_thread_only`` only passes in the thread that enters are steered, and not those of other threads that
-        run the same model at once, nor of threads started inside the block.
+        ``multiplier`` is one number, or a sequence or tensor ``(rows,)`` with one for each row of a batch. At 0 the
+        model runs as if it weren't steered. Beam search and several answers to a prompt make k times as many rows; row
+        i then has the multiplier of row i // k.
 
-        The operator gets the activation in its dtype, and the direction on its device in float32 or wider. The change
-        is then brought to the activation's dtype; one that is too large for it is a ValueError in the model's pass.
-        Directions that require grad get it, also under gradient checkpointing, if it was enabled before.
+        ``tokens`` selects the tokens to steer; by default all. It is a selector, a list of indices, a slice, or a mask
+        of columns. A selector is :func:`~steering_vectors.generated` or another one of this library, or any callable
+        from :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``. ``token_indices`` is the
+        older name of ``tokens``, and ``min_token_index=n`` means ``tokens=from_index(n)``: pass only one of the three.
 
-        Raises, when called and again on entering, before anything is attached: TypeError for arguments of a wrong kind;
-        ValueError for a layer that the model hasn't, a width that doesn't fit, numbers that aren't finite, and more
-        than one selection of tokens. Warns with a UserWarning if the metadata are of another type of model or another
-        depth, and with a RuntimeWarning on leaving if the model ran and was steered nowhere.
+        Indices count the tokens of a row, without its padding and including those in the cache. Negative ones count
+        columns from the end of each pass: -1 is the prompt's last column first, and then each generated token. They
+        thus depend on the passes into which a cache splits the sequence; :func:`~steering_vectors.generated` doesn't.
+
+        ``this_thread_only`` limits steering to passes in the thread that enters the block. Other threads that run the
+        same model at the same time are not steered, nor are threads started inside the block.
+
+        The operator gets the activation in its dtype, and the direction on its device in float32 or wider. Its result
+        is converted to the activation's dtype; a value too large for that raises ValueError in the model's pass.
+        Directions that require grad get gradients. This holds under gradient checkpointing too, if that was enabled
+        before the model is steered.
+
+        The arguments are checked in this call and again on entering, before any hook is attached. Raises TypeError for
+        arguments of the wrong type. Raises ValueError for a layer that the model doesn't have, a width that doesn't
+        fit, numbers that aren't finite, and more than one selection of tokens. Warns with a UserWarning if the metadata
+        name another type of model or another depth. Warns with a RuntimeWarning on leaving if the model ran and one of
+        the layers was never steered.
 
         >>> with vector.apply(model, multiplier=2.0, tokens=generated(inputs)):
         ...     output = model.generate(**inputs, max_new_tokens=4)
@@ -135,7 +142,7 @@ class SteeringVector:
                 self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
             )
 
-        checked = steering()  # a mistake shows here, before the block
+        checked = steering()  # so that mistakes are raised here, before the block
         warn_of_another_model(self.metadata, checked.anatomy)
         return SteeringContext(lambda: SteeringPatchHandle(steering()), shown=repr(checked))
 
@@ -151,9 +158,9 @@ class SteeringVector:
         tokens: TokenSelection | None = None,
         this_thread_only: bool = False,
     ) -> SteeringPatchHandle:
-        """Steer ``model`` from now on, until the handle's ``remove()``.
+        """Steer ``model`` from now on, until ``remove()`` of the returned handle is called.
 
-        Arguments and errors are those of :meth:`apply`. ``patch_activations`` is the older name.
+        Arguments and errors are those of :meth:`apply`. ``patch_activations`` is the older name of this method.
 
         >>> handle = vector.patch(model, multiplier=2.0)
         >>> handle.remove()
@@ -174,14 +181,14 @@ class SteeringVector:
 
     @property
     def hidden_size(self) -> int:
-        """How many numbers each direction has. Raises ValueError for a vector without directions."""
+        """The width of the directions. Raises ValueError for a vector without directions."""
         widths = [direction.shape[-1] for direction in self.layer_activations.values()]
         if not widths:
-            raise ValueError("this steering vector has no directions")
+            raise ValueError("this steering vector has no directions, so it has no hidden_size")
         return int(widths[0])
 
     def norms(self) -> dict[int, float]:
-        """Each direction's Euclidean norm, by layer.
+        """Return the Euclidean norm of each direction, by layer.
 
         >>> SteeringVector({1: [3.0, 4.0]}).norms()
         {1: 5.0}
@@ -189,21 +196,19 @@ class SteeringVector:
         return norms({layer: torch.as_tensor(direction) for layer, direction in self.layer_activations.items()})
 
     def __add__(self, other: object) -> "SteeringVector":
-        """The sum at each layer that either vector has. Raises ValueError for other layer types and widths."""
-        made: SteeringVector = self._combined(other, "{} + {}", torch.add)
-        return made
+        """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""
+        return self._combined(other, "{} + {}", torch.add)
 
     def __radd__(self, other: object) -> "SteeringVector":
-        """For ``sum(vectors)``, which begins with 0."""
+        """Return the vector for ``0 + vector``, so that ``sum(vectors)`` works."""
         return replace(self) if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: object) -> "SteeringVector":
-        """The difference at each layer that either vector has. Raises as a sum."""
-        made: SteeringVector = self._combined(other, "{} - {}", torch.sub)
-        return made
+        """Return the difference at each layer that either vector has. Raises ValueError as addition does."""
+        return self._combined(other, "{} - {}", torch.sub)
 
     def __mul__(self, factor: float) -> "SteeringVector":
-        """Each direction times a number.
+        """Return the vector with each direction multiplied by a number.
 
         >>> (2 * SteeringVector({1: [3.0, 4.0]})).layer_activations
         {1: tensor([6., 8.])}
@@ -213,7 +218,7 @@ class SteeringVector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "SteeringVector":
-        """Each direction divided by a number. Raises ZeroDivisionError for 0."""
+        """Return the vector with each direction divided by a number. Raises ZeroDivisionError for 0."""
         number = finite_number(divisor, "a divisor")
         if number == 0:
             raise ZeroDivisionError("a steering vector can't be divided by 0")
@@ -224,9 +229,10 @@ class SteeringVector:
         return self._with({n: -direction for n, direction in checked_directions(self.layer_activations).items()}, "-{}")
 
     def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
-        """The cosine of the angle between the directions, at each layer that both vectors have; NaN for zeros.
+        """Return the cosine of the angle between the directions, for each layer that both vectors have.
 
-        Raises ValueError for other layer types and widths, and where there is no such layer.
+        It is NaN where a direction is all zeros. Raises ValueError if layer types or widths differ, and if the vectors
+        have no layer in common.
 
         >>> SteeringVector({1: [3.0, 4.0]}).cosine_similarity(SteeringVector({1: [4.0, 3.0], 2: [1.0, 0.0]}))
         {1: 0.96}
@@ -234,13 +240,13 @@ class SteeringVector:
         self._check_alike(other)
         found = cosines(self.layer_activations, other.layer_activations)
         if not found:
-            raise ValueError(f"the vectors share no layer: one has {self.layers}, the other {other.layers}")
+            raise ValueError(f"the vectors have no layer in common: one has {self.layers}, the other {other.layers}")
         return found
 
     def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
-        """The vector without what lies along the other's direction at each layer; where there is none, as it is.
+        """Return the vector without the part of each direction along the other's direction of the same layer.
 
-        Raises ValueError for other layer types and widths.
+        Layers that the other vector lacks stay as they are. Raises ValueError if layer types or widths differ.
 
         >>> SteeringVector({1: [3.0, 4.0]}).orthogonal_to(SteeringVector({1: [2.0, 0.0]})).layer_activations
         {1: tensor([0., 4.])}
@@ -250,37 +256,38 @@ class SteeringVector:
         return self._with(made, "{} without what is along {}", other)
 
     def project(self, activations: Mapping[int, Tensor | Sequence[Tensor]]) -> dict[int, Any]:
-        """How far activations go along the directions: ``h·u`` with ``u = d / ‖d‖``, for monitoring.
+        """Project activations on the directions: ``h·u`` with ``u = d / ‖d‖``, for monitoring.
 
-        ``activations`` map layers to tensors ``(…, hidden)`` or lists of them, as ``record_activations`` and
-        ``read_activations`` give them. Each comes back without its last axis, in float32 or wider, for the layers that
-        both have. Raises ValueError where there is none, for another width, and for a direction of zeros.
+        ``activations`` maps layers to tensors ``(…, hidden)`` or lists of them, as ``record_activations`` and
+        ``read_activations`` return them. The projections have the same form without the last axis, in float32 or wider,
+        for the layers that both have. Raises ValueError if there is no such layer, if a width differs, and for a
+        direction of zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).project({1: torch.tensor([[1.0, 0.0], [3.0, 4.0]])})
         {1: tensor([0.6000, 5.0000])}
         """
         found = projections(checked_directions(self.layer_activations), activations)
         if not found:
-            raise ValueError(f"there are no activations of layers {self.layers}, but of {sorted(activations)}")
+            raise ValueError(f"activations must have one of the layers {self.layers}, got only {sorted(activations)}")
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vector to one safetensors file, bit for bit, as a whole or not at all.
+        """Write the vector to one safetensors file, bit for bit, and whole or not at all.
 
-        Raises FileNotFoundError for a folder that isn't there, IsADirectoryError for a folder in the file's place, and
-        ValueError for a vector without directions.
+        Raises FileNotFoundError if the folder doesn't exist, IsADirectoryError if ``path`` is a folder, and ValueError
+        for a vector without directions.
         """
         write(path, self.layer_activations, self.layer_type, self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
-        """The vector in a file that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
+        """Load a vector from a file that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
 
-        Raises FileNotFoundError if there is none, and ValueError for what is no whole file of a steering vector: a
-        pickle, a file that is cut off or too large, one of a newer format, numbers that aren't finite.
+        Raises FileNotFoundError if there is no such file. Raises ValueError for anything but a complete file of a
+        steering vector: a pickle, a file that is cut off or too large, a newer format, numbers that aren't finite.
         """
         directions, layer_type, metadata = read(path)
-        return cls(directions, layer_type, metadata=metadata)  # type: ignore[arg-type]  # it was checked
+        return cls(directions, layer_type, metadata=metadata)  # type: ignore[arg-type]  # read() has checked the layer type
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the vector and a model card into a folder: :func:`steering_vectors.hub.save_pretrained`."""
@@ -315,31 +322,31 @@ class SteeringVector:
     def from_pretrained(
         repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> "SteeringVector":
-        """The vector of a folder or of a repository of the hub: :func:`steering_vectors.hub.from_pretrained`."""
+        """Load a vector from a folder or a repository on the hub: :func:`steering_vectors.hub.from_pretrained`."""
         from steering_vectors import hub
 
         return hub.from_pretrained(repo_id_or_folder, revision=revision, token=token)
 
     def normalized(self) -> "SteeringVector":
-        """A vector with each direction at norm 1. Raises ValueError for a direction of zeros.
+        """Return the vector with each direction at norm 1. Raises ValueError for a direction of zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).normalized().layer_activations[1]
         tensor([0.6000, 0.8000])
         """
         zeros = [layer for layer, norm in self.norms().items() if norm == 0]
         if zeros:
-            raise ValueError(f"the directions of layers {zeros} are zero, and can't be brought to norm 1")
+            raise ValueError(f"the directions of layers {zeros} are all zeros, which have no norm 1: leave them out")
         directions = checked_directions(self.layer_activations)
-        # In float64, in which no norm overflows, on the CPU, which has it.
+        # In float64, so that no norm overflows, and on the CPU, as some devices have no float64.
         made = {layer: unit_direction(d.cpu().double()).to(d) for layer, d in directions.items()}
         return self._with(made, "{} at norm 1")
 
     def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":
-        """A vector with each direction times ``factor``: one number, or one for each layer.
+        """Return the vector with each direction times ``factor``: one number, or a mapping with one for each layer.
 
-        Of a mapping, layers that this vector lacks are ignored: :func:`~steering_vectors.residual_norms` gives all of
-        a model. Raises TypeError for other factors, and ValueError for a mapping that lacks one of this vector's
-        layers, and for numbers that aren't finite.
+        Layers in the mapping that this vector lacks are ignored, as :func:`~steering_vectors.residual_norms` returns
+        all layers of a model. Raises TypeError for other factors. Raises ValueError for a mapping that lacks one of
+        this vector's layers, and for numbers that aren't finite.
 
         >>> SteeringVector({1: [3.0, 4.0]}).scaled({0: 10.0, 1: 2.0}).norms()
         {1: 10.0}
@@ -347,22 +354,22 @@ class SteeringVector:
         factors = factor if isinstance(factor, Mapping) else dict.fromkeys(self.layers, factor)
         missing = [layer for layer in self.layers if layer not in factors]
         if missing:
-            raise ValueError(f"factor has no number for layers {missing}; it has some for {list(factors)}")
+            raise ValueError(f"factor must have a number for each layer: it lacks {missing}, and has {list(factors)}")
         numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
         made = {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
         return self._with(made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{float(factor):g} * {{}}")
 
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
-        """The vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
+        """Return the vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
-        A slice means the layer numbers in it, the last one excluded; where an end is open, the lowest or highest layer
-        of this vector. Directions are shared, not copied. Raises LookupError for a layer that isn't there, and
-        TypeError for what is no layer number.
+        A slice means the layer numbers in it, without its stop. An open end means the lowest or highest layer of this
+        vector. Directions are shared, not copied. Raises LookupError for a layer that this vector lacks, and TypeError
+        for anything that is not a layer number.
         """
         wanted = asked_layers(self.layers, layers)
         missing = [layer for layer in wanted if layer not in self.layer_activations]
         if missing or not wanted:
-            raise LookupError(f"no direction for layers {missing or layers}; there are directions for {self.layers}")
+            raise LookupError(f"this vector has no direction for layers {missing or layers}, only for {self.layers}")
         return self._of_same_origin({layer: self.layer_activations[layer] for layer in wanted})
 
     # The signatures of torch.Tensor.to.
@@ -382,7 +389,7 @@ class SteeringVector:
     def to(self, other: Tensor, non_blocking: bool = False, copy: bool = False) -> "SteeringVector": ...
 
     def to(self, *args: Any, **kwargs: Any) -> "SteeringVector":
-        """A vector whose directions are ``direction.to(…)`` of this one's, with the arguments of ``torch.Tensor.to``.
+        """Return the vector with each direction moved or converted by ``torch.Tensor.to``, with its arguments.
 
         >>> SteeringVector({1: [3.0, 4.0]}).to(torch.bfloat16).layer_activations[1].dtype
         torch.bfloat16
@@ -391,16 +398,16 @@ class SteeringVector:
         return self._of_same_origin(moved)
 
     def _of_same_origin(self, directions: dict[int, Tensor]) -> "SteeringVector":
-        return replace(self, layer_activations=directions, metadata=of_another(self.metadata))
+        return replace(self, layer_activations=directions, metadata=inherited(self.metadata))
 
-    def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> "SteeringVector":
         if not isinstance(other, SteeringVector):
-            return NotImplemented
+            return NotImplemented  # type: ignore[no-any-return]
         self._check_alike(other)
         return self._with(united(self.layer_activations, other.layer_activations, combine), operation, other)
 
     def _with(self, directions: dict[int, Tensor], operation: str, *others: "SteeringVector") -> "SteeringVector":
-        """What an operation made of this vector and others; its metadata say so."""
+        """Return a vector with the directions that an operation computed; its metadata record the operation."""
         metadata = derived(operation, self.metadata, *(other.metadata for other in others))
         return SteeringVector(directions, self.layer_type, metadata=metadata)
 
@@ -408,13 +415,13 @@ class SteeringVector:
         if not isinstance(other, SteeringVector):
             raise TypeError(f"expected a SteeringVector, got {type(other).__name__}")
         if self.layer_type != other.layer_type:
-            raise ValueError(f"the vectors are of other layer types: {self.layer_type!r} and {other.layer_type!r}")
+            raise ValueError(f"the vectors have different layer types: {self.layer_type!r} and {other.layer_type!r}")
         widths = {vector.hidden_size for vector in (self, other) if vector.layer_activations}
         if len(widths) > 1:
-            raise ValueError(f"the vectors' directions have other widths: {self.hidden_size} and {other.hidden_size}")
+            raise ValueError(f"the directions have different widths: {self.hidden_size} and {other.hidden_size}")
 
     def __eq__(self, other: object) -> bool:
-        """Whether layers, layer type, and all numbers with their dtypes and shapes are the same; devices may differ."""
+        """Return True if layer types, layers, values, dtypes and shapes are equal; devices may differ."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return self.layer_type == other.layer_type and are_equal(self.layer_activations, other.layer_activations)

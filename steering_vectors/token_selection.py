@@ -1,7 +1,7 @@
-"""Which tokens: what a forward pass says of its tokens, and selectors over it.
+"""Token selection: the positions of a forward pass's tokens, and selectors over them.
 
 A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, seq)``: a bool mask, or weights.
-:class:`Selector` says what it may tell of itself.
+:class:`Selector` lists the attributes that it may have.
 """
 
 import operator
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from steering_vectors._arguments import call_hint, is_whole_number
+from steering_vectors._models import expand_rows
 
 
 @dataclass(frozen=True, eq=False)
 class TokenPositions:
-    """Where the tokens of one forward pass stand.
+    """Positions of the tokens of one forward pass.
 
-    ``index`` ``(batch, seq)``, int64: the place of each token in its row's own tokens, from 0. Padding is not counted,
-    cached tokens are; padding itself has -1.
-    ``column`` ``(seq,)``, int64: the place in the padded row, cached columns counted.
-    ``input_ids`` ``(batch, seq)``, or None where the pass got embeddings.
-    ``prompt_length`` ``(batch,)``, int64: how many own tokens stand before the completion, or None where that is
-    unknown.
-    ``begins_sequence``: whether the pass is known, without asking a device, to have no cached tokens before it.
+    ``index`` ``(batch, seq)``, int64: each token's place among its row's own tokens, from 0. Cached tokens are counted,
+    padding is not; padding itself has -1.
+    ``column`` ``(seq,)``, int64: the place in the padded row, including cached columns.
+    ``input_ids`` ``(batch, seq)``: the token ids, or None if the pass got embeddings.
+    ``prompt_length`` ``(batch,)``, int64: the number of own tokens before the completion, or None if that is unknown.
+    ``begins_sequence``: True if the pass is known, without waiting for a device, to have no cached tokens before it.
 
     All tensors are on one device. A selector must not change them.
 
@@ -45,16 +45,16 @@ class TokenPositions:
 class Selector(Protocol):
     """Any callable from :class:`TokenPositions` to a bool mask or to weights ``(batch, seq)``.
 
-    A function or a lambda will do. A selector may have these attributes; without them the safe answer is taken:
+    A function or a lambda will do. A selector may have these attributes; without them, the safe case is assumed:
 
-    ``rows``: for how many rows of a batch it tells tokens apart, 1 where it says the same of each row. By default it
-    may tell rows apart, and training inside such a steering is refused, since training makes rows of its own.
+    ``rows``: the number of batch rows that it distinguishes, or 1 if it applies the same rule to each row. Without it,
+    the selector may distinguish rows. Training inside such a steering is refused, since training forms its own batches.
 
-    ``counts_from_end``: True where it counts columns from the end of a pass, which may be padding. By default it may,
-    and training inside such a steering is refused too.
+    ``counts_from_end``: True if it counts columns from the end of a pass, which may be padding. Without it, the
+    selector may do so, and training inside such a steering is refused too.
 
-    ``needs_prompt_length``: False where it never looks at ``positions.prompt_length``, which is None then. By default
-    it may look; to find the length out under a static cache waits for the device once for each prompt.
+    ``needs_prompt_length``: False if it never reads ``positions.prompt_length``, which is then None. Without it, the
+    selector may read it. Finding the length under a static cache waits for the device once per prompt.
 
     >>> class EveryNth:
     ...     rows, counts_from_end, needs_prompt_length = 1, False, False
@@ -69,24 +69,24 @@ class Selector(Protocol):
     """
 
     def __call__(self, positions: TokenPositions, /) -> Tensor:
-        """Return which tokens are selected, or by how much."""
+        """Return a mask of the selected tokens, or the tokens' weights."""
 
 
 def may_go_by_row_or_end(selector: Selector) -> bool:
-    """Return False only for a selector that says of itself that it does neither."""
+    """Return False only for a selector whose attributes rule out both."""
     return getattr(selector, "rows", None) != 1 or bool(getattr(selector, "counts_from_end", True))
 
 
 def may_need_prompt_length(selector: Selector) -> bool:
-    """Return False only for a selector that says of itself that it never looks at the prompt's length."""
+    """Return False only for a selector whose attributes rule out that it reads the prompt's length."""
     return bool(getattr(selector, "needs_prompt_length", True))
 
 
 def from_index(n: int | Sequence[int]) -> Selector:
-    """The own tokens from the ``n``-th on, counted from 0: ``from_index(1)`` is all but the first.
+    """Select the own tokens from the ``n``-th on, counted from 0: ``from_index(1)`` selects all but the first.
 
-    ``n`` is one number or one per row of the batch. Negative numbers are a ValueError: where a row ends is not known
-    while it is generated; :func:`generated` steers the answer.
+    ``n`` is one number, or one per row of the batch. Raises ValueError for negative numbers, since a row's end is
+    unknown while it is generated. To steer the answer, use :func:`generated`.
 
     >>> from_index(1)
     from_index(1)
@@ -95,9 +95,9 @@ def from_index(n: int | Sequence[int]) -> Selector:
 
 
 def at(indices: int | Sequence[int]) -> Selector:
-    """The own tokens at ``indices``, counted from 0, the same in each row.
+    """Select the own tokens at ``indices``, counted from 0, the same in each row.
 
-    Negative numbers are a ValueError, as in :func:`from_index`.
+    Raises ValueError for negative numbers, as :func:`from_index` does.
 
     >>> at([0, 3])(TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3)))
     tensor([[False,  True, False]])
@@ -107,17 +107,17 @@ def at(indices: int | Sequence[int]) -> Selector:
 
 
 def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> Selector:
-    """The tokens whose outputs decide the answer: from the prompt's last token on.
+    """Select the tokens whose outputs decide the answer: those from the prompt's last token on.
 
-    ``inputs`` says where the prompts end: what was given to ``model.generate``, a mapping with ``attention_mask``
-    ``(batch, seq)``, or the prompts' lengths in tokens, one number or one per row. If it holds ``input_ids`` too, a
-    pass that begins with another prompt is a ValueError: the selector was left over from an earlier one.
+    ``inputs`` shows where the prompts end. It is the mapping passed to ``model.generate``, with ``attention_mask``
+    ``(batch, seq)``, or the prompts' lengths in tokens: one number, or one per row. If it holds ``input_ids`` too, a
+    pass that begins with another prompt raises ValueError, since the selector was left over from an earlier one.
 
-    Without ``inputs`` the first pass over each cache is taken as the prompt; where that cannot be known (no cache, or
-    several tokens on a cache that is not empty), the pass raises a ValueError. A last piece of a chunked prefill that
-    is one token long looks like an answer's token: with chunked prefill, give ``inputs``.
+    Without ``inputs``, the first pass over each cache is assumed to be the prompt. The pass raises ValueError where
+    that can't be known: without a cache, or with several tokens on a cache that is not empty. With chunked prefill,
+    pass ``inputs``: a last chunk of a single token looks like a token of the answer.
 
-    A bare tensor is a TypeError, since token ids and masks look alike.
+    Raises TypeError for a bare tensor, since token ids and masks look alike.
 
     >>> selector = generated(3)
     >>> selector(TokenPositions(index=torch.arange(5)[None], column=torch.arange(5)))
@@ -127,9 +127,9 @@ def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> 
 
 
 def prompted(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> Selector:
-    """The prompt's tokens but for the last: of all own tokens, just those that :func:`generated` leaves.
+    """Select the prompt's tokens except the last: exactly the own tokens that :func:`generated` leaves out.
 
-    ``inputs`` and errors are those of :func:`generated`.
+    ``inputs`` and the errors are those of :func:`generated`.
 
     >>> prompted(3)(TokenPositions(index=torch.arange(5)[None], column=torch.arange(5)))
     tensor([[ True,  True, False, False, False]])
@@ -138,10 +138,10 @@ def prompted(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> S
 
 
 def completion() -> Selector:
-    """The tokens after the prompt.
+    """Select the tokens after the prompt.
 
-    In training: the text of the last assistant turn, with the thinking block where there is one. Under generation: what
-    follows the first pass over a cache. Where the prompt's length is unknown, the pass raises a ValueError.
+    In training, these are the text of the last assistant turn, including its thinking block, if any. In generation,
+    they are all that follows the first pass over a cache. The pass raises ValueError if the prompt's length is unknown.
 
     >>> positions = TokenPositions(torch.arange(3)[None], torch.arange(3), prompt_length=torch.tensor([2]))
     >>> completion()(positions)
@@ -151,58 +151,43 @@ def completion() -> Selector:
 
 
 def selected(selector: Selector, positions: TokenPositions) -> Tensor:
-    """What ``selector`` says of ``positions``: a bool mask or float weights, ``(batch, seq)``.
+    """Return the selector's result for ``positions``, checked: a bool mask or float weights, ``(batch, seq)``.
 
-    Raises TypeError or ValueError if it gives anything else. Weights that aren't finite are noticed on the CPU only.
+    Raises TypeError or ValueError for any other result. Weights that aren't finite are noticed on the CPU only.
     """
     weights = selector(positions)
     if not isinstance(weights, Tensor):
         hint = call_hint(selector) if callable(weights) else ""
         raise TypeError(
-            f"the selector {selector!r} gave {type(weights).__name__}, expected a tensor (batch, seq){hint}"
+            f"the selector {selector!r} returned {type(weights).__name__}, expected a tensor (batch, seq){hint}"
         )
     if weights.shape != positions.index.shape:
         raise ValueError(
-            f"the selector {selector!r} gave a tensor of shape {tuple(weights.shape)}, "
+            f"the selector {selector!r} returned a tensor of shape {tuple(weights.shape)}, "
             f"expected (batch, seq) = {tuple(positions.index.shape)}"
         )
     if weights.dtype is torch.bool:
         return weights
     if weights.dtype.is_floating_point:
-        # On another device to look at them would wait for it.
+        # Looking at weights on another device would wait for it.
         if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
-            raise ValueError(f"the selector {selector!r} gave weights that are NaN or infinite")
+            raise ValueError(f"the selector {selector!r} returned weights that are NaN or infinite")
         return weights
     if weights.dtype.is_complex:
-        raise TypeError(f"the selector {selector!r} gave complex numbers, expected a mask or real weights")
+        raise TypeError(f"the selector {selector!r} returned complex numbers, expected a mask or real weights")
     return weights.to(torch.float32)
-
-
-def expand_rows(rows: Tensor, batch: int, what: str) -> Tensor:
-    """``rows`` ``(n, …)`` for a batch of ``batch`` rows: row i of the batch belongs to row i // (batch / n).
-
-    Beams and several answers to a prompt repeat rows so. Raises ValueError unless ``batch`` is a multiple of ``n``.
-    """
-    n = rows.shape[0]
-    if n in (1, batch):
-        return rows.expand(batch, *rows.shape[1:])
-    if n == 0 or batch % n:
-        raise ValueError(
-            f"{what} is given for {n} rows, and the model runs a batch of {batch}, which is no multiple of that"
-        )
-    return rows.repeat_interleave(batch // n, dim=0)
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Where prompts end: ``lengths`` one per row, and their tokens where those are known."""
+    """Prompts of a batch: ``lengths``, one per row, and the prompts' tokens if known."""
 
     lengths: tuple[int, ...]
     input_ids: Tensor | None = field(default=None, compare=False, repr=False)
     attention_mask: Tensor | None = field(default=None, compare=False, repr=False)
 
     def check(self, positions: TokenPositions, selector: str) -> None:
-        """Raise if the pass is known to begin with other tokens than these prompts'."""
+        """Raise ValueError if the pass is known to begin with other tokens than these prompts'."""
         if self.input_ids is None or positions.input_ids is None or not positions.begins_sequence:
             return
         got = positions.input_ids
@@ -215,7 +200,7 @@ class _Prompt:
         if bool(differs.any()):
             raise ValueError(
                 f"{selector}(inputs) was made for another prompt than the one that the model now runs on: "
-                f"give it the inputs of this call of generate"
+                f"pass it the inputs of this call of generate"
             )
 
 
@@ -250,7 +235,7 @@ class _At:
 
 @dataclass(frozen=True)
 class _Generated:
-    """The own tokens from each prompt's last one on, or with ``before`` those before it."""
+    """The own tokens from each prompt's last one on or, with ``before``, those before it."""
 
     prompt: _Prompt | None
     before: bool = False
@@ -295,8 +280,8 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
     if isinstance(inputs, Mapping):
         if inputs.get("attention_mask") is None:
             raise ValueError(
-                f"{selector}(inputs) needs an attention_mask in inputs, to tell tokens from padding; "
-                f"got {sorted(inputs)}. The prompts' lengths will do too."
+                f"{selector}(inputs) needs an attention_mask in inputs, to tell tokens from padding, "
+                f"got {sorted(inputs)}: add it, or pass the prompts' lengths instead"
             )
         mask = _rows_tensor(inputs["attention_mask"])
         ids = inputs.get("input_ids")
@@ -305,8 +290,8 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
         )
     if isinstance(inputs, Tensor):
         raise TypeError(
-            f"{selector}(inputs) got a bare tensor, which may be token ids or a mask: give what goes into "
-            f"model.generate, a mapping with attention_mask, or the prompts' lengths as an int or a list"
+            f"{selector}(inputs) got a bare tensor, which may be token ids or a mask: pass the mapping that "
+            f"model.generate gets, with attention_mask, or the prompts' lengths as an int or a list"
         )
     if isinstance(inputs, (str, bytes)) or not (is_whole_number(inputs) or isinstance(inputs, Sequence)):
         raise TypeError(
@@ -325,15 +310,15 @@ def _lengths(numbers: Sequence[SupportsIndex], selector: str) -> tuple[int, ...]
 
 
 def _prompt_length(prompt: _Prompt | None, positions: TokenPositions, selector: str) -> Tensor:
-    """How long each row's prompt is: ``(batch, 1)``."""
+    """Return the length of each row's prompt: ``(batch, 1)``, or one number for all rows."""
     if prompt is not None:
         prompt.check(positions, selector)
         return _per_row(prompt.lengths, positions, f"{selector}(inputs)")
     if positions.prompt_length is None:
         advice = "generated(inputs)" if selector == "completion" else f"{selector}(inputs)"
         raise ValueError(
-            f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and "
-            f"under generation a cache whose first pass was the whole prompt. {advice} takes what you give to "
+            f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and in "
+            f"generation a cache whose first pass was the whole prompt. Use {advice} with the inputs that you pass to "
             f"model.generate."
         )
     return positions.prompt_length[:, None]
@@ -352,7 +337,7 @@ def _rows_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def is_one_of(values: Tensor, numbers: tuple[int, ...]) -> Tensor:
-    """Which of ``values`` are among ``numbers``, as a mask of the same shape."""
+    """Return a mask, of the same shape, of the ``values`` that are among ``numbers``."""
     mask = torch.zeros_like(values, dtype=torch.bool)
     for number in numbers:
         mask = mask | (values == number)
@@ -369,16 +354,16 @@ def _own_indices(n: int | Sequence[int], selector: str) -> int | tuple[int, ...]
         raise ValueError(f"{selector} needs at least one token index, got {n!r}")
     if min((numbers,) if isinstance(numbers, int) else numbers) < 0:
         raise ValueError(
-            f"{selector} counts a row's own tokens from 0, got {n}: where a row ends is not known while it is "
-            f"generated. To steer the answer, use generated(inputs)."
+            f"{selector} counts a row's own tokens from 0, got {n}: negative indices don't work, since a row's end is "
+            f"unknown while it is generated. To steer the answer, use generated(inputs)."
         )
     return numbers
 
 
 def integer(value: object, what: str) -> int:
-    """``value`` as an int. Raises TypeError unless it is one whole number."""
+    """Return ``value`` as an int. Raises TypeError unless it is one whole number."""
     if isinstance(value, bool):
-        raise TypeError(f"{what} takes token indices, got {value}; for a mask, give a tensor")
+        raise TypeError(f"{what} takes token indices, got {value}; for a mask, pass a tensor")
     if not is_whole_number(value):
         raise TypeError(f"{what} takes whole numbers, got {value!r}")
     return operator.index(value)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""The helper of the public library 0.12.2 that its users import."""
+"""A helper function that users of version 0.12.2 import."""
 
 from torch import nn
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of ``model`` with this dotted name. Raises LookupError if there is none.
+    """Return the module of ``model`` with this dotted name. Raises LookupError if there is none.
 
     >>> get_module(model, "transformer.h.0").__class__.__name__
     'GPT2Block'

@@ -1,4 +1,4 @@
-"""See what a steering does while a model runs: which tokens, at which layers, and by how much."""
+"""Trace what steerings change while a model runs: which tokens, at which layers, and by how much."""
 
 import html
 import math
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from steering_vectors._extraction import shared_prefix
 from steering_vectors._models import along_tokens, anatomy_of, attach_all, check_model, remove_all
 from steering_vectors._passes import ForwardPass, Need, PassTracker
+from steering_vectors._precision import wide
 from steering_vectors._steering import changes_of, traced
 
 
 def trace_steering(model: nn.Module) -> "SteeringTrace":
-    """A context manager that notes what steerings do in the passes of ``model`` inside it.
+    """Return a context manager that records what steerings do in the passes of ``model`` inside it.
 
-    It gives a :class:`SteeringTrace`, to be read inside the block or after it. Steerings may be entered before it or in
-    it. Where it isn't entered it costs nothing; where it is, it keeps token ids and a bit for each token and layer, and
-    waits for no device until it is read.
+    Entering it returns a :class:`SteeringTrace`, which can be read inside the block or after it. Steerings may be
+    entered before it or inside it. An entered trace keeps the token ids, and a bit for each token and layer; it waits
+    for no device until it is read. Without one, nothing is recorded and there is no cost.
 
-    Raises TypeError for what is no model.
+    Raises TypeError if ``model`` is not a module.
 
     >>> with trace_steering(model) as trace, vector.apply(model, tokens=slice(1, None)):
     ...     _ = model(torch.tensor([[5, 6, 7]]))
@@ -39,11 +40,11 @@ def trace_steering(model: nn.Module) -> "SteeringTrace":
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What was done at a layer.
+    """Summary of the steering at one layer.
 
-    ``runs``: how often it ran; ``steered_tokens``: how many tokens were changed, padding left out; ``change``: the mean
-    of the change's norm as a share of the activation's, over these tokens and the modules that were steered; NaN if
-    there were none.
+    ``runs`` is the number of times that the layer ran. ``steered_tokens`` is the number of changed tokens, without
+    padding. ``change`` is the mean of the change's norm as a fraction of the activation's norm, over these tokens and
+    the steered modules; NaN if there are none.
 
     >>> LayerSummary(runs=5, steered_tokens=4, change=0.25)
     LayerSummary(runs=5, steered_tokens=4, change=0.25)
@@ -55,7 +56,7 @@ class LayerSummary:
 
 
 class SteeringTrace:
-    """What steerings did; made by :func:`trace_steering`. As a text it is a table of the layers.
+    """Record of what steerings did, made by :func:`trace_steering`. Printed, it is a table of the layers.
 
     >>> with trace_steering(model) as trace, vector.apply(model, multiplier=0):
     ...     _ = model(torch.tensor([[5, 6, 7]]))
@@ -67,7 +68,7 @@ class SteeringTrace:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._tracker = PassTracker(Need.POSITIONS)
-        # By layer and module: of each run the sum of the changes' shares, and of how many tokens.
+        # By layer and module, for each run: the sum of the changes' relative sizes, and the number of tokens summed.
         self._notes: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
         self._passes: dict[int, _TracedPass] = {}
         self._modules: set[int] = set()
@@ -76,7 +77,7 @@ class SteeringTrace:
     def __enter__(self) -> "SteeringTrace":
         model = self._model()
         if model is None:
-            raise RuntimeError("the model of this trace is gone: make a new one by trace_steering(model)")
+            raise RuntimeError("the model of this trace no longer exists: make a new trace with trace_steering(model)")
         handles = attach_all(self._tracker.registrations(anatomy_of(model).pass_modules))
         self._stack.callback(remove_all, handles)
         self._modules = {id(module) for module in model.modules()}
@@ -90,15 +91,15 @@ class SteeringTrace:
         self._modules.clear()
 
     def summary(self) -> dict[int, LayerSummary]:
-        """What was done at each layer that was steered and ran, by its number."""
+        """Return the summary of each layer that was steered and ran, by the layer's number."""
         return {layer: self._summary_of(layer) for layer in sorted(self._notes)}
 
     def show(self, tokenizer: Any) -> None:
         """Print the tokens of the passes, row by row, with the steered ones marked.
 
-        In a notebook and in a terminal they are set off by colour, elsewhere by double brackets. A token is marked if
-        it was steered at any layer. Beams change rows, and so are not told apart. Raises ValueError if the model got
-        embeddings in place of token ids.
+        A token is marked if it was steered at any layer: by colour in a notebook or a terminal, elsewhere by double
+        brackets. Beams are not distinguished, since they change rows. Raises ValueError if the model got embeddings
+        instead of token ids, or several prompts in one row.
         """
         by_thread: dict[object, list[_TracedPass]] = {}
         for one in self._passes.values():
@@ -127,7 +128,7 @@ class SteeringTrace:
         return LayerSummary(max(map(len, by_module)), tokens, shares / measured if measured else float("nan"))
 
     def _note(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
-        """A steered layer has run; what gradient checkpointing runs again is left out."""
+        """Record a run of a steered layer, unless gradient checkpointing repeats it."""
         current = self._tracker.current
         if id(module) not in self._modules or current is None or current.ended:
             return
@@ -137,10 +138,10 @@ class SteeringTrace:
         places = places.expand(*before.shape[:-1], 1).squeeze(-1)
         moved = (after != before).any(dim=-1) & one.is_token.to(before.device).flatten()[places]
         with torch.no_grad():
-            wide = before.to(torch.promote_types(before.dtype, torch.float32))
-            size = wide.norm(dim=-1)
+            exact = wide(before)
+            size = exact.norm(dim=-1)
             measured = moved & (size > 0)
-            share = torch.where(measured, (after - wide).norm(dim=-1) / torch.where(measured, size, 1), 0)
+            share = torch.where(measured, (after - exact).norm(dim=-1) / torch.where(measured, size, 1), 0)
             steered = torch.zeros(batch * seq, dtype=torch.long, device=before.device)
             steered = steered.index_add_(0, places.flatten(), moved.flatten().long()) > 0
         layer = changes_of(module)[0].layer
@@ -151,7 +152,7 @@ class SteeringTrace:
         if current.number not in self._passes:
             try:
                 positions = current.positions
-            except ValueError:  # many prompts in one row: all count as tokens, and there is no text to show
+            except ValueError:  # several prompts in one row: all places count as tokens, and no text can be shown
                 self._passes[current.number] = _TracedPass(current.thread, None, None, torch.ones(current.shape) > 0)
             else:
                 ids = None if positions.input_ids is None else positions.input_ids.detach().clone()
@@ -161,7 +162,7 @@ class SteeringTrace:
 
 @dataclass
 class _TracedPass:
-    """``is_token (batch, seq)``, and by layer which of them were steered."""
+    """A traced pass: ``is_token (batch, seq)`` and, by layer, the tokens that were steered."""
 
     thread: object
     input_ids: Tensor | None
@@ -170,21 +171,24 @@ class _TracedPass:
     steered: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, layer: int, steered: Tensor) -> None:
-        own = steered.to(self.is_token.device)
-        self.steered[layer] = own | self.steered[layer] if layer in self.steered else own
+        steered = steered.to(self.is_token.device)
+        self.steered[layer] = steered | self.steered[layer] if layer in self.steered else steered
 
 
-# Token ids, each with whether it was steered.
+# Token ids, each with True if it was steered.
 _Sequence = list[tuple[int, bool]]
 _HTML, _COLOUR, _BRACKETS = ("<mark>", "</mark>"), ("\x1b[7m", "\x1b[0m"), ("[[", "]]")
 
 
 def _sequences(passes: Sequence[_TracedPass]) -> Iterator[_Sequence]:
-    """The rows that went through the model: what a pass adds to a cache is added to its row."""
+    """Yield the rows that went through the model. A pass that continues a cache continues the cache's row."""
     rows: list[_Sequence] = []
     for one in passes:
         if one.input_ids is None or one.index is None:
-            raise ValueError("the model got embeddings, not token ids: there is no text to show")
+            raise ValueError(
+                "the model got embeddings, not token ids, or several prompts in one row, so there is no text to show: "
+                "use summary()"
+            )
         ids, index = one.input_ids.tolist(), one.index.tolist()
         steered = torch.stack(list(one.steered.values())).any(dim=0).tolist()
         if len(rows) != len(ids):
@@ -202,9 +206,9 @@ def _sequences(passes: Sequence[_TracedPass]) -> Iterator[_Sequence]:
 
 
 def _pieces(tokenizer: Any, row: _Sequence) -> list[tuple[str, bool]]:
-    """The row's text, cut where steered tokens begin or end.
+    """Return the row's text, cut where steered tokens begin or end.
 
-    It is decoded as a whole: a token alone may have lost its space, or be a part of a character.
+    The row is decoded as a whole, since a token alone may lose its space or be part of a character.
     """
     ids = [token for token, _ in row]
     text = tokenizer.decode(ids)

@@ -1,4 +1,4 @@
-"""The versions that a report of a bug needs."""
+"""Print the versions that a bug report needs."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,7 @@ _PACKAGES = (
 
 
 def show_versions() -> None:
-    """Print the versions of Python, of this package and of those that it runs with.
+    """Print the versions of Python, of this package, and of the packages that it runs with.
 
     >>> show_versions()
     Python ...

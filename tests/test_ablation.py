@@ -230,9 +230,9 @@ def test_a_compiled_model_is_ablated_in_one_graph() -> None:
         (
             lambda m: ablate_everywhere(m, torch.ones(31)),
             ValueError,
-            "directions have 31 numbers, the model's layer 0 has 32",
+            "directions have 31 numbers, but the model's layer 0 has 32",
         ),
-        (lambda m: ablate_everywhere(m, torch.zeros(32)), ValueError, "the direction is zero"),
+        (lambda m: ablate_everywhere(m, torch.zeros(32)), ValueError, "the direction is all zeros, so there is"),
         (lambda m: ablate_everywhere(m, torch.full((32,), float("nan"))), ValueError, "the direction has NaN"),
         (lambda m: ablate_everywhere(m, torch.ones(2, 32)), ValueError, "the direction must have the shape (hidden,)"),
         (lambda m: ablate_everywhere(m, "refusal"), TypeError, "the direction must be a tensor of numbers"),
@@ -252,7 +252,7 @@ def test_a_model_that_is_steered_by_token_is_refused() -> None:
     model = tiny.shared("llama")
     with (
         vector().apply(model, tokens=from_index(1)),
-        pytest.raises(ValueError, match="enter ablate_everywhere before, and that steering inside"),
+        pytest.raises(ValueError, match="enter ablate_everywhere, and apply it again inside"),
     ):
         ablate_everywhere(model, DIRECTION)
 
@@ -287,7 +287,7 @@ class TestWhileOthersUseTheModel:
         model = tiny.shared("llama")
         with (
             vector().apply(model, multiplier=[0.5, 1.0]),
-            pytest.raises(ValueError, match="the model is steered by token or by row: enter ablate_everywhere before"),
+            pytest.raises(ValueError, match="the model is already steered by token or by row: remove that"),
         ):
             ablate_everywhere(model, DIRECTION)
 

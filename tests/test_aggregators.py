@@ -172,7 +172,7 @@ class TestAllOfThem:
     @pytest.mark.parametrize("name", UNIT)
     def test_docstrings_of_those_of_norm_one_say_what_multiplier_one_does(self, name: str) -> None:
         text = " ".join((getattr(steering_vectors, name).__doc__ or "").split())
-        assert "a multiplier of 1 is seldom visible" in text
+        assert "a multiplier of 1 rarely has a visible effect" in text
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_repr_is_the_call_that_made_it(self, name: str) -> None:
@@ -280,13 +280,13 @@ class TestCallables:
             return torch.zeros(shape)
 
         with pytest.raises(
-            ValueError, match=rf"the aggregator .*odd.* gave a tensor of shape .*expected \({HIDDEN},\)"
+            ValueError, match=rf"the aggregator .*odd.* returned a tensor of shape .*expected \({HIDDEN},\)"
         ):
             aggregate(odd, *sides())
 
     @pytest.mark.parametrize("value", [None, [0.0] * HIDDEN, 1.0])
     def test_no_tensor_is_an_error_that_names_the_aggregator(self, value: Any) -> None:
-        with pytest.raises(TypeError, match=r"the aggregator .* gave .*, expected a tensor"):
+        with pytest.raises(TypeError, match=r"the aggregator .* returned .*, expected a tensor"):
             aggregate(lambda p, n: value, *sides())
 
     def test_directions_are_float32_whatever_it_computes_in(self) -> None:
@@ -348,12 +348,12 @@ class TestAggregateActivations:
 
     def test_other_layers_on_the_other_side_are_refused(self) -> None:
         positive, negative = sides()
-        with pytest.raises(ValueError, match=r"the sides have different layers: \[0\] and \[1\]"):
+        with pytest.raises(ValueError, match=r"both sides must have the same layers, got \[0\] and \[1\]"):
             aggregate_activations({0: [positive]}, {1: [negative]})
 
     def test_other_numbers_of_rows_are_refused(self) -> None:
         positive, negative = sides()
-        with pytest.raises(ValueError, match=r"layer 0: the sides have rows of shapes \(8, 6\) and \(7, 6\)"):
+        with pytest.raises(ValueError, match=r"layer 0: sides must have one shape, got \(8, 6\) and \(7, 6\)"):
             aggregate_activations({0: [positive]}, {0: [negative[:7]]})
 
     def test_no_layers_give_no_directions(self) -> None:
@@ -365,12 +365,12 @@ class TestAggregateActivations:
             aggregate_activations({0: side}, {0: side})
 
     def test_refuses_sides_that_are_no_mappings(self) -> None:
-        with pytest.raises(TypeError, match="each side must map layers to lists of rows .*, got list"):
+        with pytest.raises(TypeError, match="activations must map layers to lists of tensors .*, got list"):
             aggregate_activations([torch.ones(1, 2)], {})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("aggregator", [mean_aggregator(), pca_aggregator()], ids=repr)
 @pytest.mark.parametrize("other", [(2, 4), (3, 1), (4,)], ids=str)
 def test_sides_of_other_shapes_are_refused_by_those_that_stream(aggregator: Any, other: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"the sides must have rows \(n, hidden\) of one shape"):
+    with pytest.raises(ValueError, match=r"rows must have the same shape \(n, hidden\)"):
         aggregator(torch.ones(3, 4), torch.ones(other))

@@ -98,8 +98,8 @@ def test_layer_types_are_kept_and_rows_of_two_axes_are_taken() -> None:
 @pytest.mark.parametrize(
     ("other", "error", "message"),
     [
-        (SteeringVector({0: [1.0]}), ValueError, "the vectors' directions have other widths: 4 and 1"),
-        (SteeringVector({0: [1.0] * WIDTH}, "mlp"), ValueError, "of other layer types: 'decoder_block' and 'mlp'"),
+        (SteeringVector({0: [1.0]}), ValueError, "the directions have different widths: 4 and 1"),
+        (SteeringVector({0: [1.0] * WIDTH}, "mlp"), ValueError, "different layer types: 'decoder_block' and 'mlp'"),
     ],
     ids=["width", "type"],
 )
@@ -144,7 +144,7 @@ class TestCosineSimilarity:
         assert math.isnan(SteeringVector({0: [0.0]}).cosine_similarity(SteeringVector({0: [1.0]}))[0])
 
     def test_without_a_shared_layer_there_is_none(self) -> None:
-        with pytest.raises(ValueError, match=r"the vectors share no layer: one has \[0\], the other \[1\]"):
+        with pytest.raises(ValueError, match=r"the vectors have no layer in common: one has \[0\], the other \[1\]"):
             SteeringVector({0: [1.0]}).cosine_similarity(SteeringVector({1: [1.0]}))
 
 
@@ -186,9 +186,9 @@ class TestProject:
 
     def test_what_does_not_fit_is_refused(self) -> None:
         vector = SteeringVector({0: [3.0, 4.0]})
-        with pytest.raises(ValueError, match=r"there are no activations of layers \[0\], but of \[1\]"):
+        with pytest.raises(ValueError, match=r"activations must have one of the layers \[0\], got only \[1\]"):
             vector.project({1: torch.ones(2)})
-        with pytest.raises(ValueError, match="the activations of layer 0 have 3 numbers, the directions 2"):
+        with pytest.raises(ValueError, match="the activations of layer 0 have width 3, but its direction has 2"):
             vector.project({0: torch.ones(2, 3)})
         with pytest.raises(TypeError, match="activations must map layers to tensors"):
             vector.project(torch.ones(2))  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def test_the_unit_direction_of_a_projection_is_not_rounded_to_the_vector_s_dtype
 def test_a_zero_direction_matters_only_where_it_is_asked() -> None:
     vector = SteeringVector({0: [0.0, 0.0], 1: [3.0, 4.0]})
     assert list(vector.project({1: torch.ones(2)})) == [1]
-    with pytest.raises(ValueError, match="the direction of layer 0 is zero"):
+    with pytest.raises(ValueError, match="the direction of layer 0 is all zeros"):
         vector.project({0: torch.ones(2)})
 
 

@@ -55,38 +55,43 @@ class TestLayers:
     @pytest.mark.parametrize("layer", [3, 40, -4])
     def test_a_layer_that_the_model_has_not(self, model: PreTrainedModel, way: str, layer: int) -> None:
         got = refused(way, vector(0, layer), model)
-        assert got == f"ValueError: layer {layer} of a model with 3 layers (0 to 2)"
+        expected = "does not exist: the model has 3 layers, 0 to 2, or -3 to -1 from the end"
+        assert got == f"ValueError: layer {layer} {expected}"
 
     @pytest.mark.parametrize("pair", [(-1, 2), (0, -3)])
     def test_two_keys_that_are_one_layer(self, model: PreTrainedModel, way: str, pair: tuple[int, int]) -> None:
         got = refused(way, vector(1, *pair), model)
         assert got.startswith("ValueError: the vector's layers [")
         assert all(str(key) in got.split("]")[0] for key in pair)
-        assert got.endswith(f"are one layer of this model, number {pair[0] % 3}")
+        assert got.endswith(f"are the same layer of this model, number {pair[0] % 3}: keep only one of them")
 
     def test_a_width_that_the_model_has_not(self, model: PreTrainedModel, way: str) -> None:
         got = refused(way, SteeringVector({1: torch.ones(16)}), model)
-        assert got == "ValueError: the vector's directions have 16 numbers, the model's layer 1 has 32"
+        assert got == (
+            "ValueError: the vector's directions have 16 numbers, but the model's layer 1 has 32: "
+            "use a vector made for this model"
+        )
 
     @pytest.mark.parametrize("times", [2, 3])
     def test_a_width_that_is_a_multiple_of_the_model_s(self, model: PreTrainedModel, way: str, times: int) -> None:
         got = refused(way, SteeringVector({1: torch.ones(times * tiny.HIDDEN)}), model)
-        assert got == f"ValueError: the vector's directions have {32 * times} numbers, the model's layer 1 has 32"
+        assert f"directions have {32 * times} numbers, but the model's layer 1 has 32: use a vector" in got
 
     def test_a_width_that_would_broadcast(self, model: PreTrainedModel, way: str) -> None:
         got = refused(way, SteeringVector({1: torch.ones(1)}), model)
-        assert got == "ValueError: the vector's directions have 1 numbers, the model's layer 1 has 32"
+        assert got.startswith("ValueError: the vector's directions have 1 numbers, but the model's layer 1 has 32: ")
 
     def test_a_width_that_only_the_pass_can_tell(self, model: PreTrainedModel, way: str) -> None:
         config: Any = {"mlp": "model.layers.{num}.mlp.up_proj"}
         with (
-            pytest.raises(ValueError, match="directions have 32 numbers, the model's layer 1 has 48"),
+            pytest.raises(ValueError, match="directions have 32 numbers, but the model's layer 1 has 48"),
             getattr(vector(layer_type="mlp"), way)(model, config),
         ):
             logits(model)
 
     def test_a_vector_without_directions(self, model: PreTrainedModel, way: str) -> None:
-        assert refused(way, SteeringVector({}), model) == "ValueError: this steering vector has no directions"
+        got = refused(way, SteeringVector({}), model)
+        assert got == "ValueError: this steering vector has no directions, so there is nothing to apply"
 
     def test_an_unknown_layer_type(self, model: PreTrainedModel, way: str) -> None:
         expected = (
@@ -113,9 +118,9 @@ class TestLayers:
         ("config", "message"),
         [
             ({"decoder_block": "layers.{num}"}, "matches no module of LlamaForCausalLM.*model.layers.{num}"),
-            ({"decoder_block": "model.layers"}, "a template with {num} in it, got 'model.layers'"),
+            ({"decoder_block": "model.layers"}, "a template with {num} in it, such as .*, got 'model.layers'"),
             ({"block": "model.layers.{num}"}, "unknown layer type 'block'"),
-            ({"decoder_block": 3}, "a callable or a template with {num} in it, got 3"),
+            ({"decoder_block": 3}, "a callable or a template with {num} in it, such as .*, got 3"),
         ],
     )
     def test_a_layer_config_that_names_nothing(
@@ -134,7 +139,7 @@ class TestLayers:
         shared = Shared()
         config: Any = {"decoder_block": "blocks.{num}"}
         got = refused(way, SteeringVector({0: torch.ones(4), 1: torch.ones(4)}), shared, config)
-        assert got == "ValueError: layers [0, 1] of Shared share modules, and can't be steered apart"
+        assert got == "ValueError: layers [0, 1] of Shared share modules, so they can't be steered separately"
 
 
 class TestTheModelItself:
@@ -186,11 +191,11 @@ class TestDirections:
         assert refused(way, changed, model) == f"ValueError: {message}"
 
     def test_several_widths(self, model: PreTrainedModel, way: str) -> None:
-        with pytest.raises(ValueError, match=r"directions must have one width, got \[16, 32\]"):
+        with pytest.raises(ValueError, match=r"all directions must have the same width, got \[16, 32\]"):
             SteeringVector({0: torch.ones(32), 1: torch.ones(16)})
         changed = vector(0, 1)
         changed.layer_activations[1] = torch.ones(16)
-        assert refused(way, changed, model) == "ValueError: directions must have one width, got [16, 32]"
+        assert refused(way, changed, model) == "ValueError: all directions must have the same width, got [16, 32]"
 
     @pytest.mark.parametrize("value", ["abc", None, object(), [1.0, "a"], [[1.0], [1.0, 2.0]], {"a": 1}])
     def test_what_is_no_tensor_of_numbers(self, value: Any) -> None:
@@ -206,7 +211,7 @@ class TestDirections:
 
     @pytest.mark.parametrize("key", ["1", 1.0, True, None, (1,)])
     def test_keys_that_are_no_layer_numbers(self, key: Any) -> None:
-        with pytest.raises(TypeError, match="a layer is told by a whole number, got "):
+        with pytest.raises(TypeError, match="a layer number must be a whole number, got "):
             SteeringVector({key: torch.ones(4)})
 
     @pytest.mark.parametrize("value", [torch.ones(4), [torch.ones(4)], None, "abc"])
@@ -225,13 +230,13 @@ class TestMultiplier:
         self, model: PreTrainedModel, way: str, multiplier: Any
     ) -> None:
         assert refused(way, vector(), model, multiplier=multiplier).startswith(
-            "TypeError: multiplier must be one number, or a sequence or 1-D tensor of one for each row, got "
+            "TypeError: multiplier must be one number, or a sequence or 1-D tensor with one number for each row, got "
         )
 
     @pytest.mark.parametrize("multiplier", [[], (), torch.ones(0), np.ones(0)], ids=shown)
     def test_none_at_all(self, model: PreTrainedModel, way: str, multiplier: Any) -> None:
         got = refused(way, vector(), model, multiplier=multiplier)
-        assert got == "ValueError: multiplier is empty: give one number, or one for each row"
+        assert got == "ValueError: multiplier is empty: pass one number, or one for each row"
 
     @pytest.mark.parametrize("multiplier", [[1.0, math.nan], torch.tensor([math.inf, 1.0])], ids=shown)
     def test_rows_that_are_not_finite(self, model: PreTrainedModel, way: str, multiplier: Any) -> None:
@@ -267,10 +272,10 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("selection", "message"),
         [
-            (torch.ones(1, 2, 3), "ValueError: a mask of tokens has the shape (seq,) or (batch, seq), got (1, 2, 3)"),
-            (torch.tensor(1), "ValueError: a mask of tokens has the shape (seq,) or (batch, seq), got ()"),
-            (torch.tensor([0, 2]), "ValueError: a mask of tokens holds only 0 and 1; for token indices, give a list"),
-            (torch.tensor([0.5]), "ValueError: a mask of tokens holds only 0 and 1; for token indices, give a list"),
+            (torch.ones(1, 2, 3), "ValueError: a mask of tokens must have the shape (seq,) or (batch, seq), got (1,"),
+            (torch.tensor(1), "ValueError: a mask of tokens must have the shape (seq,) or (batch, seq), got ()"),
+            (torch.tensor([0, 2]), "ValueError: a mask of tokens must hold only 0 and 1; to select tokens by index,"),
+            (torch.tensor([0.5]), "ValueError: a mask of tokens must hold only 0 and 1; to select tokens by index,"),
             (
                 3,
                 "TypeError: tokens must be a selector such as generated(inputs), a list of token indices, a slice or a mask",
@@ -283,7 +288,7 @@ class TestTokens:
                 {"input_ids": IDS},
                 "TypeError: tokens must be a selector such as generated(inputs), a list of token indices",
             ),
-            ([True, False], "TypeError: token_indices takes token indices, got True; for a mask, give a tensor"),
+            ([True, False], "TypeError: token_indices takes token indices, got True; for a mask, pass a tensor"),
             ([0.5], "TypeError: token_indices takes whole numbers, got 0.5"),
             (
                 slice(None, None, -1),
@@ -310,12 +315,12 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("selection", "message"),
         [
-            (torch.ones(2, 5), "the mask of tokens is given for 2 rows, and the model runs a batch of 3"),
-            (from_index([1, 2]), "from_index is given for 2 rows, and the model runs a batch of 3"),
-            (generated([1, 2]), r"generated\(inputs\) is given for 2 rows, and the model runs a batch of 3"),
-            (lambda p: torch.ones(3), r"gave a tensor of shape \(3,\), expected \(batch, seq\) = \(3, 5\)"),
-            (lambda p: [1.0], r"gave list, expected a tensor \(batch, seq\)"),
-            (lambda p: p.index * 1j, "gave complex numbers, expected a mask or real weights"),
+            (torch.ones(2, 5), "the mask of tokens is given for 2 rows, but the model runs a batch of 3"),
+            (from_index([1, 2]), "from_index is given for 2 rows, but the model runs a batch of 3"),
+            (generated([1, 2]), r"generated\(inputs\) is given for 2 rows, but the model runs a batch of 3"),
+            (lambda p: torch.ones(3), r"returned a tensor of shape \(3,\), expected \(batch, seq\) = \(3, 5\)"),
+            (lambda p: [1.0], r"returned list, expected a tensor \(batch, seq\)"),
+            (lambda p: p.index * 1j, "returned complex numbers, expected a mask or real weights"),
         ],
     )
     def test_what_only_the_pass_can_tell(self, model: PreTrainedModel, way: str, selection: Any, message: str) -> None:
@@ -361,7 +366,7 @@ class TestOperator:
     def test_an_operator_that_gives_something_else(
         self, model: PreTrainedModel, way: str, tokens: Any, operator: Any, got: str
     ) -> None:
-        message = rf"the operator .* gave {got} for an activation of shape \(1, 5, 32\); expected what is to be added"
+        message = rf"the operator .* returned {got} for an activation of shape \(1, 5, 32\); expected the tensor to"
         with (
             pytest.raises(ValueError, match=message),
             getattr(vector(), way)(model, operator=operator, tokens=tokens),
@@ -419,8 +424,8 @@ class TestWhatMakesAThingInTheThingSPlace:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=operator)
         name = operator.__name__
         assert got == (
-            f"TypeError: operator must be callable with 2 arguments, such as ablation_operator(), and {name} makes one "
-            f"instead; did you forget to call it: {name}(…)?"
+            f"TypeError: operator must be callable with 2 arguments, such as ablation_operator(), but {name} returns "
+            f"one instead; did you forget to call it: {name}(…)?"
         )
 
     @pytest.mark.parametrize("operator", [lambda a: a, lambda: 0])
@@ -433,19 +438,19 @@ class TestWhatMakesAThingInTheThingSPlace:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, tokens=tokens)
         name = tokens.__name__
         assert got == (
-            f"TypeError: a selector must be callable with 1 argument, such as from_index(1), and {name} makes one "
+            f"TypeError: a selector must be callable with 1 argument, such as from_index(1), but {name} returns one "
             f"instead; did you forget to call it: {name}(…)?"
         )
 
     @pytest.mark.parametrize("factory", [of_two, of_two_as_text, OfTwo, partial(of_two)], ids=shown)
     def test_of_a_user_s_own_as_operator(self, model: PreTrainedModel, way: str, factory: Any) -> None:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, operator=factory)
-        assert "makes one instead; did you forget to call it" in got
+        assert "returns one instead; did you forget to call it" in got
 
     @pytest.mark.parametrize("factory", [of_one, OfOne], ids=shown)
     def test_of_a_user_s_own_as_selector(self, model: PreTrainedModel, way: str, factory: Any) -> None:
         got = refused(way, SteeringVector({1: torch.ones(32)}), model, tokens=factory)
-        assert "makes one instead; did you forget to call it" in got
+        assert "returns one instead; did you forget to call it" in got
 
     @pytest.mark.parametrize(
         "operator", [of_two(1, 2), OfTwo(1, 2), of_two_unknown, torch.add, nn.Bilinear(32, 32, 32)]

@@ -118,7 +118,7 @@ class TestSamples:
             ([], "list of length 0"),
             ({"positive": "a", "negative": "b"}, "dict"),
             (None, "NoneType"),
-            ([*chat("a"), *chat("b")], "list of length 2 of chat messages"),
+            ([*chat("a"), *chat("b")], "list of length 2 that holds chat messages"),
         ],
         ids=str,
     )
@@ -162,7 +162,7 @@ class TestSamples:
 
     @pytest.mark.parametrize(("ids", "wrong"), [([5, 320], 320), ([-1, 5], -1), ([10**9], 10**9)], ids=str)
     def test_token_ids_that_the_model_has_not(self, function: Callable[..., Any], ids: list[int], wrong: int) -> None:
-        message = f"^sample 1, negative side: the model has 320 tokens, and the prompt has the id {wrong}"
+        message = f"^sample 1, negative side: the prompt has the token id {wrong}, but the model has only 320 tokens"
         refused(function, ValueError, message, [([1], [2]), ([1, 2], ids)])
 
     @pytest.mark.parametrize("prompt", [np.array([5, 6]), torch.tensor([5, 6]), [5.0, 6.0], [True, False]], ids=str)
@@ -188,7 +188,7 @@ class TestReading:
 
     @pytest.mark.parametrize("index", [1.0, "1", None, True, [1]])
     def test_a_position_of_another_kind(self, function: Callable[..., Any], index: Any) -> None:
-        message = "^sample 0, positive side: read_token_index must be a whole number or give one, got"
+        message = "^sample 0, positive side: read_token_index must be a whole number or a callable that returns one"
         refused(function, TypeError, message, read_token_index=index)
         refused(function, TypeError, message, read_token_index=lambda _text: index)
 
@@ -211,7 +211,7 @@ class TestReading:
             refused(function, ValueError, message, read_token_index=index, tokens=from_index(1))
 
     def test_a_samples_own_position_and_a_selection(self, function: Callable[..., Any]) -> None:
-        message = "^sample 0, negative side: the sample's own read index and tokens were given: choose one"
+        message = "^sample 0, negative side: the sample's read index and tokens were given: choose one"
         sample = SteeringVectorTrainingSample("love", "hate", read_negative_token_index=0)
         refused(function, ValueError, message, [sample], tokens=from_index(1))
 
@@ -229,12 +229,12 @@ class TestReading:
 
     @pytest.mark.parametrize("mask", [torch.tensor([0, 2]), torch.tensor([0.5, 1.0])])
     def test_a_mask_of_other_numbers_than_zero_and_one(self, function: Callable[..., Any], mask: Tensor) -> None:
-        refused(function, ValueError, "a mask of tokens holds only 0 and 1", tokens=mask)
+        refused(function, ValueError, "a mask of tokens must hold only 0 and 1", tokens=mask)
 
     @pytest.mark.parametrize("shape", [(), (1, 2, 3), (0,)])
     def test_a_mask_of_a_wrong_shape(self, function: Callable[..., Any], shape: tuple[int, ...]) -> None:
         refused(
-            function, ValueError, r"a mask of tokens has the shape \(seq,\) or \(batch, seq\)", tokens=torch.ones(shape)
+            function, ValueError, r"tokens must have the shape \(seq,\) or \(batch, seq\)", tokens=torch.ones(shape)
         )
 
     def test_a_mask_of_several_rows(self, function: Callable[..., Any]) -> None:
@@ -243,15 +243,15 @@ class TestReading:
 
     @pytest.mark.parametrize("weights", [-1.0, float("nan"), float("inf")])
     def test_weights_that_make_no_mean(self, function: Callable[..., Any], weights: float) -> None:
-        message = "^sample 0, positive side: (tokens=.* gave negative weights|the selector .* NaN or infinite)"
+        message = "^sample 0, positive side: (tokens=.* returned negative weights|the selector .* NaN or infinite)"
         refused(function, ValueError, message, tokens=lambda positions: positions.index * weights)
 
     def test_a_selectors_tensor_of_a_wrong_shape(self, function: Callable[..., Any]) -> None:
-        message = r"^sample 0, positive side: the selector .* gave a tensor of shape \(9,\), expected \(batch, seq\)"
+        message = r"^sample 0, positive side: the selector .* returned a tensor of shape \(9,\), expected \(batch"
         refused(function, ValueError, message, tokens=lambda positions: positions.column > 0)
 
     def test_a_selector_that_gives_no_tensor(self, function: Callable[..., Any]) -> None:
-        message = r"^sample 0, positive side: the selector .* gave list, expected a tensor"
+        message = r"^sample 0, positive side: the selector .* returned list, expected a tensor"
         refused(function, TypeError, message, tokens=lambda positions: positions.index.tolist())
 
     def test_the_completion_of_a_text(self, function: Callable[..., Any]) -> None:
@@ -281,14 +281,14 @@ class TestChats:
 
     @pytest.mark.parametrize("kind", ["image", "audio"])
     def test_with_other_content_than_text(self, function: Callable[..., Any], kind: str) -> None:
-        message = f"^sample 0, negative side: a chat message holds {kind}: samples are text only"
+        message = f"^sample 0, negative side: chat messages may hold only text, got a part of type {kind}"
         content = [{"type": kind, "url": "x"}, {"type": "text", "text": "What is it?"}]
         samples = [(chat("Hi"), chat(content))]
         refused(function, ValueError, message, samples, tokenizer={"chat_template": tiny.CHATML})
 
     @pytest.mark.parametrize("messages", [[{"content": "Hi"}], [{"role": "user"}], [{}]])
     def test_with_messages_that_lack_role_or_content(self, function: Callable[..., Any], messages: Any) -> None:
-        message = "^sample 0, positive side: a chat message has a role and a content, got"
+        message = "^sample 0, positive side: a chat message must have a role and a content, got"
         refused(function, ValueError, message, [(messages, "x")], tokenizer={"chat_template": tiny.CHATML})
 
     def test_that_the_template_refuses(self, function: Callable[..., Any]) -> None:
@@ -305,7 +305,8 @@ class TestChats:
 class TestLayers:
     @pytest.mark.parametrize("layers", [3, [0, 3], -4, range(5)])
     def test_that_the_model_has_not(self, function: Callable[..., Any], layers: Any) -> None:
-        refused(function, ValueError, r"^layer (3|-4) of a model with 3 layers \(0 to 2\)$", layers=layers)
+        message = "^layer (3|-4) does not exist: the model has 3 layers, 0 to 2, or -3 to -1 from the end$"
+        refused(function, ValueError, message, layers=layers)
 
     def test_none_at_all(self, function: Callable[..., Any]) -> None:
         refused(function, ValueError, "layers is empty", layers=[])
@@ -347,15 +348,15 @@ class TestArguments:
     @pytest.mark.parametrize("direction", [lambda p, n: p, lambda p, n: p[0] * float("nan"), lambda p, n: None])
     def test_an_aggregator_that_gives_no_direction(self, direction: Any) -> None:
         watched = Watched()
-        with pytest.raises((TypeError, ValueError), match=r"gave|NaN or infinite"):
+        with pytest.raises((TypeError, ValueError), match=r"returned|NaN or infinite"):
             train_steering_vector(watched.model, watched.tokenizer, SAMPLES, aggregator=direction)
         watched.assert_untouched()
 
     @pytest.mark.parametrize(
         ("direction", "error", "message"),
         [
-            (None, TypeError, "gave NoneType, expected a tensor"),
-            (torch.ones(5), ValueError, r"gave a tensor of shape \(5,\), expected \(32,\)"),
+            (None, TypeError, "returned NoneType, expected a tensor"),
+            (torch.ones(5), ValueError, r"returned a tensor of shape \(5,\), expected \(32,\)"),
         ],
         ids=str,
     )
@@ -407,7 +408,7 @@ class TestModels:
         model: PreTrainedModel = (BertLMHeadModel if with_head else BertModel)(BertConfig(**_BERT_SIZES)).train()
         tokenizer = tiny.tokenizer(pad=False)
         before = state_of(model, tokenizer)
-        with pytest.raises(ValueError, match=f"^{type(model).__name__} is no decoder-only language model"):
+        with pytest.raises(ValueError, match=f"^{type(model).__name__} is not a decoder-only language model"):
             function(model, tokenizer, samples)
         assert state_of(model, tokenizer) == before
 

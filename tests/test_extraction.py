@@ -24,7 +24,7 @@ from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPro
 from steering_vectors._extraction.packs import distinct_prefixes
 from steering_vectors._extraction.reading import extractor_for
 from steering_vectors._extraction.ways import OneAtATime, Packed, Way
-from steering_vectors._models import anatomy_of
+from steering_vectors._models import Attention, anatomy_of
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -292,7 +292,7 @@ class TestCausality:
     @pytest.mark.parametrize("with_head", [True, False])
     def test_encoders_are_refused_however_short_the_prompts(self, with_head: bool, length: int) -> None:
         model = (BertLMHeadModel if with_head else BertModel)(BertConfig(**_BERT_SIZES)).eval()
-        with pytest.raises(ValueError, match=r"is no decoder-only language model.*is_decoder=True"):
+        with pytest.raises(ValueError, match=r"is not a decoder-only language model.*is_decoder=True"):
             check_causal(model, modules_of(model), PROMPTS[1][:length])
 
 
@@ -355,8 +355,8 @@ class TestPacks:
         model = tiny.shared(architecture)
         masks = ways_module.attention_masks
 
-        def causal(kinds: Any, config: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
-            return masks(kinds, config, torch.ones_like(visible).tril(), depths, dtype)
+        def causal(kinds: Any, attention: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
+            return masks(kinds, attention, torch.ones_like(visible).tril(), depths, dtype)
 
         monkeypatch.setattr(ways_module, "attention_masks", causal)
         extractor = Extractor(model, modules_of(model), batch_size=8)
@@ -368,9 +368,7 @@ class TestPacks:
 
     def test_a_window_that_later_prompts_pass_is_noticed_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Within the window a mask for full attention is right, beyond it it isn't."""
-        import steering_vectors._extraction.masks as attention
-
-        monkeypatch.setattr(attention, "_window", lambda config: None)
+        monkeypatch.setattr(Attention, "window", None)
         model = tiny.build("mistral", sliding_window=12)
         extractor = Extractor(model, modules_of(model), batch_size=8)
         ways = ways_of(monkeypatch)
@@ -386,9 +384,7 @@ class TestPacks:
     def test_a_window_that_only_masks_get_wrong_is_noticed_after_a_pass_without_masks(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import steering_vectors._extraction.masks as attention
-
-        monkeypatch.setattr(attention, "_window", lambda config: None)
+        monkeypatch.setattr(Attention, "window", None)
         model = tiny.build("mistral", sliding_window=12, max_position_embeddings=1024)
         long = [[5, *(n % 300 + 10 for n in range(start, start + 519))] for start in (0, 150)]
         shallow = [[k % 17 + 7, k % 13 + 30, k % 11 + 50, k % 7 + 70] for k in range(200)]
@@ -614,7 +610,7 @@ class TestWhatGoesWrongLater:
         model: Any = tiny.build("llama").to(dtype)
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
-        message = rf"LlamaForCausalLM gives NaN or infinite activations at layer 2: .*{dtype}"
+        message = rf"LlamaForCausalLM has NaN or infinite activations at layer 2: .*{dtype}"
         with pytest.raises(ValueError, match=message):
             list(Extractor(model, modules_of(model, [2]), batch_size=1)(last(SHARING)))
 

@@ -41,7 +41,8 @@ def forgotten(module: ModuleType, name: str, root: Path = ROOT) -> list[str]:
     api = f"docs/api/{module.__name__.rpartition('.')[2]}.rst"
     shown = f"``{name}("
     places = {
-        f"steering_vectors/__init__.py: import {name}, and put it into __all__": name in steering_vectors.__all__,
+        f"steering_vectors/__init__.py: import {name}, and put it into __all__ and _NAMES": name
+        in {*steering_vectors.__all__} & {*steering_vectors._MODULE_OF},
         f"tests/families.py: an entry in {table}": any(re.fullmatch(rf"{name}(\(.*\))?", key) for key in keys),
         f"{page}: a line {shown}…)`` in the table or list": shown in (root / page).read_text(),
         f"{api}: .. autofunction:: {name}": f".. autofunction:: {name}\n" in (root / api).read_text(),

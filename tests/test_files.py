@@ -205,7 +205,7 @@ class TestWriting:
 
     def test_where_it_can_not_be_written(self, tmp_path: Path) -> None:
         vector = SteeringVector({1: [1.0]})
-        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere to save in"):
+        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere: create it"):
             vector.save(tmp_path / "nowhere" / "v")
         with pytest.raises(
             IsADirectoryError, match=r"is a folder: give the name of a file in it, or use save_pretrained"
@@ -246,7 +246,7 @@ class TestReading:
     def test_a_pickle(self, tmp_path: Path, protocol: int) -> None:
         content = pickle.dumps(SteeringVector({1: torch.ones(2)}), protocol)
         message = refused(content, tmp_path)
-        assert message.startswith("FILE is a Python pickle, not a safetensors file, which may run code when it is read")
+        assert message.startswith("FILE is a Python pickle, not a safetensors file. Loading a pickle may run code")
         assert "interop.from_tensors" in message
 
     def test_what_torch_saved(self, tmp_path: Path) -> None:
@@ -271,9 +271,9 @@ class TestReading:
 
     @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100])
     def test_a_file_that_is_cut_off(self, file: Path, tmp_path: Path, size: int) -> None:
-        assert "is no whole safetensors file" in refused(file.read_bytes()[:size], tmp_path)
-        assert "is no whole safetensors file" in refused(file.read_bytes()[:-1], tmp_path)
-        assert "is no whole safetensors file" in refused(file.read_bytes() + b"x", tmp_path)
+        assert "is not a complete safetensors file" in refused(file.read_bytes()[:size], tmp_path)
+        assert "is not a complete safetensors file" in refused(file.read_bytes()[:-1], tmp_path)
+        assert "is not a complete safetensors file" in refused(file.read_bytes() + b"x", tmp_path)
 
     def test_a_file_that_is_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "large"
@@ -284,12 +284,13 @@ class TestReading:
 
     def test_another_safetensors_file(self, tmp_path: Path) -> None:
         message = refused(safetensors.torch.save({"weight": torch.ones(2)}), tmp_path)
-        assert message.startswith("FILE: this safetensors file is no steering vector: its metadata have format=None")
+        assert message.startswith("FILE: this safetensors file is not a steering vector: its metadata have format=None")
 
     def test_a_newer_format(self, file: Path, tmp_path: Path) -> None:
         content = with_header(lambda h: h["__metadata__"].update(format_version="2"), file)
         message = (
-            "FILE: its format is version 2, newer than this library reads (1): pip install --upgrade steering-vectors"
+            "FILE: its format version is 2, but this library reads versions up to 1: "
+            "pip install --upgrade steering-vectors"
         )
         assert refused(content, tmp_path) == message
 
@@ -297,10 +298,10 @@ class TestReading:
         ("changes", "message"),
         [
             ({"format_version": "one"}, "its format_version is 'one', expected a whole number"),
-            ({"format_version": "9" * 5000}, "newer than this library reads"),
+            ({"format_version": "9" * 5000}, "but this library reads versions up to 1"),
             ({"layer_type": "heart"}, "unknown layer type 'heart'"),
-            ({"layer_type": "mlp"}, "its tensor 'decoder_block.3' is none of the layer type 'mlp'"),
-            ({"hidden_size": "9"}, "its directions have 8 numbers, and its hidden_size says '9'"),
+            ({"layer_type": "mlp"}, "its tensor 'decoder_block.3' doesn't belong to the layer type 'mlp'"),
+            ({"hidden_size": "9"}, "its directions have width 8, but its metadata have hidden_size='9'"),
         ],
         ids=str,
     )
@@ -312,17 +313,17 @@ class TestReading:
     )
     def test_names_that_are_no_layers(self, file: Path, tmp_path: Path, name: str) -> None:
         content = with_header(lambda h: h.update({name: h.pop("decoder_block.3")}), file)
-        assert f"its tensor {name!r} is none of the layer type" in refused(content, tmp_path)
+        assert f"its tensor {name!r} doesn't belong to the layer type" in refused(content, tmp_path)
 
     @pytest.mark.parametrize(
         ("tensors", "message"),
         [
             ({"decoder_block.1": torch.ones(2, 3)}, "must have the shape (hidden,)"),
-            ({"decoder_block.1": torch.ones(2), "decoder_block.2": torch.ones(3)}, "must have one width"),
+            ({"decoder_block.1": torch.ones(2), "decoder_block.2": torch.ones(3)}, "must have the same width"),
             ({"decoder_block.1": torch.tensor([1.0, float("inf")])}, "has NaN or infinite numbers"),
             ({"decoder_block.1": torch.ones(2, dtype=torch.int32)}, "must hold real numbers"),
             ({"decoder_block.1": torch.ones(0)}, "must have the shape (hidden,)"),
-            ({}, "it holds no directions"),
+            ({}, "the file has no directions"),
         ],
         ids=str,
     )
@@ -523,13 +524,13 @@ class TestMoreOfFiles:
 
     def test_what_is_no_file_is_not_replaced(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(OSError, match="is there, and no file"):
+        with pytest.raises(OSError, match="exists and is not a regular file"):
             SteeringVector({3: [1.0]}).save(tmp_path / "pipe")
         assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
     @pytest.mark.parametrize("layer", [10**12, -(10**9)])
     def test_what_could_not_be_loaded_is_not_saved(self, tmp_path: Path, layer: int) -> None:
-        with pytest.raises(ValueError, match="is none of the layer type"):
+        with pytest.raises(ValueError, match="doesn't belong to the layer type"):
             SteeringVector({layer: [1.0]}).save(tmp_path / "v")
         assert os.listdir(tmp_path) == []
 
@@ -553,7 +554,7 @@ class TestMoreOfFiles:
 
     def test_a_cut_file_whose_length_looks_like_a_pickle_is_told_as_cut(self, tmp_path: Path) -> None:
         content = struct.pack("<Q", 0x280) + b'{"a": 1'
-        assert "is no whole safetensors file" in refused(content, tmp_path)
+        assert "is not a complete safetensors file" in refused(content, tmp_path)
 
     @pytest.mark.parametrize("name", ["format", "layer_type", "hidden_size", "format_version"])
     def test_errors_are_short_whatever_the_file_says(self, file: Path, tmp_path: Path, name: str) -> None:
@@ -565,7 +566,7 @@ class TestMoreOfFiles:
     @pytest.mark.parametrize("version", ["0", "١", "0" * 20 + "2", "1.0", "", "-1"])
     def test_versions_that_are_none(self, file: Path, tmp_path: Path, version: str) -> None:
         content = with_header(lambda h: h["__metadata__"].update(format_version=version), file)
-        assert "expected a whole number from 1 on" in refused(content, tmp_path)
+        assert "expected a whole number of at least 1" in refused(content, tmp_path)
 
 
 class TestMetadataOfResults:

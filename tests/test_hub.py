@@ -36,9 +36,9 @@ class TestFolders:
     def test_a_folder_without_a_vector_and_one_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"there is no file .*steering_vector\.safetensors"):
             SteeringVector.from_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="there is no folder .*, nor can a repository have that name"):
+        with pytest.raises(ValueError, match="is neither an existing folder nor a valid repository name"):
             SteeringVector.from_pretrained(tmp_path / "not there")
-        with pytest.raises(ValueError, match="is a folder, and has no revision 'v1'"):
+        with pytest.raises(ValueError, match="is a folder, so it has no revision 'v1'"):
             SteeringVector.from_pretrained(tmp_path, revision="v1")
 
 

@@ -199,7 +199,7 @@ class TestPositions:
         model = Outer()
         with (
             tracked(model) as tracker,
-            pytest.raises(ValueError, match="can't tell where the tokens stand: Outer was called .* steer all tokens"),
+            pytest.raises(ValueError, match="the token positions: Outer was called .* steer all tokens"),
         ):
             seen(model, tracker, torch.tensor(1.0))
 

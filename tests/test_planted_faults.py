@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steering_vectors import SteeringVector, at
-from steering_vectors._extraction import masks, ways
+from steering_vectors._extraction import ways
 from steering_vectors._extraction.extractor import Extractor, ReadPrompt
 from steering_vectors._extraction.reading import extractor_for
 from steering_vectors._extraction.ways import OneAtATime, Packed
-from steering_vectors._models import anatomy_of
+from steering_vectors._models import Attention, anatomy_of
 from tests import tiny
 
 TRIES = int(os.environ.get("FAULT_TRIES", "6"))
@@ -30,8 +30,8 @@ def in_masks(change: Callable[[Tensor, Tensor], Tensor]) -> Fault:
     def plant(_model: PreTrainedModel, patched: pytest.MonkeyPatch) -> None:
         right = ways.attention_masks
 
-        def wrong(kinds: Any, config: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
-            masks = right(kinds, config, visible, depths, dtype)
+        def wrong(kinds: Any, attention: Any, visible: Tensor, depths: Tensor, dtype: torch.dtype) -> Any:
+            masks = right(kinds, attention, visible, depths, dtype)
             if isinstance(masks, dict):
                 return {kind: change(mask, depths) for kind, mask in masks.items()}
             return change(masks, depths)
@@ -60,11 +60,11 @@ def in_blocks(change: Callable[[Tensor, dict[str, Any]], Tensor]) -> Fault:
 
 
 def no_window(_model: PreTrainedModel, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(masks, "_window", lambda config: None)
+    patched.setattr(Attention, "window", None)
 
 
 def one_more(_model: PreTrainedModel, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(masks, "_window", lambda config: config.sliding_window + 1)
+    patched.setattr(Attention, "window", property(lambda self: self.config.sliding_window + 1))
 
 
 def hidden_where(mask: Tensor, where: Tensor) -> Tensor:

@@ -363,7 +363,7 @@ class TestAxesOfTokens:
     @pytest.mark.parametrize("shape", [(2, 4, 5), (1, 3, 5), (2, 2, 3, 5), (2, 3, 3, 5), (5,), (12, 5)])
     def test_what_can_not_be_told_is_refused(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(
-            ValueError, match=r"can't tell the tokens of a pass of 2 rows and 3 columns in an activation"
+            ValueError, match=r"can't find the tokens of a pass of 2 rows and 3 columns in an activation"
         ):
             along_tokens(torch.ones(2, 3, 1), torch.zeros(shape))
 
@@ -372,5 +372,5 @@ class TestAxesOfTokens:
         assert torch.equal(by_tokens(activation, 2, 3), activation)
         assert torch.equal(by_tokens(activation.reshape(6, 5), 2, 3), activation)
         assert torch.equal(by_tokens(activation.transpose(0, 1), 2, 3), activation)
-        with pytest.raises(ValueError, match=r"can't tell the tokens of a pass of 2 rows and 3 columns"):
+        with pytest.raises(ValueError, match=r"can't find the tokens of a pass of 2 rows and 3 columns"):
             by_tokens(torch.zeros(2, 3, 4, 5), 2, 3)

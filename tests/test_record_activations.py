@@ -186,9 +186,9 @@ def test_both_names_for_layers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": 3}, r"layer 3 of a model with 3 layers \(0 to 2\)"),
-        ({"layers": [0, -4]}, r"layer -4 of a model with 3 layers \(0 to 2\)"),
-        ({"layer_nums": 7}, r"layer 7 of a model with 3 layers \(0 to 2\)"),
+        ({"layers": 3}, "layer 3 does not exist: the model has 3 layers, 0 to 2, or -3 to -1 from the end"),
+        ({"layers": [0, -4]}, "layer -4 does not exist: the model has 3 layers, 0 to 2"),
+        ({"layer_nums": 7}, "layer 7 does not exist: the model has 3 layers, 0 to 2"),
         ({"layers": []}, "layers is empty"),
         ({"layer_type": "attention"}, "unknown layer type 'attention'; expected one of decoder_block"),
     ],

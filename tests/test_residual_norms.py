@@ -38,8 +38,8 @@ def test_texts_may_come_in_several_windows_and_be_chats_or_token_ids(monkeypatch
 @pytest.mark.parametrize(
     ("texts", "error", "message"),
     [
-        ("a text", TypeError, "texts must be several texts or chats, got str"),
-        (None, TypeError, "texts must be several texts or chats, got NoneType"),
+        ("a text", TypeError, "texts must be a list or another iterable of texts or chats, got str"),
+        (None, TypeError, "texts must be a list or another iterable of texts or chats, got NoneType"),
         ([], ValueError, "texts is empty: give at least one"),
         (["fine", ""], ValueError, "^text 1: the prompt is empty"),
         (["fine", "x"], ValueError, r"^text 1: tokens=from_index\(1\) selects none of the prompt's 1 tokens"),
@@ -70,7 +70,7 @@ class TestScaling:
         assert vector.layer_activations[0] is directions[0]
 
     def test_a_direction_of_zeros_can_not_be(self) -> None:
-        with pytest.raises(ValueError, match=r"the directions of layers \[1\] are zero"):
+        with pytest.raises(ValueError, match=r"the directions of layers \[1\] are all zeros"):
             SteeringVector({0: [1.0], 1: [0.0]}).normalized()
 
     @pytest.mark.parametrize("factor", [2, 2.0, torch.tensor(2.0), {0: 2, 1: 2.0, 7: 5}])
@@ -89,7 +89,7 @@ class TestScaling:
     @pytest.mark.parametrize(
         ("factor", "error", "message"),
         [
-            ({0: 1.0}, ValueError, r"factor has no number for layers \[1\]; it has some for \[0\]"),
+            ({0: 1.0}, ValueError, r"factor must have a number for each layer: it lacks \[1\], and has \[0\]"),
             ("2", TypeError, "a factor must be a number, got '2'"),
             ({0: 1.0, 1: None}, TypeError, "a factor must be a number, got NoneType"),
             (float("nan"), ValueError, "a factor must be finite, got nan"),

@@ -174,7 +174,7 @@ def test_beams_have_their_prompt_s_multiplier(model: PreTrainedModel, options: A
 
 @pytest.mark.parametrize("batch", [1, 4, 5])
 def test_another_number_of_rows_is_an_error(model: PreTrainedModel, batch: int) -> None:
-    message = f"the multiplier is given for 3 rows, and the model runs a batch of {batch}, which is no multiple of that"
+    message = f"the multiplier is given for 3 rows, but the model runs a batch of {batch}, which is not a multiple of 3"
     with (
         unchanged(model),
         pytest.raises(ValueError, match=message),
@@ -231,7 +231,7 @@ def test_training_in_the_caller_s_rows_is_refused_while_they_are_steered_apart(m
 
 def test_models_that_put_the_columns_first_are_refused() -> None:
     model = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=tiny.HIDDEN, n_layer=2, n_head=4, d_inner=48))
-    with pytest.raises(ValueError, match="can't tell where the tokens stand in XLNetLMHeadModel"):
+    with pytest.raises(ValueError, match="can't locate the tokens in XLNetLMHeadModel"):
         vector().apply(model, multiplier=[1.0, 2.0])
 
 

@@ -1662,7 +1662,7 @@ class TestPassesThatDeceive:
         ids = torch.arange(5 * batch).reshape(batch, 5)
         with vector().apply(xlnet):
             logits(xlnet, ids)
-        with pytest.raises(ValueError, match="can't tell where the tokens stand in XLNetLMHeadModel"):
+        with pytest.raises(ValueError, match="can't locate the tokens in XLNetLMHeadModel"):
             vector().apply(xlnet, tokens=from_index(1))
         with pytest.raises(ValueError, match="takes some of a row's tokens again"):
             extract_activations(xlnet, tiny.tokenizer(), [("a", "b")])

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -23,7 +24,7 @@ MOST_LINES_OF_A_FUNCTION = 40
 WINGS = {"_models", "_passes", "_extraction", "_steering", "_vectors"}
 # From the ground up: a module imports what stands on its own level or below, and a wing nothing beside it.
 LEVELS: list[set[str]] = [
-    {"_arguments", "_processes", "_statistics", "_version"},
+    {"_arguments", "_precision", "_processes", "_statistics", "_version"},
     {"_models"},
     {"aggregators", "layer_matching", "steering_operators", "token_selection", "torch_utils"},
     {"_passes", "_vectors"},
@@ -271,3 +272,55 @@ class TestDocstrings:
         doc = ast.get_docstring(ast.parse(FILES[module].read_text()))
         assert doc, "no docstring"
         assert doc.splitlines()[0].endswith((".", ":", ","))
+
+    @pytest.mark.parametrize("module", FILES)
+    def test_begin_with_a_verb_or_a_noun(self, module: str) -> None:
+        riddles = {"What", "Whether", "Which", "Where", "How", "When", "If"}
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+                continue
+            first, *_ = (ast.get_docstring(node) or "Nothing").split()
+            name = getattr(node, "name", module)
+            assert first not in riddles, f"{module}.{name} begins with {first}"
+            if isinstance(node, ast.FunctionDef) and not _is_property(node):
+                assert first not in NO_VERBS, f"{module}.{name} begins with {first}, which is no verb"
+                assert first[0].isupper(), f"{module}.{name} begins with {first}, which is no verb"
+
+    @pytest.mark.parametrize("module", FILES)
+    def test_use_no_private_words(self, module: str) -> None:
+        source = FILES[module].read_text()
+        comments = [
+            t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
+        ]
+        nodes = ast.walk(ast.parse(source))
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for text in [*comments, *texts]:
+            found = PRIVATE_WORDS.search(text)
+            assert found is None, f"{module}: {found and found[0]!r} in {text!r}"
+
+
+# First words of docstrings that are no verbs, and words with a meaning that only this project gives them.
+NO_VERBS = {
+    "The",
+    "A",
+    "An",
+    "For",
+    "By",
+    "As",
+    "All",
+    "Each",
+    "Of",
+    "None",
+    "This",
+    "These",
+    "That",
+    "One",
+    "With",
+    "Nothing's",
+}
+PRIVATE_WORDS = re.compile(r"\b(told|makes? of|stands? for|taken? off|takes off)\b")
+
+
+def _is_property(node: ast.FunctionDef) -> bool:
+    names = {getattr(decorator, "id", getattr(decorator, "attr", "")) for decorator in node.decorator_list}
+    return bool(names & {"property", "cached_property"})

@@ -84,7 +84,7 @@ def test_a_thread_started_inside_the_block_is_not_steered_and_the_warning_says_s
     model: PreTrainedModel, tokens: Any
 ) -> None:
     expected = answer(model, INPUTS)
-    message = r"not in the thread that this steering is for, by this_thread_only=True: layers \[1\] were not steered"
+    message = r"not in the thread that attached this steering with this_thread_only=True: layers \[1\] were not steered"
     with pytest.warns(RuntimeWarning, match=message), vector().apply(model, tokens=tokens, this_thread_only=True):
         (got,) = in_threads(lambda: answer(model, INPUTS))
     assert torch.equal(got, expected)
@@ -219,7 +219,7 @@ def test_a_later_thread_is_not_taken_for_an_earlier_one(model: PreTrainedModel) 
     for _ in range(20):
         (got,) = in_threads(lambda: logits(model))
         assert torch.equal(got, plain)
-    with pytest.warns(RuntimeWarning, match="not in the thread that this steering is for"):
+    with pytest.warns(RuntimeWarning, match="not in the thread that attached this steering"):
         next(steps, None)
 
 

@@ -26,8 +26,9 @@ from steering_vectors import (
     generated,
     prompted,
 )
+from steering_vectors._models import expand_rows
 from steering_vectors._steering.token_indices import as_selector, one_selection
-from steering_vectors.token_selection import expand_rows, selected
+from steering_vectors.token_selection import selected
 from tests import tiny
 
 fast = settings(max_examples=60, deadline=None)
@@ -152,7 +153,7 @@ class TestShippedSelectors:
 
     def test_rows_that_are_no_multiple_are_refused(self) -> None:
         for selector in (from_index([1, 2]), generated([1, 2]), as_selector(torch.ones(2, 4))):
-            with pytest.raises(ValueError, match=r"given for 2 rows, and the model runs a batch of 3, .* no multiple"):
+            with pytest.raises(ValueError, match=r"given for 2 rows, but the model runs a batch of 3, .*multiple"):
                 selector(whole_rows(3, 4).positions())
 
     @pytest.mark.parametrize("selector", [generated(), prompted(), completion()], ids=repr)
@@ -292,12 +293,12 @@ class TestMasks:
 
     @pytest.mark.parametrize("shape", [(), (1, 2, 3), (0,), (2, 0)])
     def test_other_shapes_are_refused(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"a mask of tokens has the shape \(seq,\) or \(batch, seq\), got "):
+        with pytest.raises(ValueError, match=r"a mask of tokens must have the shape \(seq,\) or \(batch, seq\), got "):
             as_selector(torch.ones(shape))
 
     @pytest.mark.parametrize("values", [[0, 2], [3, 5], [0.0, 0.5], [-1, 1], [1.0, float("nan")]])
     def test_other_numbers_than_0_and_1_are_refused(self, values: list[float]) -> None:
-        with pytest.raises(ValueError, match=r"a mask of tokens holds only 0 and 1; for token indices, give a list"):
+        with pytest.raises(ValueError, match=r"a mask of tokens must hold only 0 and 1; to select .* pass a list"):
             as_selector(torch.tensor(values))
 
 
@@ -407,7 +408,7 @@ class TestRefusals:
     def test_a_bare_tensor_is_refused_as_ids_and_masks_look_alike(self, make: Callable[[Any], Selector]) -> None:
         for tensor in (torch.tensor([[1, 2]]), torch.tensor([3, 4])):
             with pytest.raises(
-                TypeError, match=r"got a bare tensor, which may be token ids or a mask: give .* mapping"
+                TypeError, match=r"got a bare tensor, which may be token ids or a mask: pass .* mapping"
             ):
                 make(tensor)
 
@@ -495,22 +496,22 @@ class TestWeights:
         assert whole.tolist() == [[2.0] * 3] * 2
 
     def test_a_selector_that_gives_no_tensor_is_refused(self) -> None:
-        with pytest.raises(TypeError, match=r"gave list, expected a tensor \(batch, seq\)"):
+        with pytest.raises(TypeError, match=r"returned list, expected a tensor \(batch, seq\)"):
             selected(lambda p: p.index.tolist(), self.positions)
 
     @pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 1), (2, 3, 1), ()])
     def test_a_selector_that_gives_another_shape_is_refused(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"gave a tensor of shape .*, expected \(batch, seq\) = \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"returned a tensor of shape .*, expected \(batch, seq\) = \(2, 3\)"):
             selected(lambda p: torch.ones(shape), self.positions)
 
     def test_a_selector_that_gives_complex_numbers_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="gave complex numbers, expected a mask or real weights"):
+        with pytest.raises(TypeError, match="returned complex numbers, expected a mask or real weights"):
             selected(lambda p: torch.ones(2, 3, dtype=torch.complex64), self.positions)
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
     def test_weights_that_are_not_finite_are_refused(self, number: float) -> None:
         positions = TokenPositions(index=torch.arange(2)[None], column=torch.arange(2))
-        with pytest.raises(ValueError, match="gave weights that are NaN or infinite"):
+        with pytest.raises(ValueError, match="returned weights that are NaN or infinite"):
             selected(lambda _positions: torch.tensor([[1.0, number]]), positions)
 
 

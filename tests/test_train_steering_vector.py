@@ -28,10 +28,9 @@ from steering_vectors import (
     record_activations,
     train_steering_vector,
 )
+from steering_vectors._extraction import pairs as walk
 from tests import tiny
 from tests.test_extraction import states_of
-
-training = sys.modules["steering_vectors.train_steering_vector"]  # as an attribute, it is the function
 
 SAMPLES = [
     ("I love this film", "I hate this film"),
@@ -113,7 +112,7 @@ class TestDirections:
     ) -> None:
         model = tiny.shared("gpt2")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "WINDOW", window)
+            patch.setattr(walk, "WINDOW", window)
             vector = train_steering_vector(model, tiny.tokenizer(), order, layers=[0, 2], batch_size=batch_size)
         expected = by_hand(model, SAMPLES)
         assert_directions(vector, {layer: expected[layer] for layer in (0, 2)})
@@ -227,7 +226,7 @@ class TestSamples:
 
     @pytest.mark.parametrize("window", [1, 2, 3])
     def test_of_an_iterator_are_taken_once_and_in_windows(self, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(training, "WINDOW", window)
+        monkeypatch.setattr(walk, "WINDOW", window)
         model = tiny.build("gpt2")
         taken: list[int] = []
         taken_at_pass: list[int] = []
@@ -609,7 +608,7 @@ class TestTheModelAndTokenizer:
 class TestExtracting:
     @pytest.mark.parametrize("batch_size", [1, 2, 3, 9])
     def test_gives_batches_in_the_samples_order(self, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(training, "WINDOW", 2)
+        monkeypatch.setattr(walk, "WINDOW", 2)
         model = tiny.shared("gpt2")
         sides = extract_activations(model, tiny.tokenizer(), SAMPLES, layers=[2, 0], batch_size=batch_size)
         for side, texts in zip(sides, zip(*SAMPLES, strict=True), strict=True):
@@ -653,6 +652,7 @@ class TestExtracting:
         )
 
     def test_training_does_not_go_through_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        training = sys.modules["steering_vectors.train_steering_vector"]  # as an attribute, it is the function
         monkeypatch.setattr(training, "extract_activations", None)
         monkeypatch.setattr(training, "aggregate_activations", None)
         assert_directions(
@@ -672,7 +672,7 @@ class TestProgress:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(training, "WINDOW", window)
+        monkeypatch.setattr(walk, "WINDOW", window)
         function(
             tiny.shared("gpt2"),
             tiny.tokenizer(),

@@ -5,22 +5,25 @@ Each row is what its prompt alone gives, which is verified against the model and
 Directions are made of the rows elsewhere.
 """
 
-from steering_vectors._extraction.extractor import Extractor, LayerRows
+from steering_vectors._extraction.extractor import LayerRows
 from steering_vectors._extraction.packs import shared_prefix
+from steering_vectors._extraction.pairs import SIDES, by_side, rows_of_pairs
 from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
 from steering_vectors._extraction.ways import ReadPrompt
 
 __all__ = [
+    "SIDES",
     "WINDOW",
-    "Extractor",
     "LayerRows",
     "Prompt",
     "PromptTokenizer",
     "ReadPrompt",
     "ReadTokenIndex",
     "Reading",
+    "by_side",
     "chat_template_of",
     "extractor_for",
+    "rows_of_pairs",
     "shared_prefix",
 ]

@@ -1,8 +1,8 @@
-"""Run a model over prompts and yield, layer by layer, the rows that were asked for.
+"""Run a model over prompts, and yield the rows that were asked for, layer by layer.
 
-Each row is what its prompt alone gives. The model may compute it together with other prompts: in packs, in which each
-distinct prefix stands once, or else in padded rows. Whether it gives the same then is checked, not assumed; where it
-doesn't, each prompt is run alone.
+Each row is the same as if its prompt were run alone. The model may compute it together with other prompts: in packs, in
+which each distinct prefix occurs once, or else in padded rows. That the rows are the same then is checked, not assumed;
+if they aren't, each prompt is run alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from steering_vectors._extraction.conditions import Steered, conditions_of
-from steering_vectors._extraction.masks import sparse_beyond
 from steering_vectors._extraction.memory import Memory
 from steering_vectors._extraction.verification import alike, differ
 from steering_vectors._extraction.ways import ReadModel, ReadPrompt, UnlikeError, Way, find_ways
@@ -26,7 +25,7 @@ _SHORT = 16
 
 @dataclass(frozen=True, eq=False)
 class LayerRows:
-    """Some prompts' rows at one layer: ``rows (n, hidden)``, row i that of the prompt number ``prompts[i]``."""
+    """Some prompts' rows at one layer: ``rows (n, hidden)``, in which row i is that of prompt number ``prompts[i]``."""
 
     layer: int
     rows: Tensor
@@ -34,10 +33,10 @@ class LayerRows:
 
 
 class Extractor:
-    """Runs a model over prompts, and keeps what it has learnt of the model.
+    """A model that is run over prompts, and what was learnt of it on the way.
 
-    A pass takes at most the tokens of ``batch_size`` pairs of the longest prompts, or one pack. ``steered`` says how
-    the model is steered at the moment, and raises ValueError where it is so that prompts can't be read.
+    A pass takes at most the tokens of ``batch_size`` pairs of the longest prompts, or one pack. ``steered`` returns the
+    model's steerings of the moment. It raises ValueError under a steering in which prompts can't be read.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Extractor:
         left = set(range(len(prompts)))
         while left:
             self._look_again()
-            sparse = sparse_beyond(self._source.config)
+            sparse = self._source.attention.sparse_beyond
             if sparse is not None and max(map(len, self._ids(prompts))) > sparse:
                 self._ways = self._ways[-1:]
             try:
@@ -118,7 +117,7 @@ class Extractor:
         if self._is_causal or way.verification.shows_causality:
             self._is_causal = True
             return
-        sparse = sparse_beyond(self._source.config)
+        sparse = self._source.attention.sparse_beyond
         row, followed = _followed([ids[: min(_SHORT, sparse or _SHORT)] for ids in self._ids(prompts)])
         layer = self.layers[-1]
         alone, with_more = (
@@ -127,13 +126,13 @@ class Extractor:
         kind = type(self._model).__name__
         if not bool(alone.isfinite().all()):
             raise ValueError(
-                f"{kind} gives NaN or infinite activations at layer {layer}: look at its weights, and at whether its "
-                f"dtype, {alone.dtype}, is wide enough for it"
+                f"{kind} has NaN or infinite activations at layer {layer}: check its weights, and whether its dtype, "
+                f"{alone.dtype}, is wide enough"
             )
         if not alike(with_more, alone):
             raise ValueError(
-                f"{kind} is no decoder-only language model: an activation changes with the tokens that follow it. For "
-                f"a BERT-like model, set is_decoder=True in its config."
+                f"{kind} is not a decoder-only language model: an activation changes with the tokens that follow it. "
+                f"For a BERT-like model, set is_decoder=True in its config."
             )
         self._is_causal = True
 

@@ -45,7 +45,7 @@ class Memory:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error of PyTorch's says that the memory is full."""
+    """Return True if an error of PyTorch's says that the memory is full."""
     return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
 
 

@@ -1,8 +1,8 @@
-"""Prompts' token ids → packs in which each distinct prefix stands once.
+"""Arrange prompts in packs, in which each distinct prefix occurs once.
 
-In a causal model an activation depends on the tokens up to its own only, so prompts that begin alike can share what
-they begin with. Sorted by their tokens, prompts are a depth-first walk of the tree of their prefixes; a pack is a piece
-of the walk.
+In a causal model an activation depends only on the tokens up to its own, so prompts that begin alike can share their
+beginnings. Prompts sorted by their tokens are a depth-first walk of the tree of their prefixes. A pack is a piece of
+that walk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Attention's cost grows with the square of a pack. On CPUs packs of 256 to 512 tokens were the fastest, and a token of
-# one of 2,048 cost one and a half times as much.
+# Attention's cost grows with the square of a pack. On CPUs packs of 256 to 512 tokens were the fastest, and each token
+# of a pack of 2,048 cost one and a half times as much.
 PACK_SIZE = 512
 _COSTS_TWICE = 3072  # tokens beyond PACK_SIZE, for each of all
-# Larger packs are tried where those of PACK_SIZE repeat more than this share of their tokens.
+# Larger packs are tried if those of PACK_SIZE repeat more than this share of their tokens.
 _REPEATED = 0.1
 
 
@@ -25,8 +25,8 @@ _REPEATED = 0.1
 class Pack:
     """Tokens ``(n,)`` in the walk's order.
 
-    ``depths``: how many tokens of the same prompt stand before each. ``ends``: the last token of which each is an
-    ancestor, or the token itself. ``nodes``: by prompt number, where the tokens that are read of it stand.
+    ``depths``: the number of tokens before each in its prompt. ``ends``: the last token that has each as an ancestor,
+    or the token itself. ``nodes``: by prompt number, the places of the tokens to read.
     """
 
     input_ids: list[int]
@@ -39,19 +39,19 @@ class Pack:
 
     @property
     def branches(self) -> bool:
-        """Whether some token must not see all tokens before it."""
+        """True if some token must not see all tokens before it."""
         return self.depths[-1] < len(self) - 1
 
     @cached_property
     def skipped(self) -> list[int]:
-        """How many others stand between each token's ancestors."""
+        """The number of other tokens between each token's ancestors."""
         roots: list[int] = []
         for place, depth in enumerate(self.depths):
             roots.append(place if depth == 0 else roots[-1])
         return [place - root - depth for place, (root, depth) in enumerate(zip(roots, self.depths, strict=True))]
 
     def nodes_to(self, node: int) -> list[int]:
-        """Return where the tokens of the prefix stand that ends with ``node``."""
+        """Return the places of the tokens in the prefix that ends with ``node``."""
         return [place for place in range(node + 1) if self.ends[place] >= node]
 
     def path(self, node: int) -> list[int]:
@@ -62,18 +62,18 @@ class Pack:
 def pack_prompts(
     prompts: Sequence[list[int]], positions: Sequence[Sequence[int]], numbers: Sequence[int], size: int = PACK_SIZE
 ) -> Iterator[Pack]:
-    """Packs of at most ``size`` tokens, or of one prompt that is longer.
+    """Yield packs of at most ``size`` tokens, or of one prompt that is longer.
 
-    ``numbers`` says which of the ``prompts`` are meant, and ``positions`` which tokens of each are read. Each prompt
-    stands as a whole in one pack: what it shares with prompts of an earlier pack is repeated. The longest prompt comes
-    last: so the last token is both the deepest and the one with most tokens before it.
+    ``numbers`` selects among the ``prompts``, and ``positions`` are the tokens to read of each. A prompt is never cut:
+    a beginning that it shares with prompts of an earlier pack is repeated. The longest prompt comes last, so that the
+    last token is both the deepest one and the one with most tokens before it.
     """
     longest = max((prompts[number] for number in numbers), key=lambda prompt: (len(prompt), prompt), default=[])
     ids: list[int] = []
     depths: list[int] = []
     ends: list[int] = []
     nodes: dict[int, list[int]] = {}
-    path: list[int] = []  # where the tokens of the walk's last prompt stand
+    path: list[int] = []  # the places of the tokens of the walk's last prompt
     before: list[int] = []
 
     def close(depth: int) -> None:
@@ -108,9 +108,9 @@ def pack_prompts(
 def cheapest_packs(
     prompts: Sequence[list[int]], positions: Sequence[Sequence[int]], numbers: Sequence[int], *, most: int
 ) -> list[Pack]:
-    """Packs of the size that makes them cheapest, of those up to ``most`` tokens.
+    """Return packs of the cheapest size, up to ``most`` tokens.
 
-    What long prompts begin with together would be repeated in each of many small packs.
+    Small packs would repeat the shared beginning of long prompts many times.
     """
     packs, size = list(pack_prompts(prompts, positions, numbers)), PACK_SIZE
     distinct = distinct_prefixes([prompts[number] for number in numbers])
@@ -125,12 +125,12 @@ def cheapest_packs(
 
 
 def cost(length: int) -> float:
-    """What a pack or a row of so many tokens costs, in tokens of a short one."""
+    """Return the cost of a pack or a row of ``length`` tokens, in tokens of a short one."""
     return length * (1 + max(0, length - PACK_SIZE) / _COSTS_TWICE)
 
 
 def distinct_prefixes(prompts: Sequence[list[int]]) -> int:
-    """How many tokens the prompts have, those that they begin with together counted once."""
+    """Return the number of tokens in the prompts, shared beginnings counted once."""
     count, before = 0, list[int]()
     for prompt in sorted(prompts):
         count += len(prompt) - shared_prefix(before, prompt)
@@ -139,13 +139,13 @@ def distinct_prefixes(prompts: Sequence[list[int]]) -> int:
 
 
 def visible(ends: Tensor) -> Tensor:
-    """Which tokens each token of a pack sees, its ancestors and itself: ``ends (packs, n)`` → ``(packs, n, n)``."""
+    """Return a mask of each token's ancestors and itself: ``ends (packs, n)`` → ``(packs, n, n)``."""
     places = torch.arange(ends.shape[-1], device=ends.device)
     return (places <= places[:, None]) & (places[:, None] <= ends[:, None, :])
 
 
 def shared_prefix(some: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many tokens, or letters, two sequences of one type begin with together."""
+    """Return the length of the longest common prefix of two sequences of one type."""
     length = min(len(some), len(other))
     if some[:length] == other[:length]:
         return length
@@ -162,9 +162,9 @@ def shared_prefix(some: Sequence[Any], other: Sequence[Any]) -> int:
 def chains(
     prompts: Sequence[list[int]], positions: Sequence[Sequence[int]], numbers: Sequence[int], *, share: bool = True
 ) -> Iterator[Pack]:
-    """The prompts that no other begins with, each as a pack of its own, longest first.
+    """Yield the prompts that are not the beginning of another, each as a pack, longest first.
 
-    Those that others begin with, and equal ones, are read inside them. Without ``share``, equal ones only.
+    Beginnings of others, and equal prompts, are read inside them. Without ``share``, only equal prompts are.
     """
     whole: dict[int, dict[int, list[int]]] = {}  # a prompt's number → what is read of it, by prompt number
     longest: list[int] = []

@@ -1,4 +1,4 @@
-"""What to read of a model, and of prompts: layers, and tokens."""
+"""Choose what is read: the layers of a model and the tokens of prompts."""
 
 from collections.abc import Callable, Iterable
 from operator import index as as_index
@@ -21,7 +21,7 @@ from steering_vectors._steering import (
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
 from steering_vectors.token_selection import TokenPositions, selected
 
-# How many pairs are tokenized, and run in the order that suits the model, at a time.
+# The number of pairs that are tokenized at a time, and within which their order in the model's passes is free.
 WINDOW = 4096
 
 ReadTokenIndex: TypeAlias = int | Callable[[str], int]
@@ -34,17 +34,17 @@ def extractor_for(
     layer_config: ModelLayerConfig | None,
     batch_size: int,
 ) -> Extractor:
-    """What runs the model and reads these layers. Raises TypeError or ValueError for what can't be read."""
+    """Return an extractor that reads these layers. Raises TypeError or ValueError if they can't be read."""
     check_not_steered_by_row(anatomy.model)
     kind = type(anatomy.model).__name__
     if anatomy.is_encoder_decoder:
-        raise ValueError(f"{kind} is an encoder-decoder model; steering vectors are trained on decoder-only ones")
+        raise ValueError(f"{kind} is an encoder-decoder model: only decoder-only models can be read or trained on")
     if not is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     found = layers_of(anatomy, layer_type, layer_config)
     modules = {n: found.modules[n] for n in found.numbers(layers)}
     if anatomy.takes_tokens_again:
-        raise ValueError(f"{kind} takes some of a row's tokens again and in another order; it can't be read")
+        raise ValueError(f"{kind} takes some of a row's tokens again and in another order, so it can't be read")
 
     def steered() -> Steered:
         check_not_steered_by_row(anatomy.model)
@@ -54,7 +54,7 @@ def extractor_for(
 
 
 class Reading:
-    """How prompts are read: which tokens, after which tokenization."""
+    """Tokenizes prompts and chooses the tokens to read."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Reading:
         self._selector = None if tokens is None else as_selector(tokens)
 
     def __call__(self, prompt: Prompt, own_index: int | None = None, *, name: str) -> ReadPrompt:
-        """What is read of a prompt; ``own_index`` takes the place of the index for all.
+        """Return a prompt with the tokens to read; ``own_index`` overrides the index for all prompts.
 
-        Raises TypeError or ValueError for what can't be read, with the prompt's ``name``; errors of a callable index or
-        selector too.
+        Raises TypeError or ValueError, with the prompt's ``name``, if it can't be read or if a callable index or
+        selector fails.
         """
         try:
             return self._read(prompt, own_index)
@@ -89,16 +89,17 @@ class Reading:
         encoded = self._tokenize(prompt, find_completion=self._selector is not None)
         outside = [n for n in encoded.input_ids if not 0 <= n < (self._vocabulary or n + 1)]
         if outside:
-            raise ValueError(f"the model has {self._vocabulary} tokens, and the prompt has the id {outside[0]}")
+            known = f"the model has only {self._vocabulary} tokens, from 0"
+            raise ValueError(f"the prompt has the token id {outside[0]}, but {known}")
         if self._selector is not None:
             if own_index is not None:
-                raise ValueError("the sample's own read index and tokens were given: choose one of them")
+                raise ValueError("the sample's read index and tokens were given: choose one of them")
             return self._mean_over_tokens(encoded)
         index: Any = self._index if own_index is None else own_index
         if callable(index):
             index = index(encoded.text)
         if not is_whole_number(index):
-            raise TypeError(f"read_token_index must be a whole number or give one, got {index!r}")
+            raise TypeError(f"read_token_index must be a whole number or a callable that returns one, got {index!r}")
         position, length = as_index(index), len(encoded.input_ids)
         if not -length <= position < length:
             raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
@@ -118,7 +119,7 @@ class Reading:
         )
         weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
         if not bool((weights >= 0).all()):
-            raise ValueError(f"tokens={self._selector!r} gave negative weights, which make no mean")
+            raise ValueError(f"tokens={self._selector!r} returned negative weights: a mean needs weights of 0 or more")
         chosen = weights.nonzero().squeeze(1).tolist()
         if not chosen:
             raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")

@@ -1,4 +1,4 @@
-"""Texts and chat messages → token ids, and where the completion begins."""
+"""Tokenize texts and chat messages, and find the beginning of the completion."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,14 @@ from steering_vectors._extraction.packs import shared_prefix
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 
-# What no text holds and no template takes apart; the space shows whether the template strips the text.
+# No text contains it and no template splits it. A space after it shows whether the template strips the text.
 _MARK = "\ue000steering-vectors\ue001"
 _TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation")
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, the text that they stand for, and the first token of the completion, where that is
-    known.
-    """
+    """A prompt's token ids, its text, and the index of the completion's first token, if that is known."""
 
     input_ids: list[int]
     text: str
@@ -30,28 +28,29 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """Tokenizes prompts with a Hugging Face tokenizer, or with that of a processor; never changes it.
+    """Tokenizes prompts with a Hugging Face tokenizer, or with a processor's; never changes it.
 
-    Raises TypeError if ``tokenizer`` is none, and ValueError for template arguments that the library itself gives.
+    Raises TypeError if ``tokenizer`` is neither. Raises ValueError for template arguments that the library itself sets.
     """
 
     def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         if isinstance(tokenizer, (str, nn.Module)) or not callable(tokenizer):
             raise TypeError(f"tokenizer must be a Hugging Face tokenizer or processor, got {type(tokenizer).__name__}")
         self._template_owner = tokenizer
-        inner = getattr(tokenizer, "tokenizer", None)  # a processor's, unless it is some other library's
+        inner = getattr(tokenizer, "tokenizer", None)  # a processor's tokenizer, unless it is another library's object
         self._tokenizer = inner if callable(inner) and hasattr(inner, "bos_token_id") else tokenizer
         self._template_kwargs = dict(chat_template_kwargs or {})
         taken = [name for name in _TEMPLATE_ARGUMENTS if name in self._template_kwargs]
         if taken:
-            raise ValueError(f"chat_template_kwargs can't hold {taken}: they follow from the samples")
+            raise ValueError(f"chat_template_kwargs can't hold {taken}: the library sets them from the samples")
         if not getattr(tokenizer, "chat_template", None):
             self._template_owner = self._tokenizer
 
     def __call__(self, prompt: Prompt, *, find_completion: bool = False) -> TokenizedPrompt:
-        """A prompt's tokens; with ``find_completion``, where a chat's last assistant turn begins too.
+        """Tokenize a prompt; with ``find_completion``, find the beginning of a chat's last assistant turn too.
 
-        Raises TypeError unless ``prompt`` is a text, chat messages or token ids, and ValueError for what can't be read.
+        Raises TypeError unless ``prompt`` is a text, chat messages or token ids. Raises ValueError for an empty prompt
+        and for chat messages that are malformed or can't be rendered.
         """
         if isinstance(prompt, str) and not prompt:  # some tokenizers would still put a token before it
             raise ValueError("the prompt is empty: it has no text")
@@ -91,50 +90,50 @@ class PromptTokenizer:
         return TokenizedPrompt(ids, text, self._first_token_from(self._completion_character(messages, text), text, ids))
 
     def _render(self, messages: Sequence[Message], **template_kwargs: Any) -> str:
-        """Raises ValueError with what the template itself says of the messages."""
+        """Render messages with the chat template. Raises ValueError with the template's message if it fails."""
         kwargs = {"add_generation_prompt": False, **self._template_kwargs, **template_kwargs}
         try:
             return str(self._template_owner.apply_chat_template(list(messages), tokenize=False, **kwargs))
-        except Exception as error:  # templates raise what they like
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # templates raise errors of any kind
+            raise ValueError(f"the chat template failed on these messages: {error}") from error
 
     def _render_unfinished(self, messages: Sequence[Message]) -> str:
-        """The chat as far as the last message's text, without what the template puts after it.
+        """Render a chat up to the end of the last message's text, without the template's trailer.
 
-        As ``continue_final_message=True`` of transformers 5 does it: transformers 4 looks for the text itself, and
-        finds it in the trailer too, or not at all where the template rewrites it.
+        This is what ``continue_final_message=True`` does in transformers 5. The one of transformers 4 searches for the
+        text itself: it may find that in the trailer, or not at all if the template rewrites it.
         """
         rendered = self._render([*messages[:-1], _with_text_appended(messages[-1], f"{_MARK} ")])
         before, mark, after = rendered.rpartition(_MARK)
         if not mark:
-            raise ValueError("the chat template leaves the last assistant message's text out")
+            raise ValueError("the chat template's output lacks the text of the last assistant message")
         return before if after.startswith(" ") else before.rstrip()
 
     def _completion_character(self, messages: Sequence[Message], text: str) -> int:
-        """Where in ``text`` the last turn's own text begins: after its role header, thinking included."""
+        """Return the index in ``text`` at which the last turn's text, or its thinking, begins after the role header."""
         *history, last = messages
         turn = shared_prefix(text, self._render(history)) if history else 0
         asked = history or [{"role": "user", "content": "."}]
         start = shared_prefix(text, self._render_unfinished([*history, _with_text(last, "")]))
         if history:
             start = max(start, shared_prefix(text, self._render(asked, add_generation_prompt=True)))
-        before = text[turn:start]  # the role header, and perhaps a thinking block that the template writes
+        before = text[turn:start]  # the role header, perhaps with a thinking block that the template writes
         if not before.strip():
-            return turn  # whether a space is the header's or the answer's can't be told
+            return turn  # spaces may belong to the header or to the answer
         headers = [header for header in self._role_headers(asked, last, before) if header in before]
         ends = [before.find(header) + len(header) for header in headers]
         return turn + min(ends, default=len(before))
 
     def _role_headers(self, asked: Sequence[Message], answer: Message, before: str) -> Iterator[str]:
-        """What may be the role header of an answer: what asks for one, and what stands before an earlier one."""
-        for thinking in ({}, {"enable_thinking": True}):  # told not to think, templates ask with an empty thought
+        """Yield candidates for an answer's role header: the generation prompt, then what precedes an earlier answer."""
+        for thinking in ({}, {"enable_thinking": True}):  # with thinking off, templates add an empty thought
             bare = self._render(asked, **thinking)
             header = self._render(asked, add_generation_prompt=True, **thinking)[len(bare) :]
             if header.strip():
                 yield header
         try:
             earlier = self._render([*asked, _with_text(answer, _MARK), {"role": "user", "content": "."}])
-        except ValueError:  # the template allows no such turns
+        except ValueError:  # the template rejects these turns
             return
         written = earlier.partition(_MARK)[0]
         yield from (before[:end] for end in range(len(before), 0, -1) if written.endswith(before[:end]))
@@ -143,11 +142,11 @@ class PromptTokenizer:
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self._tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos] and list(self._tokenizer(text)["input_ids"])[:1] == [bos]:
-            return [bos, *ids]  # the tokenizer begins each text so, and the template doesn't write it
+            return [bos, *ids]  # the tokenizer begins every text with it, and the template leaves it out
         return ids
 
     def _first_token_from(self, character: int, text: str, ids: list[int]) -> int:
-        """The first token that stands for text from ``character`` on."""
+        """Return the index of the first token with text from ``character`` on, or the number of tokens."""
         added = len(ids) - len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if getattr(self._tokenizer, "is_fast", False):
             encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -158,18 +157,18 @@ class PromptTokenizer:
 
 
 def chat_template_of(tokenizer: Any) -> object:
-    """The chat template of a tokenizer, or of a processor or the tokenizer in it; None if there is none."""
+    """Return the chat template of a tokenizer, of a processor, or of the processor's tokenizer, or None."""
     inner = getattr(tokenizer, "tokenizer", None)
     return getattr(tokenizer, "chat_template", None) or getattr(inner, "chat_template", None)
 
 
 def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
-    """Whether ``prompt`` is a sequence of messages."""
+    """Return True if ``prompt`` is a sequence of messages."""
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(m, Mapping) for m in prompt)
 
 
 def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
-    """Whether ``prompt`` is a sequence of whole numbers, with at least one."""
+    """Return True if ``prompt`` is a list or tuple of whole numbers, and not empty."""
     return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(map(is_whole_number, prompt))
 
 
@@ -178,17 +177,17 @@ def _check_messages(messages: Sequence[Message]) -> None:
         raise ValueError("the prompt is empty: it has no messages")
     for message in messages:
         if "role" not in message or message.get("content") is None:
-            empty = ", and no content" if "content" in message else ""
-            raise ValueError(f"a chat message has a role and a content, got the keys {sorted(message)}{empty}")
+            empty = ", with content None" if "content" in message else ""
+            raise ValueError(f"a chat message must have a role and a content, got the keys {sorted(message)}{empty}")
         content = message["content"]
         parts = [] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
-            raise ValueError(f"a chat message's content is a text or a list of parts, got {content!r}")
+            raise ValueError(f"a chat message's content must be a text or a list of parts, got {content!r}")
         kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
         if kinds:
-            raise ValueError(f"a chat message holds {', '.join(kinds)}: samples are text only for now")
+            raise ValueError(f"chat messages may hold only text, got a part of type {', '.join(kinds)}")
         if not all(isinstance(part.get("text"), str) for part in parts):
-            raise ValueError(f"a text part of a chat message's content has a text, got {content!r}")
+            raise ValueError(f"a text part of a chat message's content must have a 'text' string, got {content!r}")
 
 
 def _with_text(message: Message, text: str) -> dict[str, Any]:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from steering_vectors._extraction.packs import Pack
+from steering_vectors._precision import wide
 
 # How far two results for the same token may be apart, as a share of their norm, by the model's dtype.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Equal tokens show nothing of what a token wrongly sees or misses. Two pieces of text differ in more of their tokens
+# Equal tokens can't show that a token wrongly sees or misses some. Two pieces of text differ in more of their tokens
 # than this; a repeated token or phrase doesn't. An eighth of what is attended to is far above all rounding but
 # bfloat16's.
 _DIFFERENT = 0.125
-# Where others are half of what a token may wrongly see, more of them would show it no better.
+# If half of the tokens that a token may wrongly see are others, more of them would not show it any better.
 _ENOUGH_OTHERS = 0.5
 
-# With masks or without, and what of the pass.
+# With or without masks, and the name of the hazard.
 Hazard: TypeAlias = tuple[bool, str]
 
 
@@ -37,7 +38,7 @@ class Probe:
 
 
 class Verification:
-    """The exposures to each hazard that were compared in one way to run a model, and found right.
+    """The exposures to each hazard that were compared and found right, for one way to run a model.
 
     ``lengths`` are those at which the model attends otherwise.
     """
@@ -49,7 +50,7 @@ class Verification:
 
     @property
     def has_begun(self) -> bool:
-        """Whether some token was compared."""
+        """True if some token was compared."""
         return bool(self._compared)
 
     def forget(self) -> None:
@@ -99,15 +100,14 @@ def compared_nodes(pack: Pack, node: int) -> list[int]:
 
 
 def alike(some: Tensor, other: Tensor) -> bool:
-    """Return whether two results ``(…, hidden)`` for the same tokens are equal up to rounding."""
+    """Return True if two results ``(…, hidden)`` for the same tokens are equal up to rounding."""
     rounding = _ROUNDING.get(some.dtype, 5e-2)
-    wide = torch.promote_types(some.dtype, torch.float32)  # norms of float16 overflow
-    apart = (some.to(wide) - other.to(wide)).norm(dim=-1)
-    return bool((apart <= rounding * other.to(wide).norm(dim=-1)).all())
+    apart = (wide(some) - wide(other)).norm(dim=-1)  # norms of float16 overflow
+    return bool((apart <= rounding * wide(other).norm(dim=-1)).all())
 
 
 def differ(some: Sequence[int], other: Sequence[int]) -> bool:
-    """Return whether two prefixes hold different tokens, or the same ones in other proportions."""
+    """Return True if two prefixes hold different tokens, or the same ones in other proportions."""
     one, two = Counter(some), Counter(other)
     shared = sum(min(count / len(some), two[token] / len(other)) for token, count in one.items())
     return 1 - shared >= _DIFFERENT
@@ -149,7 +149,7 @@ class _Survey:
         return {(self.masked, name): exposure for name, exposure in found.items() if exposure}
 
     def shows(self, probe: Probe, hazard: Hazard) -> bool:
-        """Return whether the probe would be otherwise if the hazard struck."""
+        """Return True if the hazard would change the probe's activation."""
         pack, (_, name) = self._packs[probe.pack], hazard
         if name in ("depth", "column"):
             return self.is_varied(probe) or len(pack.path(probe.node)) == 1
@@ -160,19 +160,19 @@ class _Survey:
         return True  # a branch, or another row, begins with another token
 
     def is_varied(self, probe: Probe) -> bool:
-        """Return whether the prefix is no repeated token, and differs within each critical length from beyond it."""
+        """Return True if the prefix is no repeated token, and differs within each critical length from beyond it."""
         path = self._packs[probe.pack].path(probe.node)
         (commonest, _count), *_ = Counter(path).most_common(1)
         splits = (len(path) - length for length in self._lengths if 0 < length < len(path))
         return differ(path, [commonest]) and all(differ(path[:split], path[split:]) for split in splits)
 
     def has_unlike_halves(self, probe: Probe) -> bool:
-        """Return whether the first tokens of the prefix would change if they saw the last ones."""
+        """Return True if the first tokens of the prefix would change if they saw the last ones."""
         path = self._packs[probe.pack].path(probe.node)
         return len(path) > 1 and differ(path[: len(path) // 2], path[len(path) // 2 :])
 
     def holds(self, chosen: Probe, probe: Probe, hazard: Hazard) -> bool:
-        """Return whether the probe is a token of the chosen one's prefix, which is run alone with it."""
+        """Return True if the probe is a token of the chosen one's prefix, which is run alone with it."""
         pack = self._packs[probe.pack]
         within = chosen.pack == probe.pack and probe.node <= chosen.node <= pack.ends[probe.node]
         return within and hazard[1] != "behind"

@@ -11,18 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._extraction.masks import (
-    MaskKinds,
-    attention_masks,
-    critical_lengths,
-    depends_on_length,
-    mask_kinds,
-)
+from steering_vectors._extraction.masks import attention_masks
 from steering_vectors._extraction.memory import Memory, is_out_of_memory
 from steering_vectors._extraction.packs import PACK_SIZE, Pack, chains, cheapest_packs, cost, pack_prompts, visible
 from steering_vectors._extraction.verification import Probe, Verification, alike, compared_nodes, padding_of
 from steering_vectors._models import (
     Anatomy,
+    Attention,
+    MaskKinds,
     by_tokens,
     has_hooks_of_users,
     is_sharded,
@@ -30,6 +26,7 @@ from steering_vectors._models import (
     read_pass,
     stateful_modules,
 )
+from steering_vectors._precision import wide
 
 # Building the packs and their masks costs about a tenth of what small passes do: with less to save, rows are faster.
 _WORTH_PACKING = 0.9
@@ -59,8 +56,7 @@ class ReadModel:
     def __init__(self, anatomy: Anatomy, layers: Mapping[int, nn.Module]) -> None:
         self.anatomy = anatomy
         self.layers = layers
-        self.config = anatomy.text_config
-        self.depends_on_length = depends_on_length(self.config)
+        self.attention = Attention(anatomy.text_config)
         self._stateful = stateful_modules(anatomy.model)
 
     def read(
@@ -90,13 +86,13 @@ class Way(ABC):
 
     def __init__(self, source: ReadModel, module: nn.Module, *, stop_early: bool = False) -> None:
         self.module = module
-        self.verification = Verification(critical_lengths(source.config))
+        self.verification = Verification(source.attention.critical_lengths)
         self.stop_early = stop_early
         self._source = source
 
     def as_run(self, prompts: Sequence[ReadPrompt]) -> Sequence[ReadPrompt]:
         """Return the prompts without what follows the last token to read, where that needn't run."""
-        if self._source.depends_on_length:
+        if self._source.attention.depends_on_length:
             return prompts
         return [replace(prompt, input_ids=prompt.input_ids[: max(prompt.positions) + 1]) for prompt in prompts]
 
@@ -161,7 +157,7 @@ class Way(ABC):
     def _compare(self, pack: Pack, probe: Probe, nodes: Sequence[int], found: Mapping[int, Tensor]) -> None:
         """Raise UnlikeError unless the probe's prefix, run alone, has the same activations."""
         # What a pass's length changes is right only with all of the prompt.
-        row = pack.input_ids if self._source.depends_on_length else pack.path(probe.node)
+        row = pack.input_ids if self._source.attention.depends_on_length else pack.path(probe.node)
         # That nothing changes after an early stop is seen once; the others can stop there.
         stop_early = self.stop_early and self.verification.has_begun
         alone = self._source.alone(row, [pack.depths[node] for node in nodes], stop_early=stop_early)
@@ -170,12 +166,12 @@ class Way(ABC):
 
     def _rows(self, prompts: Sequence[ReadPrompt], numbers: Sequence[int]) -> list[Pack]:
         """Return the prompts that no other begins with, each as a pack."""
-        return list(chains(*_columns(prompts), numbers, share=not self._source.depends_on_length))
+        return list(chains(*_columns(prompts), numbers, share=not self._source.attention.depends_on_length))
 
     def _in_passes(self, packs: Sequence[Pack], most: int, memory: Memory) -> Iterator[list[Pack]]:
         group: list[Pack] = []
         for pack in packs:
-            apart = self._source.depends_on_length and bool(group) and len(group[0]) != len(pack)
+            apart = self._source.attention.depends_on_length and bool(group) and len(group[0]) != len(pack)
             if len(group) == min(most, memory.most_packs or most) or apart:
                 yield group
                 group = []
@@ -246,7 +242,7 @@ class Packed(Way):
         depths = torch.tensor([[*pack.depths, *[0] * (width - len(pack))] for pack in packs], device=device)
         dtype = next(p.dtype for p in self._source.anatomy.model.parameters() if p.is_floating_point())
         seen = visible(torch.tensor(ends, device=device))  # (packs, width, width)
-        masks = attention_masks(self._kinds, self._source.config, seen, depths, dtype)
+        masks = attention_masks(self._kinds, self._source.attention, seen, depths, dtype)
         return {"input_ids": rows, "attention_mask": masks, "position_ids": depths}
 
 
@@ -273,9 +269,9 @@ class Reads:
         tokens = activation[batch_rows, columns]  # (tokens, hidden)
         if not self._any_weights:
             return tokens
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        weighted = wide * torch.tensor(self._weights, device=device, dtype=wide.dtype)[:, None]
-        return wide.new_zeros(self._rows, wide.shape[-1]).index_add_(0, owners, weighted)
+        exact = wide(tokens)
+        weighted = exact * torch.tensor(self._weights, device=device, dtype=exact.dtype)[:, None]
+        return exact.new_zeros(self._rows, exact.shape[-1]).index_add_(0, owners, weighted)
 
 
 def find_ways(source: ReadModel, *, steered_by_token: bool) -> list[Way]:
@@ -295,8 +291,8 @@ def find_ways(source: ReadModel, *, steered_by_token: bool) -> list[Way]:
     is_offloaded = any(parameter.device.type == "meta" for parameter in decoder.parameters())
     stop_early = not is_offloaded and len(set(source.layers.values())) == len(source.layers)
     # What somebody else's hook does may depend on the column, which in a pack isn't the token's index.
-    packable = not source.depends_on_length and not has_hooks_of_users(inside)
-    kinds = mask_kinds(source.config) if packable else []
+    packable = not source.attention.depends_on_length and not has_hooks_of_users(inside)
+    kinds = source.attention.mask_kinds if packable else []
     packed = [Packed(source, decoder, kind, stop_early=stop_early) for kind in kinds]
     return [*packed, Rows(source, decoder, stop_early=stop_early), *whole]
 

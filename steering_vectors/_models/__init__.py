@@ -1,12 +1,13 @@
-"""Where a model's parts stand, and how to run it and listen to it.
+"""Find a model's parts, attach hooks to them, and run the model.
 
-This wing alone knows how Hugging Face's models are built.
-It finds the text decoder, its blocks and their parts, attaches hooks to them, and runs passes in which layers are read.
+This subpackage alone knows how Hugging Face's models are built.
+It finds the text decoder, its blocks and their parts, attaches hooks to them, and runs passes that read layers.
 It knows nothing of directions, selectors or prompts.
 """
 
 from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, parameters_of
-from steering_vectors._models.axes import along_tokens, by_tokens
+from steering_vectors._models.attention import Attention, MaskKinds
+from steering_vectors._models.axes import along_tokens, by_tokens, expand_rows
 from steering_vectors._models.hooks import (
     Removable,
     activation_of,
@@ -33,6 +34,8 @@ from steering_vectors._models.running import (
 
 __all__ = [
     "Anatomy",
+    "Attention",
+    "MaskKinds",
     "Removable",
     "activation_of",
     "after_forward",
@@ -43,6 +46,7 @@ __all__ = [
     "by_tokens",
     "check_model",
     "check_unsharded",
+    "expand_rows",
     "has_hooks_of_users",
     "input_of",
     "is_sharded",

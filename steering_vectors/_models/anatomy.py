@@ -1,4 +1,4 @@
-"""Look at a model once: its config, its text decoder, the decoder's blocks, and the modules around a pass."""
+"""Find a model's config, its text decoder, the decoder's blocks, and the modules that take a whole pass."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Models that have no list of blocks, but one for each part: a block's last part gives its output.
+# Models without a list of blocks, but with a list for each part. A block's last part returns its output.
 _TEMPLATES: dict[str, dict[str, str]] = {
     "xlm": {
         "decoder_block": "transformer.layer_norm2.{num}",
@@ -20,19 +20,19 @@ _TEMPLATES: dict[str, dict[str, str]] = {
     }
 }
 _LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# What decoders call their list of blocks, where it isn't the only list of its length.
+# Names that decoders use for their list of blocks. They decide if several lists have the right length.
 _BLOCK_LIST_NAMES = {"layers", "layer", "blocks", "block", "h"}
 _DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder")
-# Their activations are (seq, batch, hidden).
+# Model types whose activations are (seq, batch, hidden).
 _COLUMNS_FIRST = ("fsmt", "xlnet")
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """A model as it is built.
+    """A model's structure: its configs, its text decoder, and its blocks.
 
     ``configured`` is the outermost module with a config, inside wrappers such as DistributedDataParallel.
-    ``pass_modules`` are those that take a whole pass's arguments, from the model to its text decoder.
+    ``pass_modules`` are the modules that take a whole pass's arguments, from the model to its text decoder.
     """
 
     model: nn.Module
@@ -43,21 +43,21 @@ class Anatomy:
 
     @property
     def decoder(self) -> nn.Module:
-        """The innermost module that holds the text decoder: no tower, no encoder beside a decoder."""
+        """The innermost module that holds the text decoder, without vision towers or an encoder beside it."""
         return self.pass_modules[-1]
 
     @property
     def widths(self) -> list[int]:
-        """The widths that the config allows the text decoder's layers; none where it doesn't say.
+        """The activation widths that the config allows in the text decoder; empty if the config names no width.
 
-        A few models stream several times their width from block to block.
+        A few models pass several times their width from block to block.
         """
         width = getattr(self.text_config, "hidden_size", None)
         return [width, width * getattr(self.text_config, "hc_count", 1)] if isinstance(width, int) else []
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """True if the config says so."""
+        """The config's ``is_encoder_decoder`` flag."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     @property
@@ -67,7 +67,7 @@ class Anatomy:
 
     @property
     def takes_tokens_again(self) -> bool:
-        """True if a pass may compute some tokens of a row again, and in another order, as XLNet's."""
+        """True if a pass may compute tokens of a row a second time and in another order, as XLNet does."""
         return any("perm_mask" in parameters_of(module) for module in self.pass_modules)
 
     @property
@@ -77,7 +77,7 @@ class Anatomy:
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of columns that a PEFT wrapper puts before the prompt, in prompt tuning."""
+        """The number of columns that prompt tuning with PEFT puts before the prompt."""
         if not self.learns_prompts or "PREFIX" in str(getattr(self._prompt_config, "peft_type", "")):
             return 0
         return int(getattr(self._prompt_config, "num_virtual_tokens", 0))
@@ -88,12 +88,12 @@ class Anatomy:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The text decoder's blocks. Raises ValueError where it is not sure which they are."""
+        """The text decoder's blocks. Raises ValueError unless exactly one list of blocks is found."""
         return self._found_blocks[1]
 
     @property
     def blocks_path(self) -> str:
-        """The name of the list of blocks in the model. Raises as :attr:`blocks`."""
+        """The dotted name of the list of blocks. Raises the errors of :attr:`blocks`."""
         return self._found_blocks[0]
 
     @cached_property
@@ -109,17 +109,17 @@ class Anatomy:
             paths = [f"{path}.{{num}}" for path, _ in candidates] or self.lists_of_modules
             raise ValueError(
                 f"can't tell which modules are the decoder blocks of {type(self.model).__name__}; candidates: {paths}; "
-                f"name them by layer_config={{'decoder_block': 'PATH.{{num}}'}}"
+                f"choose one with layer_config={{'decoder_block': 'PATH.{{num}}'}}"
             )
         return candidates[0]
 
     @property
     def lists_of_modules(self) -> list[str]:
-        """Templates of all lists of modules."""
+        """A template for each list of modules, such as ``model.layers.{num}``."""
         return [f"{path}.{{num}}" for path, module in self.model.named_modules() if isinstance(module, nn.ModuleList)]
 
     def known_templates(self, layer_type: str) -> list[str]:
-        """Return where layers are known to be, seen from a causal model and from its base model."""
+        """Return a layer type's known templates, for a causal model and for its base model; empty for most models."""
         by_layer_type = _TEMPLATES.get(getattr(self.config, "model_type", ""), {})
         if layer_type not in by_layer_type:
             return []
@@ -132,12 +132,12 @@ class Anatomy:
         """The device that the model's input belongs on."""
         modules = [module for module in (self._embeddings, self.model) if module is not None]
         devices = (parameter.device for module in modules for parameter in module.parameters())
-        # Weights that are offloaded stand on no device; the hooks that bring them move the input too.
+        # Offloaded weights are on the meta device; the hooks that load them move the input too.
         return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
     def vocabulary(self) -> int | None:
-        """The number of token ids that the model has embeddings for; None where that can't be told."""
+        """The number of token ids that the model has embeddings for; None if unknown."""
         return self._embeddings.num_embeddings if isinstance(self._embeddings, nn.Embedding) else None
 
     @cached_property
@@ -150,7 +150,7 @@ class Anatomy:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Look at a model. Raises TypeError unless it is a module."""
+    """Return a model's anatomy. Raises TypeError unless ``model`` is a module."""
     check_model(model)
     configured = next((module for module in model.modules() if hasattr(module, "config")), model)
     decoder = configured
@@ -173,9 +173,9 @@ def check_model(model: object) -> None:
 
 def parameters_of(module: nn.Module) -> Mapping[str, Any]:
     """Return the parameters of a module's forward method, each with its kind."""
-    own = getattr(type(module), "forward", None)
-    if getattr(module.forward, "__func__", None) is own and own is not None:
-        return dict(list(_parameters_of(own).items())[1:])  # without self
+    method = getattr(type(module), "forward", None)
+    if getattr(module.forward, "__func__", None) is method and method is not None:
+        return dict(list(_parameters_of(method).items())[1:])  # without self
     return _kinds(module.forward)
 
 
@@ -183,8 +183,8 @@ def _kinds(function: Any) -> dict[str, Any]:
     return {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
 
 
-# To read a signature takes longer than a layer of a small model. Only classes' own methods are kept: others may hold a
-# model in memory.
+# Reading a signature takes longer than running a layer of a small model. The cache holds classes' methods alone, since
+# other functions could keep a model in memory.
 _parameters_of = lru_cache(maxsize=256)(_kinds)
 
 
@@ -222,7 +222,7 @@ def _layer_counts(config: Any) -> list[int]:
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the lists of modules with parts of their own that stand in no other list, as experts do."""
+    """Yield each list whose modules have submodules, with its path. Lists inside lists, as of experts, are left out."""
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[nn.Module] = set()
     while waiting:

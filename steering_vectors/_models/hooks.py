@@ -1,4 +1,4 @@
-"""Read or replace a module's output; attach all hooks or none."""
+"""Attach hooks to modules, and read or replace the modules' inputs and outputs."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Removable(Protocol):
-    """What takes a hook off again; a second call does nothing."""
+    """A handle that removes a hook; a second call does nothing."""
 
     def remove(self) -> None: ...
 
@@ -22,25 +22,25 @@ class Removable(Protocol):
 def before_forward(module: nn.Module, hook: Callable[..., Any], *, traceable: bool = False) -> Removable:
     """Call ``hook`` with the module's arguments before each of its passes; arguments that it returns replace them.
 
-    Code that torch.compile makes calls it too: as a part of itself if the hook is ``traceable``, which it is only if
-    nothing that it closes over ever changes, and else in between. It must be one of :func:`unless_removed`.
+    Compiled code calls it too. A ``traceable`` hook becomes part of that code, so nothing that it closes over may ever
+    change. Any other hook runs between pieces of the code. ``hook`` must be a result of :func:`unless_removed`.
     """
-    own = hook if traceable else never_compiled(hook)
-    return _attach(module, lambda: module.register_forward_pre_hook(own, with_kwargs=True))
+    attached = hook if traceable else never_compiled(hook)
+    return _attach(module, lambda: module.register_forward_pre_hook(attached, with_kwargs=True))
 
 
 def unless_removed(hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
-    """Return ``hook``, which does nothing in a pass that another thread removed it from.
+    """Return ``hook`` wrapped to do nothing in a pass during which another thread removes it.
 
-    PyTorch lists a module's hooks first, and looks up in each one's turn whether it takes keyword arguments. One that
-    was removed meanwhile is still called, without them.
+    PyTorch lists a module's hooks first, and looks up in each one's turn whether it takes keyword arguments. A hook
+    that was removed in between is still called, but without them.
     """
 
     @functools.wraps(hook)
-    def own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    def wrapped(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         return None if kwargs is None else hook(module, args, kwargs)
 
-    return own
+    return wrapped
 
 
 def after_forward(
@@ -51,33 +51,34 @@ def after_forward(
     always: bool = False,
     traceable: bool = False,
 ) -> Removable:
-    """Call ``hook`` with the module's output after each of its passes; what it returns replaces the output.
+    """Call ``hook`` with the module's output after each of its passes; an output that it returns replaces it.
 
-    With ``first`` it comes before the hooks that are there, with ``always`` also where the pass raises; ``traceable``
-    is that of :func:`before_forward`.
+    With ``first`` the hook runs before the module's earlier hooks. With ``always`` it also runs if the pass raises.
+    ``traceable`` is as in :func:`before_forward`.
     """
-    own = hook if traceable else never_compiled(hook)
-    return _attach(module, lambda: module.register_forward_hook(own, prepend=first, always_call=always))
+    attached = hook if traceable else never_compiled(hook)
+    return _attach(module, lambda: module.register_forward_hook(attached, prepend=first, always_call=always))
 
 
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook``, for torch.compile to call between two pieces of code instead of making it a part of one."""
+    """Return ``hook`` wrapped so that torch.compile calls it between two pieces of code and never compiles it."""
     apart: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     apart._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # disable(reason=…) came with PyTorch 2.7
-        "steering some of the tokens, or recording, goes on between two pieces of compiled code: compile the model "
-        "without fullgraph=True, or steer all tokens"
+        "steering some of the tokens, or recording, runs outside compiled code: compile the model without "
+        "fullgraph=True, or steer all tokens"
     )
 
-    def own(*args: Any, **kwargs: Any) -> Any:
-        # Elsewhere the way around the compiler would take longer than a hook.
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # In uncompiled code, calling through disable would take longer than the hook itself.
         return apart(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else hook(*args, **kwargs)
 
-    return own
+    return wrapped
 
 
 def activation_of(output: Any) -> Tensor:
-    """The activation in a module's output: itself, the first of a tuple or list, or the first tensor of a ModelOutput.
+    """Return the activation in a module's output.
 
+    It is the output itself, the first item of a tuple or list, or the first tensor of a ModelOutput.
     Raises TypeError if there is none.
     """
     if isinstance(output, (tuple, list)) and output:
@@ -90,7 +91,7 @@ def activation_of(output: Any) -> Tensor:
 
 
 def with_activation(output: Any, activation: Tensor) -> Any:
-    """A copy of ``output`` with ``activation`` in its place; ``output`` is not changed."""
+    """Return a copy of ``output`` with its activation replaced by ``activation``; ``output`` is not changed."""
     if isinstance(output, tuple) and hasattr(output, "_replace"):  # a named tuple
         return output._replace(**{output._fields[0]: with_activation(output[0], activation)})  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
@@ -103,22 +104,24 @@ def with_activation(output: Any, activation: Tensor) -> Any:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The activation among a block's arguments. Raises TypeError if there is none."""
+    """Return the activation among a block's arguments. Raises TypeError if there is none."""
     activation = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(activation, Tensor):
-        raise TypeError("a block must get its input as its first argument or as hidden_states")
+        raise TypeError(
+            f"a block's first argument, or its hidden_states, must be a tensor, got {type(activation).__name__}"
+        )
     return activation
 
 
 def with_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], activation: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with ``activation`` in its place."""
+    """Return the arguments with the block's input replaced by ``activation``."""
     return ((activation, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": activation})
 
 
 def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removable]:
-    """Run all ``registrations``; if one raises, what the earlier ones attached is removed."""
+    """Run all ``registrations`` and return their handles; if one raises, the hooks attached so far are removed."""
     handles: list[Removable] = []
     try:
         for register in registrations:
@@ -130,7 +133,7 @@ def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removab
 
 
 def has_hooks_of_users(modules: Iterable[nn.Module]) -> bool:
-    """Return whether one of the modules has a forward hook that is not this library's, Hugging Face's or PyTorch's."""
+    """Return True if a module has a forward hook that is not this library's, Hugging Face's or PyTorch's."""
     hooks = (
         hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
@@ -151,39 +154,39 @@ def _package_of(function: Any) -> str:
     return str(getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
 
 
-class _OwnForward:
-    """Gives a module a ``forward`` of its own as long as it has hooks of ours.
+class _InstanceForward:
+    """A ``forward`` attribute that a module instance has while it has hooks of this library.
 
-    Code that torch.compile made of a module without hooks doesn't look for hooks again. What it does look at, each
-    time that it runs, is whether ``forward`` is the class's own method: so that code is left aside while the hooks are
-    there, and used again afterwards. (``guard_to_detect_forward_monkeypatching`` in PyTorch's
-    ``torch/_dynamo/variables/nn_module.py``.)
+    Code that was compiled for a module without hooks doesn't look for hooks again. But each time it runs, it checks
+    that ``forward`` is the class's method. So the attribute disables that code while the hooks are there, and the code
+    is used again afterwards. Source: ``guard_to_detect_forward_monkeypatching`` in PyTorch's
+    ``torch/_dynamo/variables/nn_module.py``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         before = module.__dict__.get("forward")
-        # A method again where it can be: code that was compiled with it then serves all later ones.
-        own = module.forward if before is None else functools.partial(before)
-        module.__dict__["forward"] = own
-        self._own = weakref.ref(own)  # the module must not be kept alive
+        # A bound method if possible: code that was compiled with one also fits all later ones.
+        ours = module.forward if before is None else functools.partial(before)
+        module.__dict__["forward"] = ours
+        self._ours = weakref.ref(ours)  # the module must not be kept alive
         self.hooks = 0
 
     def remove(self, module: nn.Module) -> None:
-        own = module.__dict__.get("forward")
-        if own is None or own is not self._own():  # somebody else's by now
+        current = module.__dict__.get("forward")
+        if current is None or current is not self._ours():  # other code has replaced it
             return
         del module.__dict__["forward"]
-        if isinstance(own, functools.partial):
-            module.__dict__["forward"] = own.func
+        if isinstance(current, functools.partial):
+            module.__dict__["forward"] = current.func
 
 
-_OWN_FORWARDS: "weakref.WeakKeyDictionary[nn.Module, _OwnForward]" = weakref.WeakKeyDictionary()
+_FORWARDS: "weakref.WeakKeyDictionary[nn.Module, _InstanceForward]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class _Attached:
-    """A hook, with its share in the module's own ``forward``."""
+    """A hook that keeps its module's instance ``forward`` in place."""
 
     module: "weakref.ref[nn.Module]"
     handle: RemovableHandle
@@ -194,19 +197,19 @@ class _Attached:
             if module is None or self.handle.id not in (self.handle.hooks_dict_ref() or {}):
                 return
             self.handle.remove()
-            own = _OWN_FORWARDS[module]
-            own.hooks -= 1
-            if own.hooks == 0:
-                _OWN_FORWARDS.pop(module).remove(module)
+            forward = _FORWARDS[module]
+            forward.hooks -= 1
+            if forward.hooks == 0:
+                _FORWARDS.pop(module).remove(module)
 
 
 def _attach(module: nn.Module, register: Callable[[], RemovableHandle]) -> Removable:
     with _LOCK:
         handle = register()
-        own = _OWN_FORWARDS.get(module)
-        if own is None:
-            own = _OWN_FORWARDS[module] = _OwnForward(module)
-        own.hooks += 1
+        forward = _FORWARDS.get(module)
+        if forward is None:
+            forward = _FORWARDS[module] = _InstanceForward(module)
+        forward.hooks += 1
     return _Attached(weakref.ref(module), handle)
 
 

@@ -1,10 +1,10 @@
-"""Find a block's attention, its MLP and its norms by the names that Hugging Face's models give them."""
+"""Find a block's attention, its MLP and its norms by the names that Hugging Face's models use."""
 
 import re
 
 from torch import nn
 
-# Where a block keeps its parts, by the names that transformers' models use, the most telling ones first.
+# The paths of a block's parts in transformers' models, the least ambiguous first.
 _PART_PATHS = {
     "self_attn": """
         self_attn attn attention self_attention self_att multi_head_attention rel_attn dec_attn norm_attn_norm.attn
@@ -26,13 +26,13 @@ _PART_PATHS = {
         layer.2.layer_norm layer.1.layer_norm
     """,
 }
-# Names under which hybrid models keep parts of different kinds in different blocks: the class tells which.
+# Names that hybrid models use for different kinds of parts in different blocks: the part's class decides.
 _MIXED_PARTS = {"temporal_block", "mixer"}
 _CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": re.compile("mlp|moe|experts", re.I)}
 
 
 def part_path(block: nn.Module, layer_type: str) -> str | None:
-    """Return where the block keeps the part that plays the role; None if it has none."""
+    """Return the path of the block's part of this layer type; None if it has none."""
     for path in _PART_PATHS[layer_type].split():
         try:
             part = block.get_submodule(path)

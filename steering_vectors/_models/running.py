@@ -1,4 +1,4 @@
-"""Run a model, or its text decoder alone, over tokens, and read layers on the way."""
+"""Run a model, or its text decoder alone, over tokens, and read its layers."""
 
 import inspect
 import threading
@@ -17,7 +17,7 @@ from steering_vectors._models.hooks import activation_of, after_forward, attach_
 
 
 class _AllRead(BaseException):
-    """Ends a pass whose layers have all been read."""
+    """A signal that ends a pass once all its layers have been read."""
 
 
 def read_pass(
@@ -28,10 +28,10 @@ def read_pass(
     *,
     stop_early: bool,
 ) -> dict[int, Tensor]:
-    """What ``read`` makes of each layer's activation in one pass of ``module``, by layer number.
+    """Return ``read(activation)`` of each layer in one pass of ``module``, by layer number.
 
-    The pass runs without gradients, in evaluation mode, and not as compiled code, which would be made anew for each
-    length. With ``stop_early`` it ends after the last of the layers.
+    The pass runs without gradients and in evaluation mode. It doesn't run as compiled code, since each new length
+    would be compiled again. With ``stop_early`` it ends after the last of the layers.
 
     Raises RuntimeError if a layer did not run.
     """
@@ -39,7 +39,7 @@ def read_pass(
     thread = threading.get_ident()
 
     def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        if threading.get_ident() != thread:  # somebody else's pass
+        if threading.get_ident() != thread:  # another thread's pass
             return
         found[layer] = read(activation_of(output))
         if stop_early and len(found) == len(layers):
@@ -54,41 +54,45 @@ def read_pass(
     finally:
         remove_all(handles)
     if missing := sorted(layers.keys() - found.keys()):
-        raise RuntimeError(f"layers {missing} of {type(module).__name__} did not run in a pass of the model")
+        raise RuntimeError(
+            f"layers {missing} of {type(module).__name__} did not run in a pass of the model, so they have no "
+            f"activations: choose other layers"
+        )
     return found
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's state depends on its passes being run as a whole: FSDP, DeepSpeed."""
+    """Return True if the model needs its passes to be run as a whole, as with FSDP and DeepSpeed."""
     names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     return bool(names & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 
 
 def check_unsharded(model: nn.Module) -> None:
-    """Raise ValueError for a model that several processes hold together, each a part of it."""
+    """Raise ValueError if several processes hold the model together, each a part of it."""
     if is_sharded(model) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} is sharded over processes (tensor parallel, FSDP or DeepSpeed), so they can't "
-            f"each run it on samples of their own: leave process_group out, and give each process all samples"
+            f"{type(model).__name__} is sharded over processes (tensor parallel, FSDP or DeepSpeed), so no "
+            f"process can run it on its share of the samples: leave process_group out, and pass all samples in each "
+            f"process"
         )
 
 
 def without_data_parallelism(model: nn.Module) -> nn.Module:
-    """The model in a DistributedDataParallel, whose passes wait for the other processes; else the model itself."""
+    """Return the model in a DistributedDataParallel, whose passes wait for other processes; else the model itself."""
     wrapped = (module.module for module in model.modules() if isinstance(module, DistributedDataParallel))
     return next(wrapped, model)
 
 
 def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """One pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
+    """Run one pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
 
-    Arguments that the model's forward method doesn't know are left out.
+    Arguments that the model's forward method doesn't take are left out.
     """
     known: set[str] = set()
     for module in anatomy_of(model).pass_modules:
         parameters = parameters_of(module)
         known |= parameters.keys()
-        # A wrapper such as PEFT's hands on what it doesn't know itself.
+        # A wrapper such as PEFT's passes other arguments on to the model inside it.
         if inspect.Parameter.VAR_KEYWORD not in parameters.values():
             break
     options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
@@ -100,40 +104,40 @@ def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
 
 
 def stateful_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that keep something from one pass to the next: frequencies for its length, a recurrent state."""
+    """Return the modules with state from earlier passes: frequencies for the longest length, a recurrent state."""
     return [module for module in model.modules() if any(hasattr(module, name) for name in _STATES)]
 
 
 @contextmanager
 def kept_states(modules: Sequence[nn.Module]) -> Generator[None, None, None]:
-    """What the modules keep from one pass to the next is after the block what it was before."""
-    before = [(dict(module._buffers), _own_values(module)) for module in modules]
+    """Restore, on exit, the state that the modules keep from one pass to the next."""
+    before = [(dict(module._buffers), _public_attributes(module)) for module in modules]
     try:
         yield
     finally:
         for module, (buffers, values) in zip(modules, before, strict=True):
             module._buffers.update(buffers)
-            for name in _own_values(module).keys() - values.keys():
+            for name in _public_attributes(module).keys() - values.keys():
                 delattr(module, name)
             vars(module).update(values)
 
 
-# Dynamic NTK's longest length so far, and what RecurrentGemma's blocks keep on transformers 4.
+# Dynamic NTK's longest length so far, and the state of RecurrentGemma's blocks on transformers 4.
 _STATES = ("max_seq_len_cached", "recurrent_states", "conv1d_state")
 
 
-def _own_values(module: nn.Module) -> dict[str, Any]:
+def _public_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
 
 
-# How many passes keep a module in evaluation mode that is to be in training mode: threads may share a model.
+# Modules to return to training mode → the number of passes that need them in evaluation mode. Threads may share one.
 _EVALUATED: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode for the length of the block; each module's own mode comes back."""
+    """Put the model in evaluation mode inside the block, and restore each module's mode on exit."""
     with _LOCK:
         training = [module for module in model.modules() if module.training or module in _EVALUATED]
         for module in training:
@@ -151,7 +155,7 @@ def _evaluation(model: nn.Module) -> Generator[None, None, None]:
 
 
 class _Uncompiled:
-    """A block in which torch.compile's code doesn't run. PyTorch's stance is the process's: threads share one."""
+    """A block in which compiled code doesn't run. PyTorch's stance applies to all threads, so they share one."""
 
     def __init__(self) -> None:
         self._blocks = 0

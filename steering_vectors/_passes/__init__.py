@@ -1,7 +1,7 @@
-"""Follow a model's forward passes: which one a thread is in, and where its tokens stand.
+"""Follow a model's forward passes: the pass that each thread is in, and the positions of its tokens.
 
-A pass's arguments and its cache say which of a row's tokens each column holds.
-Hooks on the modules around a pass note both, and gradient checkpointing finds its first pass again.
+A pass's arguments and its cache determine which of a row's tokens each column holds.
+Hooks on the modules around a pass record both. Parts that gradient checkpointing reruns belong to their first pass.
 Nothing here changes an activation.
 """
 

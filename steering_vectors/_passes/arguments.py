@@ -8,12 +8,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# The names under which models take the state of earlier passes.
+# Names of the arguments that hold the state of earlier passes.
 CACHE_NAMES = (
     *("past_key_values", "cache", "cache_params", "past_key_value", "layer_past", "state"),
     "past_buckets_states",
 )
-# Arguments with which many prompts' tokens are run as one row, as generate_batch does.
+# Names of the arguments that pack many prompts' tokens into one row, as generate_batch does.
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 _TOKEN_NAMES = ("input_ids", "inputs_embeds", "attention_mask")
 _NAMES = (
@@ -24,13 +24,13 @@ _NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class PassArguments:
-    """What a pass was given, noted before it changes its cache.
+    """The arguments of a pass, recorded before it changes its cache.
 
     ``mask``: ``(batch, past + seq)``, nonzero on tokens. ``query_mask``: ``(batch, heads, seq, keys)``, bool or
-    additive.
-    ``cached``: the columns in the cache, a number where the host knows it, a scalar tensor for a static cache, None for
-    a cache that doesn't tell (recurrent models). ``columns``: the places ``(seq,)`` that the caller itself gave.
-    ``makes_cache``: whether there is no cache yet, and the pass was asked to make one. ``packs_rows``: whether one row
+    additive. ``columns``: the columns ``(seq,)`` that the caller passed.
+    ``cached``: the number of columns in the cache. It is an int if the host knows it, a scalar tensor for a static
+    cache, and None for a cache without a length, as in recurrent models.
+    ``makes_cache``: True if there is no cache yet, and the pass was asked to make one. ``packs_rows``: True if one row
     holds many prompts.
     """
 
@@ -47,19 +47,19 @@ class PassArguments:
 
     @property
     def tokens(self) -> Tensor | None:
-        """The tokens as the pass got them: embeddings, or else ids."""
+        """The pass's tokens: embeddings if it received any, else ids."""
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """``(batch, seq)`` of the pass, or None where these arguments don't say."""
+        """The pass's ``(batch, seq)``; None if these arguments don't show it."""
         given = self.tokens
         return None if given is None or given.ndim < 2 else (given.shape[0], given.shape[1])
 
 
 def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = ()) -> PassArguments:
-    """What the named arguments of a forward method with these ``parameters`` say."""
-    # Encoder-decoder models give the plain names to the encoder.
+    """Return a pass's arguments, out of the named arguments of a forward method with these ``parameters``."""
+    # In encoder-decoder models the plain names are those of the encoder's arguments.
     prefix = "decoder_" if "decoder_input_ids" in arguments or "decoder_input_ids" in parameters else ""
     cache = _first(arguments.get(name) for name in CACHE_NAMES)
     masks = arguments.get(f"{prefix}attention_mask")
@@ -77,17 +77,17 @@ def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = (
     )
 
 
-def say_the_same(some: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the arguments of two modules around one pass say the same of its tokens."""
+def describe_same_tokens(some: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return True if two modules around one pass received the same arguments about its tokens."""
     return all(some.get(name) is other.get(name) for name in _NAMES)
 
 
 def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
-    """The best of what the modules around one pass were given, outermost first; None if none was told its shape.
+    """Merge the arguments of the modules around one pass, outermost first; return None if none shows the shape.
 
-    A vision-language model gives its text decoder embeddings in place of ids, and masks and position ids of more
-    dimensions than it got; prompt tuning gives the decoder a longer prompt than it got. So the innermost module says
-    what the shape is, and of what fits that shape, two-dimensional arguments come first.
+    A vision-language model passes its text decoder embeddings instead of ids, and masks and position ids with more
+    dimensions than it received. Prompt tuning passes the decoder a longer prompt than it received. So the innermost
+    module decides the shape. Of the arguments that fit that shape, two-dimensional ones come first.
     """
     if len(calls) == 1 and _fits_itself(calls[0]):
         return calls[0]
@@ -113,13 +113,13 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
 
 
 def _fits_itself(call: PassArguments) -> bool:
-    """Whether there is nothing in it to leave out."""
+    """Return True if merging the call alone would leave nothing out."""
     shape, ids, columns = call.shape, call.position_ids, call.columns
     return shape is not None and (ids is None or ids.ndim == 2) and (columns is None or columns.shape == shape[1:])
 
 
 def cached_columns(cache: Any) -> int | Tensor | None:
-    """How many columns a cache holds, as in :class:`PassArguments`; 0 for no cache."""
+    """Return the number of columns in a cache, as in :class:`PassArguments`; 0 for no cache."""
     if cache is None:
         return 0
     if isinstance(cache, (tuple, list)):
@@ -129,12 +129,12 @@ def cached_columns(cache: Any) -> int | Tensor | None:
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
     if isinstance(length, Tensor):
-        return length.clone()  # a static cache counts in a tensor that the pass changes
+        return length.clone()  # the pass changes a static cache's counter in place
     return length if isinstance(length, int) else None
 
 
 def _columns_of_tuples(cache: Sequence[Any]) -> int | None:
-    """The length of transformers 4's tuples of keys and values ``(…, seq, head)``; None for a list of states."""
+    """Return the length of transformers 4's tuples of keys and values ``(…, seq, head)``; None for a list of states."""
     layer = cache[0] if cache else None
     if isinstance(layer, (tuple, list)) and len(layer) >= 2 and isinstance(layer[1], Tensor):
         return int(layer[1].shape[-2])
@@ -142,9 +142,9 @@ def _columns_of_tuples(cache: Sequence[Any]) -> int | None:
 
 
 def _mask_of(masks: Any, ndim: int) -> Tensor | None:
-    """The mask of so many dimensions, out of one mask or of transformers 5's masks by kind of layer."""
+    """Return the mask with ``ndim`` dimensions, out of one mask or of transformers 5's masks by kind of layer."""
     if isinstance(masks, Mapping):
-        # Windows hide what stands before them: full attention says most.
+        # A sliding window hides the tokens before it, so the mask of full attention shows most.
         ordered = sorted(masks.items(), key=lambda item: item[0] != "full_attention")
         return _first(_mask_of(mask, ndim) for _kind, mask in ordered)
     return masks if isinstance(masks, Tensor) and masks.ndim == ndim else None

@@ -1,4 +1,4 @@
-"""Remember what earlier passes fed into each cache."""
+"""Remember the tokens that earlier passes put into each cache."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,9 +14,9 @@ from steering_vectors.token_selection import TokenPositions
 
 
 class CacheMemory:
-    """What is known of each cache, for as long as the cache lives.
+    """The known contents of each cache, kept for as long as the cache lives.
 
-    The cache's own length is right wherever it has one. What was noted beside it is renewed after each pass.
+    A cache's length is always right if it has one. The other records are renewed after each pass.
     """
 
     def __init__(self, *, need_prompt_length: bool) -> None:
@@ -24,7 +24,7 @@ class CacheMemory:
         self._noted: dict[int, tuple[weakref.ref[Any], Past]] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
-        """Return where a pass's tokens stand. Raises ValueError where that can't be told."""
+        """Return the positions of a pass's tokens. Raises ValueError if they can't be determined."""
         past = self._past(call)
         index, column = token_index(call, past)
         if past.is_empty:
@@ -42,20 +42,20 @@ class CacheMemory:
         )
 
     def remember(self, call: PassArguments, output: Any, positions_of_pass: Callable[[], TokenPositions]) -> None:
-        """Note the tokens that a pass fed into its cache, which may be an object that the pass made."""
+        """Record the tokens that a pass put into its cache, which may be an object that the pass made."""
         made = _cache_of(output)
         past, cache = self._past(call), call.cache if made is None else made
-        if cache is None or not isinstance(past.columns, int):  # a static cache counts for itself
+        if cache is None or not isinstance(past.columns, int):  # a static cache keeps count itself
             return
         positions = positions_of_pass()
-        # Without padding a cache's own length says as much.
+        # Without padding, the cache's length is the number of tokens.
         may_be_padded = past.tokens is not None or call.mask is not None or call.query_mask is not None
         tokens = positions.index.amax(dim=1) + 1 if may_be_padded or call.cached is None else None
         first = first_position(call, positions.index) if past.is_empty else past.first_position
         self._note(cache, Past(past.columns + positions.index.shape[1], tokens, first, positions.prompt_length))
 
     def _past(self, call: PassArguments) -> Past:
-        """Return what stands in the call's cache."""
+        """Return the tokens in the call's cache."""
         reference, noted = self._noted.get(id(_key(call.cache)), (None, Past()))
         if reference is None or reference() is not _key(call.cache):
             noted = Past()
@@ -72,7 +72,7 @@ class CacheMemory:
 
 
 def _key(cache: Any) -> Any:
-    """Return what identifies a cache: of lists and tuples, which take no weak reference, the first tensor."""
+    """Return the object that identifies a cache. Lists and tuples allow no weak reference: it is their first tensor."""
     while isinstance(cache, (tuple, list)):
         cache = cache[0] if cache else None
     return cache
@@ -81,12 +81,12 @@ def _key(cache: Any) -> Any:
 def _cache_of(output: Any) -> Any:
     if not isinstance(output, Mapping):
         return None
-    names = list(output)  # to ask the output for a name that it lacks may warn of an older one
+    names = list(output)  # looking up a missing name in the output may warn about an older name
     return next((output[name] for name in CACHE_NAMES if name in names and output[name] is not None), None)
 
 
 def _prompt_length(call: PassArguments, index: Tensor, past: Past) -> Tensor | None:
-    """Return the own tokens of the first pass over a cache.
+    """Return each row's number of tokens ``(batch,)`` in the first pass over a cache.
 
     None if there was no such pass, or if more of the prompt came later.
     """
@@ -98,7 +98,7 @@ def _prompt_length(call: PassArguments, index: Tensor, past: Past) -> Tensor | N
         if seq == 1 and past.prompt_length is not None:
             return torch.where(columns.to(index.device) == 0, index[:, 0] + 1, past.prompt_length)
         if seq > 1:
-            columns = int(columns)  # a prompt, so one device read
+            columns = int(columns)  # a prompt, so this costs one device read per generation
     if isinstance(columns, int) and columns == 0:
         return index.amax(dim=1) + 1
     return None if seq > 1 else past.prompt_length

@@ -1,4 +1,4 @@
-"""Keep what gradient checkpointing runs again in the pass that ran it first."""
+"""Assign the parts that gradient checkpointing reruns to the pass that ran them first."""
 
 import copy
 import threading
@@ -15,13 +15,13 @@ from steering_vectors._models import Removable
 
 Pass = TypeVar("Pass")
 
-# Where Hugging Face's models keep the function that runs a part of a pass, and again in the backward pass.
+# Hugging Face's models keep here the function that runs a part of a pass, and reruns it in the backward pass.
 _FUNCTION = "_gradient_checkpointing_func"
 _LOCK = threading.Lock()
 
 
 class Tracker(Protocol[Pass]):
-    """Knows the pass that a thread is in, and puts a thread back into an earlier one."""
+    """A tracker that knows the pass a thread is in, and can put a thread back into an earlier pass."""
 
     @property
     def current(self) -> Pass | None: ...
@@ -30,14 +30,14 @@ class Tracker(Protocol[Pass]):
 
 
 def checkpoint_registrations(model: nn.Module, tracker: Tracker[Any]) -> Iterator[Callable[[], Removable]]:
-    """Yield calls that attach the tracker, one each, to the modules that run parts of a pass again."""
+    """Yield one call for each module that reruns parts of a pass; the call attaches the tracker to it."""
     for module in model.modules():
         if _FUNCTION in vars(module):
             yield partial(_attach, module, tracker)
 
 
 class _Checkpoints:
-    """A module's checkpointing function, whose parts run in the passes of the trackers."""
+    """A module's checkpointing function, which reruns each part in the pass that ran it first."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -55,7 +55,7 @@ class _Checkpoints:
         return self.function(run, *args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.function, memo)  # a copy of the model is not steered for long
+        return copy.deepcopy(self.function, memo)  # a copied model is not steered for long, so it needs no trackers
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class _Attached:
         with _LOCK:
             module = self.module()
             function = None if module is None else vars(module).get(_FUNCTION)
-            if module is None or not isinstance(function, _Checkpoints):  # somebody else's by now
+            if module is None or not isinstance(function, _Checkpoints):  # other code has replaced it
                 return
             function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self.tracker)
             if not function.trackers:

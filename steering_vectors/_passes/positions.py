@@ -1,7 +1,7 @@
-"""Work out where a pass's tokens stand in their rows.
+"""Work out the index of each of a pass's tokens in its row.
 
-Models are given masks, position ids and caches in many combinations. The sources stand in an order: the first one that
-can say where the tokens stand does.
+Models receive masks, position ids and caches in many combinations. These sources are tried in a fixed order, and the
+first one that shows the indices is used.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from steering_vectors._passes.arguments import PassArguments
 class Past:
     """The tokens that a pass finds in its cache.
 
-    ``columns``: how many columns, padding included; a scalar tensor where only the device knows, as for static caches.
-    ``tokens (batch,)``: how many tokens of each row, where padding may stand among them or the cache has no length.
-    ``first_position``: a scalar, the position id of each row's first token. ``prompt_length (batch,)``: the tokens of
-    the first pass over the cache; None where that is unknown.
+    ``columns``: the number of columns, with padding; a scalar tensor if only the device knows it, as for static caches.
+    ``tokens (batch,)``: the number of tokens in each row, if there may be padding or the cache has no length.
+    ``first_position``: a scalar, the position id of each row's first token. ``prompt_length (batch,)``: the number of
+    tokens in the first pass over the cache; None if unknown.
     """
 
     columns: int | Tensor = 0
@@ -31,18 +31,18 @@ class Past:
 
     @property
     def is_empty(self) -> bool:
-        """Say whether there is known to be nothing, without asking a device."""
+        """True if the cache is known to be empty without reading from a device."""
         return isinstance(self.columns, int) and self.columns == 0
 
 
 def token_index(call: PassArguments, past: Past) -> tuple[Tensor, Tensor]:
     """Return ``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
 
-    Raises ValueError for a pass that doesn't take a row's tokens in their order.
+    Raises ValueError if one row holds many prompts.
     """
     if call.packs_rows:
         raise ValueError(
-            "can't tell where the tokens stand in a pass that has many prompts in one row, as in generate_batch; "
+            "can't determine the token positions in a pass that has many prompts in one row, as in generate_batch; "
             "steer all tokens"
         )
     column = _columns(call, past)
@@ -51,7 +51,7 @@ def token_index(call: PassArguments, past: Past) -> tuple[Tensor, Tensor]:
 
 
 def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
-    """Return the position id at which rows begin, a scalar: 0 in most models, 1 in PaliGemma. None without ids."""
+    """Return the position id of the first tokens, a scalar: 0 in most models, 1 in PaliGemma. None without ids."""
     if call.position_ids is None:
         return None
     offset = call.position_ids.to(index.device).expand_as(index) - index
@@ -63,7 +63,7 @@ def _columns(call: PassArguments, past: Past) -> Tensor:
     assert call.tokens is not None
     seq, device = call.tokens.shape[1], call.tokens.device
     if call.columns is not None:
-        # A static cache of transformers 4 counts wrongly over padding; there generate gives the columns.
+        # A static cache of transformers 4 miscounts with padding, but generate passes the columns there.
         return call.columns.to(device)
     if isinstance(past.columns, int):
         return torch.arange(past.columns, past.columns + seq, device=device)
@@ -88,7 +88,7 @@ def _from_mask(call: PassArguments, past: Past, column: Tensor) -> Tensor | None
 
 
 def _from_position_ids(call: PassArguments, past: Past, column: Tensor) -> Tensor | None:
-    """Take position ids as indices, less the id at which rows begin."""
+    """Use position ids as indices, minus the id of the first tokens."""
     if call.position_ids is None or _no_padding_before(call, past):
         return None
     first = 0 if past.first_position is None else past.first_position.to(column.device)
@@ -107,7 +107,7 @@ def _from_query_mask(call: PassArguments, past: Past, column: Tensor) -> Tensor 
 
 
 def _from_count(call: PassArguments, past: Past, column: Tensor) -> Tensor:
-    """Go on counting after the tokens that were fed before."""
+    """Count on from the tokens of earlier passes."""
     before = past.columns if past.tokens is None else past.tokens[:, None].to(column.device)
     tokens = _is_token(call, column)
     return torch.where(tokens, before + tokens.cumsum(dim=1) - 1, -1)
@@ -123,7 +123,7 @@ def _batch(call: PassArguments) -> int:
 
 
 def _no_padding_before(call: PassArguments, past: Past) -> bool:
-    """Say whether the cache's length alone tells how many tokens stand before the pass."""
+    """Return True if the cache's length alone is the number of tokens before the pass."""
     return past.is_empty or (isinstance(past.columns, int) and call.mask is None and call.query_mask is None)
 
 
@@ -132,9 +132,9 @@ def _without_padding(index: Tensor, call: PassArguments, column: Tensor) -> Tens
 
 
 def _is_token(call: PassArguments, column: Tensor) -> Tensor:
-    """Return the columns of the pass that are no padding ``(batch, seq)``.
+    """Return a mask ``(batch, seq)`` of the pass's columns that are not padding.
 
-    They show in a mask of the pass alone, or in what the queries see.
+    They are found from a mask of the pass alone, or from the keys that the queries see.
     """
     batch, seq = _batch(call), column.shape[0]
     if call.mask is not None and call.mask.shape[1] == seq:
@@ -144,15 +144,15 @@ def _is_token(call: PassArguments, column: Tensor) -> Tensor:
     visible = _visible(call.query_mask).to(column.device)  # (batch or 1, seq, keys)
     keys = visible.shape[-1]
     sees_itself = visible.gather(-1, column.clamp(max=keys - 1).expand(len(visible), 1, seq).mT).squeeze(-1)
-    # A query on padding sees nothing, or everything: kernels that can't have nothing are given everything. So does a
-    # prefix's token in a prefix language model, but that one is seen by the last token.
+    # A query on padding sees nothing, or everything if the kernel needs something to see. A prefix's token in a prefix
+    # language model sees everything too, but the last token sees it.
     sees_all = visible.all(dim=-1)
     seen_by_last = visible[:, -1, :].gather(-1, column.clamp(max=keys - 1).expand(len(visible), seq))
-    # A key beyond the mask stands in a sliding window's cache, where the pass is past its prompt.
+    # A key beyond the mask means a sliding window's cache after the prompt, and so no padding.
     return ((sees_itself & (seen_by_last | ~sees_all)) | (column >= keys)).expand(batch, seq)
 
 
 def _visible(query_mask: Tensor) -> Tensor:
-    """Return the keys that each query sees, by the first head: ``(batch or 1, seq, keys)``."""
+    """Return the keys that each query of the first head sees: ``(batch or 1, seq, keys)``."""
     mask = query_mask[:, 0]
     return mask if mask.dtype is torch.bool else mask > -1e4  # additive masks hold the dtype's minimum

@@ -1,4 +1,4 @@
-"""Follow a model's forward passes: which one a thread is in, and where its tokens stand."""
+"""Follow a model's forward passes: the pass that each thread is in, and the positions of its tokens."""
 
 import inspect
 import itertools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._models import Removable, after_forward, before_forward, parameters_of, unless_removed
-from steering_vectors._passes.arguments import PassArguments, merge_arguments, pass_arguments, say_the_same
+from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
 from steering_vectors._passes.caches import CacheMemory
 from steering_vectors._passes.checkpointing import checkpoint_registrations
 from steering_vectors.token_selection import TokenPositions
@@ -22,7 +22,7 @@ _THREAD = threading.local()
 
 
 def this_thread() -> object:
-    """What stands for the thread that asks, and for no other: the numbers of threads are used again."""
+    """Return a mark of the calling thread that no other thread ever has; thread ids are reused."""
     mark: object = getattr(_THREAD, "mark", None)
     if mark is None:
         mark = _THREAD.mark = object()
@@ -30,15 +30,15 @@ def this_thread() -> object:
 
 
 class ForwardPass:
-    """One forward pass that is under way; :attr:`positions` are worked out when first asked for."""
+    """A forward pass; its :attr:`positions` are computed on first access."""
 
     def __init__(self, begun_by: nn.Module, memory: CacheMemory | None) -> None:
         self.begun_by = begun_by
         self.number = next(_NUMBERS)
-        self.thread = this_thread()  # a backward pass may run some of it again in another
+        self.thread = this_thread()  # a backward pass may rerun parts of it in another thread
         self.ended = False
         self.depth = -1
-        self.weights: dict[torch.device, Tensor | bool] = {}  # the selection of this pass, once it was asked for
+        self.weights: dict[torch.device, Tensor | bool] = {}  # the selection in this pass, once computed
         self._calls: list[PassArguments] = []
         self._memory = memory
         self._given: Mapping[str, Any] | None = None
@@ -46,28 +46,28 @@ class ForwardPass:
         self._positions: TokenPositions | None = None
 
     def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
-        """A module that is ``depth`` steps inside the outermost one has been called."""
+        """Record the call of a module that is ``depth`` steps inside the outermost one."""
         self.depth = depth
-        if arguments is not None and (self._given is None or not say_the_same(arguments, self._given)):
+        if arguments is not None and (self._given is None or not describe_same_tokens(arguments, self._given)):
             self._given = arguments
             self._calls.append(pass_arguments(arguments, parameters))
             self._merged = None
 
     def leave(self) -> None:
-        """The pass has ended; what gradient checkpointing may run of it again needs no arguments."""
+        """End the pass and drop its arguments; parts that gradient checkpointing reruns don't need them."""
         self._given = None
         self.ended = True
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(batch, seq)``. Raises ValueError where no module was told."""
+        """The pass's ``(batch, seq)``. Raises ValueError if no module's arguments show it."""
         shape = self._arguments().shape
         assert shape is not None
         return shape
 
     @property
     def positions(self) -> TokenPositions:
-        """Raises ValueError where no module was told the shape of the pass."""
+        """The positions of the pass's tokens. Raises ValueError if they can't be determined."""
         assert self._memory is not None
         if self._positions is None:
             self._positions = self._memory.positions(self._arguments())
@@ -77,7 +77,7 @@ class ForwardPass:
         call = self._merged_arguments()
         if call is None:
             raise ValueError(
-                f"can't tell where the tokens stand: {type(self.begun_by).__name__} was called without input_ids "
+                f"can't determine the token positions: {type(self.begun_by).__name__} was called without input_ids "
                 f"and without inputs_embeds. Call it with one of them, or steer all tokens."
             )
         return call
@@ -88,16 +88,16 @@ class ForwardPass:
         return self._merged
 
     def remember(self, output: Any) -> None:
-        """Note the tokens that this pass fed into its cache."""
+        """Record the tokens that this pass put into its cache."""
         call = None if self._memory is None else self._merged_arguments()
         if call is not None and self._memory is not None and not call.packs_rows:
             self._memory.remember(call, output, lambda: self.positions)
 
 
 class Need(IntEnum):
-    """The facts of a pass that are asked of a tracker; each includes those before it."""
+    """The facts about a pass that a tracker records; each includes those before it."""
 
-    PASSES = 0  # that one took place
+    PASSES = 0  # only that it took place
     SHAPE = 1
     THREAD = 2
     POSITIONS = 3
@@ -105,10 +105,10 @@ class Need(IntEnum):
 
 
 class PassTracker:
-    """The forward passes through a model, each noted while it lasts.
+    """A tracker of the forward passes through a model.
 
-    A pass belongs to the thread that runs it. What gradient checkpointing runs again belongs to the pass that ran it
-    first. Compiled code notes a pass only where its thread or more is needed. ``completed`` counts the noted passes.
+    A pass belongs to the thread that runs it. A part that gradient checkpointing reruns belongs to the pass that ran it
+    first. Passes of compiled code are recorded only from ``Need.THREAD`` on. ``completed`` counts the recorded passes.
     """
 
     def __init__(self, need: Need) -> None:
@@ -119,13 +119,13 @@ class PassTracker:
 
     @property
     def current(self) -> ForwardPass | None:
-        """The pass that this thread is in."""
+        """The pass that this thread is in; None between passes."""
         current: ForwardPass | None = getattr(self._thread, "current", None)
         return current
 
     @contextmanager
     def resumed(self, earlier: ForwardPass | None) -> Iterator[None]:
-        """A block in which this thread is in an earlier pass."""
+        """Put this thread into an earlier pass inside the block."""
         before, self._thread.current = self.current, earlier
         try:
             yield
@@ -133,26 +133,28 @@ class PassTracker:
             self._thread.current = before
 
     def registrations(self, modules: Sequence[nn.Module]) -> list[Callable[[], Removable]]:
-        """Calls that attach the tracker, one each: to the modules that take a whole pass, outermost first, and to those
-        inside them that run parts of it again.
+        """Return calls that each attach one hook of the tracker.
+
+        The hooks go on the modules that take a whole pass, outermost first, and on the modules inside them that rerun
+        parts of it.
         """
         around = [attach for depth, module in enumerate(modules) for attach in self._around(depth, module)]
         return around if self._need is Need.PASSES else [*around, *checkpoint_registrations(modules[0], self)]
 
     def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
         names = _positional_names(module)
-        # A pass that is only counted needn't be in compiled code; to call a hook after errors too, that would be made
-        # anew for each hook.
+        # Compiled code needn't record a pass that is only counted. A hook that also runs after errors would have the
+        # code compiled again for each hook.
         traceable = self._need < Need.THREAD
 
-        # Plain functions: a copy of the model made by deepcopy shares them.
+        # Plain functions, so that a deepcopy of the model shares them.
 
         @unless_removed
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_dynamo_compiling():
                 return
             current = self.current
-            # A module that was entered already belongs to a new pass: the old one was abandoned.
+            # A module that is entered a second time is in a new pass: the old one was abandoned.
             if current is None or depth <= current.depth:
                 current = self._thread.current = ForwardPass(module, self._memory)
             given: dict[str, Any] | None = None

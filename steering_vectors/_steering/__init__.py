@@ -1,8 +1,8 @@
 """Change activations at layers and tokens while a model runs.
 
-A request is checked in full and becomes a plan; attaching the plan gives a handle, and removing the handle ends it.
-One hook a module runs all of its changes, in the order in which they were entered.
-Operators and selectors are plain callables: nothing here knows one of them by name.
+A request is checked in full and becomes a plan. Attaching the plan returns a handle, whose removal ends the steering.
+One hook per module runs all of its changes, in the order in which they were entered.
+Operators and selectors are plain callables, and none of them gets special treatment here.
 """
 
 from steering_vectors._steering.active import (

@@ -9,9 +9,9 @@ from steering_vectors.token_selection import may_go_by_row_or_end
 
 
 def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
-    """Return the steerings that are attached to ``model``'s modules, in the order in which they were entered.
+    """Return the steerings attached to ``model``'s modules, in the order in which they were entered.
 
-    A notebook cell that is run twice attaches twice, and doubles a strength.
+    Running a notebook cell twice attaches its steering twice, which doubles the effect.
 
     >>> active_patches(model)
     []
@@ -22,25 +22,25 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
 
 
 def is_steered_by_token(model: nn.Module) -> bool:
-    """Return True if a steering selects tokens, so that their order in a pass matters."""
+    """Return True if a steering selects tokens, so that the tokens' order in a pass matters."""
     return any(patch.selector is not None for patch in active_patches(model))
 
 
 def is_steered_by_token_or_row(model: nn.Module) -> bool:
-    """Return True if a steering selects tokens or tells rows apart."""
+    """Return True if a steering selects tokens or treats rows differently."""
     return any(patch.selector is not None or patch.multiplier.by_row for patch in active_patches(model))
 
 
 def check_not_steered_by_row(model: nn.Module) -> None:
-    """Raise ValueError if a steering depends on the rows of a batch or their padding.
+    """Raise ValueError if a steering depends on the rows of a batch or on their padding.
 
-    In training they aren't the caller's.
+    Training forms its own batches, so the rows aren't the caller's.
     """
     for patch in active_patches(model):
         selector = patch.selector
         if (selector is not None and may_go_by_row_or_end(selector)) or patch.multiplier.by_row:
             raise ValueError(
-                f"the model is steered row by row or from a row's end, or may be, and training makes rows of its own: "
-                f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. A "
-                f"selector of yours that does so says it by the attributes rows = 1 and counts_from_end = False."
+                f"the model is steered row by row or from a row's end, or may be, but training forms its own batches: "
+                f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. If your "
+                f"own selector goes by the index alone, give it the attributes rows = 1 and counts_from_end = False."
             )

@@ -1,4 +1,4 @@
-"""Attach changes to modules: one hook a module runs all of its changes."""
+"""Attach changes to modules; one hook per module runs all of its changes."""
 
 import threading
 import weakref
@@ -22,41 +22,41 @@ from steering_vectors._models import (
 )
 from steering_vectors._steering.change import Change
 
-# The attributes of a steered module, by what of it is steered.
+# Attributes of a steered module that hold the changes of its output, and of its input.
 OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
 _LOCK = threading.Lock()
 
-# Called with each steered module, and its activation before and after.
+# Called with a steered module, and with its activation before and after the steering.
 Trace: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
 _traces: tuple[Trace, ...] = ()
 
 
 @contextmanager
 def traced(trace: Trace) -> Iterator[None]:
-    """Call ``trace`` in the block with each steering of a module's output."""
-    global _traces  # noqa: PLW0603  # compiled code looks at it, and is made anew
-    own = never_compiled(trace)
+    """Call ``trace`` for each steering of a module's output inside the block."""
+    global _traces  # noqa: PLW0603  # compiled code depends on it, and is recompiled when it changes
+    uncompiled = never_compiled(trace)
     with _LOCK:
-        _traces = (*_traces, own)
+        _traces = (*_traces, uncompiled)
     try:
         yield
     finally:
         with _LOCK:
-            _traces = tuple(other for other in _traces if other is not own)
+            _traces = tuple(other for other in _traces if other is not uncompiled)
 
 
 class _Steered:
-    """The changes of a module's output, or input, in the order in which they were entered.
+    """Changes of a module's output, or input, in the order in which they were entered.
 
-    It stands on the module itself, where torch.compile sees what compiled code depends on.
+    An attribute of the module holds it, so that torch.compile sees that compiled code depends on it.
     """
 
     def __init__(self, module: nn.Module, place: str, original: "_Steered | None") -> None:
         self.module = weakref.ref(module)
-        self.original = original  # what steers the module that this one is a copy of
+        self.original = original  # the changes of the module that this one was copied from
         self.changes: tuple[Change, ...] = ()
-        # A copy of a steered module has the hook. It comes first, so that whoever captures the output later sees what
-        # was steered.
+        # A copy of a steered module has the hook already. The hook comes first, so that later hooks see the steered
+        # output.
         self.hook: Removable | None = None
         if place == OUTPUT and _steer not in module._forward_hooks.values():
             self.hook = after_forward(module, _steer, first=True, traceable=True)
@@ -64,7 +64,7 @@ class _Steered:
             self.hook = before_forward(module, _steer_input, traceable=True)
 
     def __deepcopy__(self, _memo: Any) -> "_Steered":
-        return self  # a copy of the model is steered no longer than the model
+        return self  # shared, so that a copy of the model is steered only as long as the model
 
 
 def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -86,9 +86,9 @@ def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @dataclass(frozen=True, eq=False)
 class _AttachedChange:
-    """An attached change; to remove the last one removes the module's hook."""
+    """An attached change. Removing a module's last change removes the module's hook."""
 
-    steered: _Steered  # which copies of the module share, and may outlive it by
+    steered: _Steered  # copies of the module share it, and may outlive the module
     place: str
     change: Change
 
@@ -107,7 +107,7 @@ class _AttachedChange:
 
 
 def attach_change(module: nn.Module, change: Change, place: str = OUTPUT) -> _AttachedChange:
-    """Make the change to the module's output, or at the place ``INPUT`` to its input, from now on."""
+    """Apply the change to the module's output from now on or, at the place ``INPUT``, to its input."""
     with _LOCK:
         steered = module.__dict__.get(place)
         if steered is None or steered.module() is not module:

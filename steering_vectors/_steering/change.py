@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steering_vectors._arguments import call_hint
 from steering_vectors._models import never_compiled
+from steering_vectors._precision import wide, wide_dtype
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors.steering_operators import PatchDeltaOperator
 
@@ -17,11 +18,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Change:
     """One steering at one layer: activation → steered activation.
 
-    ``weights_for`` says which of an activation's tokens are steered, in a shape that broadcasts to it, or True for all
-    and False for none of them; None means all.
-    ``rows_along`` brings one row for each multiplier ``(rows, n)`` to an activation's axes. ``applies`` says whether a
-    pass is to be steered at all; None means each. ``owner`` is whose change it is. ``ran`` is set once the layer has
-    run in such a pass.
+    ``weights_for`` returns the weights of an activation's tokens, in a shape that broadcasts to the activation. It
+    returns True to steer all tokens, and False to steer none. Without it, all tokens are steered.
+    ``rows_along`` lays out one row for each multiplier, ``(rows, n)``, along an activation's axes. ``applies`` returns
+    True if the current pass is steered at all; without it, every pass is. ``owner`` is the handle that the change
+    belongs to. ``ran`` is True once the layer has run in a steered pass.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class Change:
         self._applies = applies
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or multiplier.is_learned
-        with torch.inference_mode(False):  # else no later pass could differentiate through what is made of it
-            self._scaled = multiplier.times(_wide(direction.detach())).detach()
+        with torch.inference_mode(False):  # otherwise no later pass could differentiate through these tensors
+            self._scaled = multiplier.times(wide(direction.detach())).detach()
             largest = float(self._scaled.abs().max())
         self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -62,27 +63,27 @@ class Change:
             return activation
         if activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
-        direction = self._direction_for(activation, _wide_dtype(activation))
+        direction = self._direction_for(activation, wide_dtype(activation.dtype))
         delta = self._operated(activation, direction)
         if weights is not True and weights.dtype is not torch.bool:
             delta = weights.to(direction.dtype) * delta
             weights = weights != 0
         if delta.dtype is not activation.dtype:
-            # Of the direction itself a narrow copy is kept, so that addition costs no more than an addition.
+            # A narrow copy of the direction itself is cached, so that addition costs no more than an addition.
             narrow = activation.dtype
             delta = self._direction_for(activation, narrow) if delta is direction else delta.to(narrow)
         steered = activation + delta
         if self._multiplier.is_learned or self._multiplier.leaves_rows:
             left = _only_gradients(activation, delta) if self._multiplier.is_learned else activation
             steered = torch.where(self._is_zero(activation), left, steered)
-        # What is not selected stays bit for bit: to add zero would change a negative zero.
+        # Unselected tokens stay the same bit for bit: adding zero would change a negative zero.
         steered = steered if weights is True else torch.where(weights, steered, activation)
-        if activation.dtype in self._too_large_for:  # only a direction of such a size is worth the wait for a device
+        if activation.dtype in self._too_large_for:  # only so large a direction justifies waiting for a device
             _check_finite(steered, activation, self.layer)
         return steered
 
     def _operated(self, activation: Tensor, direction: Tensor) -> Tensor:
-        """Return what the operator would add to the activation, broadcastable to it, in any dtype."""
+        """Return the operator's result, checked to broadcast to the activation, in any dtype."""
         try:
             delta = self._operator(activation, direction)
         except RuntimeError as error:
@@ -95,8 +96,8 @@ class Change:
         if delta is not direction and not (isinstance(delta, Tensor) and _broadcasts_to(delta, activation)):
             got = f"shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else type(delta).__name__
             raise ValueError(
-                f"the operator {self._operator!r} gave {got} for an activation of shape {tuple(activation.shape)}; "
-                f"expected what is to be added to it, of a shape that broadcasts to it"
+                f"the operator {self._operator!r} returned {got} for an activation of shape {tuple(activation.shape)}; "
+                f"expected the tensor to add to it, of a shape that broadcasts to it"
                 f"{call_hint(self._operator) if callable(delta) else ''}"
             )
         return delta
@@ -104,7 +105,7 @@ class Change:
     def _direction_for(self, activation: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the direction times the multiplier, on the activation's device: ``(1, 1, hidden)``.
 
-        For an activation ``(batch * seq, hidden)`` it has one axis less. With a multiplier for each row it is
+        The result has one axis less for an activation ``(batch * seq, hidden)``. With a multiplier for each row it is
         ``(batch, 1, hidden)``, or has as many axes as the activation.
         """
         if self._multiplier.by_row:
@@ -114,7 +115,7 @@ class Change:
 
     def _scaled_for(self, device: torch.device, dtype: torch.dtype, shape: list[int]) -> Tensor:
         if self._is_live:
-            return self._multiplier.times(_wide(self._direction).to(device)).to(dtype).reshape(shape)
+            return self._multiplier.times(wide(self._direction).to(device)).to(dtype).reshape(shape)
         if torch.compiler.is_dynamo_compiling():
             return self._scaled.to(device, dtype).reshape(shape)
         key = (device, dtype, len(shape))
@@ -124,7 +125,7 @@ class Change:
         return self._copies[key]
 
     def _is_zero(self, activation: Tensor) -> Tensor:
-        """Return where the multiplier is 0, broadcastable to ``activation``."""
+        """Return a mask of the multipliers that are 0, broadcastable to ``activation``."""
         device = activation.device
         if self._multiplier.is_learned or torch.compiler.is_dynamo_compiling():
             is_zero = self._multiplier.is_zero(device)
@@ -133,14 +134,6 @@ class Change:
                 self._zeros[device] = self._multiplier.is_zero(device)
             is_zero = self._zeros[device]
         return self._rows_along(is_zero[:, None], activation) if self._multiplier.by_row else is_zero
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide_dtype(tensor))
 
 
 @never_compiled
@@ -153,14 +146,18 @@ def _check_finite(steered: Tensor, activation: Tensor, layer: int) -> None:
 
 
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
-    """``activation`` bit for bit, with the gradients of ``activation + delta``: for a multiplier learned from 0."""
+    """Return ``activation`` bit for bit with the gradients of ``activation + delta``, to learn a multiplier from 0."""
     return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
 
 
 def width_message(width: int, layer: int, layer_width: int) -> str:
-    return f"the vector's directions have {width} numbers, the model's layer {layer} has {layer_width}"
+    """Return the message of the error for a vector of another width than the model's."""
+    return (
+        f"the vector's directions have {width} numbers, but the model's layer {layer} has {layer_width}: use a vector "
+        f"made for this model"
+    )
 
 
 def _broadcasts_to(delta: Tensor, activation: Tensor) -> bool:
     sizes = zip(reversed(delta.shape), reversed(activation.shape), strict=False)
-    return delta.ndim <= activation.ndim and all(own in (1, size) for own, size in sizes)
+    return delta.ndim <= activation.ndim and all(given in (1, size) for given, size in sizes)

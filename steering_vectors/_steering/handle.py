@@ -1,4 +1,4 @@
-"""Attach a steering to a model, and remove it: by hand, or by leaving a block."""
+"""Attach a steering to a model, and remove it by hand or by leaving a block."""
 
 import inspect
 import itertools
@@ -21,9 +21,9 @@ from steering_vectors.token_selection import may_need_prompt_length
 
 
 class SteeringPatchHandle:
-    """A steering that is attached to a model; :meth:`remove` takes it off. In a ``with``, leaving the block does.
+    """A steering that is attached to a model. :meth:`remove` removes it, and so does leaving a ``with`` block.
 
-    ``layers`` are the steered layers' numbers.
+    ``layers`` lists the numbers of the steered layers.
 
     >>> with vector.patch(model) as handle:
     ...     handle
@@ -64,17 +64,17 @@ class SteeringPatchHandle:
         self._hooks = attach_all([*self._tracker.registrations(steering.anatomy.pass_modules), *attachments])
 
     def remove(self) -> None:
-        """Take the steering off the model; a second call does nothing.
+        """Remove the steering from the model; a second call does nothing.
 
-        Warns with a RuntimeWarning if the model ran and some layer or every token was passed by, unless an exception is
-        on its way.
+        Warns with a RuntimeWarning if the model ran but some steered layer did not, or no token was selected. It does
+        not warn while an exception is being handled.
         """
         self._detach(quiet=sys.exc_info()[0] is not None)
 
     def __enter__(self) -> "SteeringPatchHandle":
-        """Raises RuntimeError if the steering was removed: the block would run unsteered."""
+        """Return the handle. Raises RuntimeError if the steering was removed, since the block would run unsteered."""
         if not self._hooks:
-            raise RuntimeError("this steering was removed from its model: make a new one by vector.patch(model)")
+            raise RuntimeError("this steering was removed from its model: make a new one with vector.patch(model)")
         return self
 
     def __exit__(
@@ -96,14 +96,14 @@ class SteeringPatchHandle:
         idle = sorted({change.layer for change in self._changes if not change.ran})
         if self._thread is not None and idle == self.layers:
             message = (
-                f"the model ran, but not in the thread that this steering is for, by this_thread_only=True: layers "
-                f"{self.layers} were not steered"
+                f"the model ran, but not in the thread that attached this steering with this_thread_only=True: layers "
+                f"{self.layers} were not steered; run the model in that thread, or leave out this_thread_only"
             )
         elif idle:
-            message = f"the model ran, and of the steered layers {self.layers} these never did: {idle}"
+            message = f"the model ran, but of the steered layers {self.layers} these never did: {idle}"
         elif self._selection.was_empty:
             message = (
-                f"the model ran, and {self.selector!r} selected none of its tokens: "
+                f"the model ran, but {self.selector!r} selected none of its tokens: "
                 f"layers {self.layers} were not steered"
             )
         else:
@@ -111,13 +111,13 @@ class SteeringPatchHandle:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def _is_of_own_thread(self) -> bool:
-        """Return True if the pass that runs now belongs to the thread that attached the steering."""
+        """Return True if the current pass belongs to the thread that attached the steering."""
         current = self._tracker.current
         return (this_thread() if current is None else current.thread) is self._thread
 
 
 def _need_of(steering: Steering) -> Need:
-    """Return the facts of a pass that the steering asks for."""
+    """Return the facts about a pass that the steering needs."""
     selector = steering.selector
     if selector is not None:
         return Need.PROMPT_LENGTH if may_need_prompt_length(selector) else Need.POSITIONS
@@ -127,7 +127,7 @@ def _need_of(steering: Steering) -> Need:
 
 
 class SteeringContext(ContextDecorator):
-    """A context manager that steers a model, and a decorator of functions in which it is steered.
+    """A context manager that steers a model inside its block, or as a decorator inside a function.
 
     :meth:`SteeringVector.apply` and :func:`ablate_everywhere` return it.
 
@@ -138,7 +138,7 @@ class SteeringContext(ContextDecorator):
     def __init__(self, attach: Callable[[], SteeringPatchHandle], shown: str) -> None:
         self._attach = attach
         self._shown = shown
-        self._handles: list[tuple[object, SteeringPatchHandle]] = []  # with the threads that entered
+        self._handles: list[tuple[object, SteeringPatchHandle]] = []  # each with the thread that entered it
 
     def __enter__(self) -> None:
         self._handles.append((this_thread(), self._attach()))
@@ -146,17 +146,17 @@ class SteeringContext(ContextDecorator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # This thread's last one; a generator may be left by another thread than the one that entered.
-        own = [n for n, (thread, _) in enumerate(self._handles) if thread is this_thread()]
-        _, handle = self._handles.pop(own[-1] if own else -1)
+        # The last one that this thread entered, if any: a generator may be closed in another thread than it began in.
+        entered = [n for n, (thread, _) in enumerate(self._handles) if thread is this_thread()]
+        _, handle = self._handles.pop(entered[-1] if entered else -1)
         handle._detach(quiet=kind is not None)
 
     def __call__(self, function: Any) -> Any:
-        """Raises TypeError for functions that do their work after they have returned: they would run unsteered."""
+        """Decorate a function. Raises TypeError for a generator or a coroutine, which would run unsteered."""
         if any(kind(function) for kind in _DEFERRED):
             raise TypeError(
-                f"{getattr(function, '__name__', function)} is a generator or a coroutine, which runs after it has "
-                f"returned: use `with vector.apply(…):` inside it"
+                f"{getattr(function, '__name__', function)} is a generator or a coroutine, whose code runs only "
+                f"after the call, unsteered: use `with vector.apply(…):` inside it"
             )
         return super().__call__(function)
 
@@ -164,7 +164,7 @@ class SteeringContext(ContextDecorator):
         return f"SteeringContext({self._shown})"
 
     def _recreate_cm(self) -> "SteeringContext":
-        return SteeringContext(self._attach, self._shown)  # each call of a decorated function steers for itself
+        return SteeringContext(self._attach, self._shown)  # each call of a decorated function attaches its own steering
 
 
 _DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)

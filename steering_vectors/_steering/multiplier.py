@@ -7,20 +7,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# What users give as a multiplier.
+# A multiplier as users pass it.
 Numbers: TypeAlias = float | Sequence[float] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Multiplier:
-    """A factor on the direction, as :func:`as_multiplier` makes it.
+    """A factor on the direction, made by :func:`as_multiplier`.
 
-    ``value`` is one number, a tensor ``(rows,)`` of one for each row of a batch, or a tensor that gradients flow to,
-    whose numbers may change between passes.
+    ``value`` is one number, a tensor ``(rows,)`` with one number for each row of a batch, or a tensor that gradients
+    flow to, whose numbers may change between passes.
 
-    The rest follows from it. It is kept here since code that torch.compile makes is made anew for other booleans, but
-    not for another value. ``changes_nothing``: all is 0, and stays so. ``leaves_rows``: some row's number is 0, and
-    stays so.
+    The other fields follow from it. They are kept since torch.compile recompiles for other booleans, but not for
+    another value. ``changes_nothing`` is True if all numbers are 0 and stay so, ``leaves_rows`` if some row's number is
+    0 and stays so.
     """
 
     value: float | Tensor
@@ -30,16 +30,16 @@ class Multiplier:
     leaves_rows: bool
 
     def times(self, direction: Tensor) -> Tensor:
-        """Return the product ``(hidden,)`` or ``(rows, hidden)``; for a row that is left alone, the direction."""
+        """Return the product ``(hidden,)`` or ``(rows, hidden)``. A row whose number is 0 gets the direction."""
         if not isinstance(self.value, Tensor) or not self.by_row:
             return self.value * direction
         rows = self.value
-        if self.leaves_rows:  # an operator might make NaN of zeros, whose gradients spoil those of other rows
+        if self.leaves_rows:  # an operator might return NaN for zeros, which would spoil the other rows' gradients
             rows = torch.where(rows == 0, 1, rows)
         return rows.to(direction.dtype).to(direction.device)[:, None] * direction.reshape(1, -1)
 
     def is_zero(self, device: torch.device) -> Tensor:
-        """Return a mask of the numbers that are 0: one number, or ``(rows,)``."""
+        """Return True where the number is 0: a scalar tensor, or ``(rows,)``."""
         return (torch.as_tensor(self.value) == 0).to(device)
 
     def __repr__(self) -> str:
@@ -49,11 +49,11 @@ class Multiplier:
 
 
 def as_multiplier(given: Any) -> Multiplier:
-    """Check a multiplier that a user gave.
+    """Check a multiplier that a user passed.
 
     Raises TypeError unless it is one number, or one for each row, and ValueError unless all are finite.
     """
-    wanted = "multiplier must be one number, or a sequence or 1-D tensor of one for each row"
+    wanted = "multiplier must be one number, or a sequence or 1-D tensor with one number for each row"
     if isinstance(given, (str, bytes)):
         raise TypeError(f"{wanted}, got {given!r}")
     try:
@@ -63,7 +63,7 @@ def as_multiplier(given: Any) -> Multiplier:
     if numbers.ndim > 1 or numbers.is_complex():
         raise TypeError(f"{wanted}, got {type(given).__name__} of shape {tuple(numbers.shape)}")
     if numbers.numel() == 0:
-        raise ValueError("multiplier is empty: give one number, or one for each row")
+        raise ValueError("multiplier is empty: pass one number, or one for each row")
     if not bool(numbers.isfinite().all()):
         raise ValueError(f"multiplier must be finite, got {given}")
     if numbers.requires_grad:

@@ -1,4 +1,4 @@
-"""From a vector and what is asked of it to a steering of a model: all that can be checked before the model runs."""
+"""Plan a steering of a model by a vector, with every check that is possible before the model runs."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from steering_vectors.token_selection import Selector
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """What is to be done to a model's activations; checked, and not attached yet.
+    """A checked request to change a model's activations, not attached yet.
 
-    ``directions`` are ``(hidden,)`` by layer number, ``places`` the modules that are changed, each with its layer's
-    number and whether its output or its input is meant. None as ``selector`` means all tokens. With
-    ``this_thread_only`` only passes in the thread that attaches it are steered.
+    ``directions`` are ``(hidden,)`` by layer number. ``places`` are the modules to change, each with its layer's number
+    and with ``OUTPUT`` or ``INPUT``, the side to change. A ``selector`` of None means all tokens. With
+    ``this_thread_only``, only passes in the thread that attaches it are steered.
     """
 
     anatomy: Anatomy
@@ -43,7 +43,7 @@ class Steering:
 
 
 class Vector(Protocol):
-    """What a steering takes of a vector."""
+    """The part of a steering vector that a steering uses."""
 
     layer_activations: dict[int, Tensor]
     layer_type: LayerType
@@ -58,23 +58,25 @@ def steering_of(
     selector: Any,
     this_thread_only: bool,
 ) -> Steering:
-    """The vector's steering of a model, with all that can be checked before the model runs."""
+    """Return the vector's steering of a model. Raises every error that can be found before the model runs."""
     check_layer_type(vector.layer_type)
     anatomy = anatomy_of(model)
     found = layers_of(anatomy, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_operator(operator)
     if selector is not None or multiplier.by_row:
-        _check_tokens_can_be_told(anatomy)
+        _check_tokens_can_be_located(anatomy)
     directions = checked_directions(vector.layer_activations)
     if not directions:
-        raise ValueError("this steering vector has no directions")
+        raise ValueError("this steering vector has no directions, so there is nothing to apply")
     by_number: dict[int, Tensor] = {}
     for layer, direction in directions.items():
         number = found.number(layer)
         if number in by_number:
             same = [key for key in directions if found.number(key) == number]
-            raise ValueError(f"the vector's layers {same} are one layer of this model, number {number}")
+            raise ValueError(
+                f"the vector's layers {same} are the same layer of this model, number {number}: keep only one of them"
+            )
         by_number[number] = direction
     widths = [] if layer_config and vector.layer_type in layer_config else anatomy.widths
     width = next(iter(by_number.values())).shape[-1]
@@ -83,27 +85,27 @@ def steering_of(
     modules = {number: found.modules[number] for number in sorted(by_number)}
     if len(set(modules.values())) < len(modules):
         raise ValueError(
-            f"layers {sorted(by_number)} of {type(model).__name__} share modules, and can't be steered apart"
+            f"layers {sorted(by_number)} of {type(model).__name__} share modules, so they can't be steered separately"
         )
     places = [(number, module, OUTPUT) for number, module in modules.items()]
     return Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only)
 
 
-def _check_tokens_can_be_told(anatomy: Anatomy) -> None:
+def _check_tokens_can_be_located(anatomy: Anatomy) -> None:
     if anatomy.learns_prompts:
         raise ValueError(
-            "prompt learning puts virtual tokens before the prompt's own, so it can't be told exactly which tokens to "
-            "steer; steer all tokens"
+            "prompt learning puts virtual tokens before the prompt's own, so the tokens to steer can't be located "
+            "exactly: steer all tokens, with one multiplier for all rows"
         )
     if anatomy.takes_tokens_again:
         raise ValueError(
-            f"can't tell where the tokens stand in {type(anatomy.model).__name__}, which takes some of a row's again "
-            f"and in another order; steer all tokens"
+            f"can't locate the tokens in {type(anatomy.model).__name__}, which takes some of a row's tokens again and "
+            f"in another order: steer all tokens, with one multiplier for all rows"
         )
 
 
 def warn_of_another_model(metadata: Mapping[str, str], anatomy: Anatomy) -> None:
-    """Warn if the metadata tell of another type of model, or of one of another depth. Names are not compared."""
+    """Warn if the metadata name another type of model, or another number of layers. Names are not compared."""
     here = type_and_depth(anatomy)
     others = [
         f"{name} {metadata[name]!r}, here {here[name]!r}"

@@ -3,35 +3,35 @@
 import torch
 from torch import Tensor
 
-from steering_vectors._models import along_tokens
+from steering_vectors._models import along_tokens, expand_rows
 from steering_vectors._passes import ForwardPass, PassTracker
-from steering_vectors.token_selection import Selector, expand_rows, selected
+from steering_vectors.token_selection import Selector, selected
 
 
 class Selection:
-    """The tokens that a steering selects, pass by pass, and the rows of its multipliers.
+    """The tokens that a steering selects in each pass, and the rows of its multipliers.
 
-    None as ``selector`` means all tokens. With ``columns_first`` activations are ``(seq, batch, hidden)``.
+    A ``selector`` of None means all tokens. With ``columns_first``, activations are ``(seq, batch, hidden)``.
     """
 
     def __init__(self, tracker: PassTracker, selector: Selector | None, *, columns_first: bool) -> None:
         self._tracker = tracker
         self._selector = selector
         self._columns_first = columns_first
-        self._any_selected: bool | None = None  # until something is known
+        self._any_selected: bool | None = None  # None until a selection is known
         self._any_selected_on: dict[torch.device, Tensor] = {}
 
     @property
     def was_empty(self) -> bool:
-        """True if tokens were selected from, and none was."""
+        """True if selections were made, and none held a token."""
         known = [] if self._any_selected is None else [self._any_selected]
         flags = [*self._any_selected_on.values(), *known]
         return bool(flags) and not any(bool(flag) for flag in flags)
 
     def weights_for(self, activation: Tensor) -> Tensor | bool:
-        """Return what the selector says of the pass that this thread is in, broadcastable to ``activation``.
+        """Return the selection of this thread's current pass, broadcastable to ``activation``.
 
-        True for all tokens and False for none of them, where that is known without waiting for a device.
+        The result is True for all tokens and False for none, where that is known without waiting for a device.
         """
         current = self._current_pass()
         weights = current.weights.get(activation.device)
@@ -39,13 +39,13 @@ class Selection:
             weights = self._select(current, activation.device)
         if isinstance(weights, bool):
             shape = current.positions.index.shape
-            if activation.shape[:2] != shape:  # raises where it can't be told which tokens it holds
+            if activation.shape[:2] != shape:  # raises if the activation's tokens can't be identified
                 along_tokens(activation.new_empty(*shape, 1), activation, columns_first=self._columns_first)
             return weights
         return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
 
     def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
-        """Return the selection of a pass, which is kept for its other layers."""
+        """Return the selection of a pass, and keep it for the pass's other layers."""
         assert self._selector is not None
         weights = next(iter(current.weights.values()), None)
         if weights is None:
@@ -69,8 +69,8 @@ class Selection:
         current = self._tracker.current
         if current is None:
             raise RuntimeError(
-                "a steered layer ran outside a pass of the model, so it can't be told which tokens it got; call the "
-                "model and not its layers, and enable gradient checkpointing by the model's own method, before steering"
+                "a steered layer ran outside a pass of the model, so its tokens are unknown: call the model, not its "
+                "layers, and enable gradient checkpointing before steering, with the model's own method"
             )
         return current
 
@@ -83,7 +83,7 @@ class Selection:
 
 
 def _all_or_none(weights: Tensor) -> Tensor | bool:
-    """Return True for all tokens and False for none, on the CPU; to look at other devices would wait for them."""
+    """Return True for all tokens and False for none, on the CPU only: reading other devices would wait for them."""
     if weights.device.type != "cpu":
         return weights
     if weights.dtype is torch.bool and bool(weights.all()):

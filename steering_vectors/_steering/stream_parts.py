@@ -1,4 +1,7 @@
-"""Which of a block's modules write to the residual stream: told by what the block makes of other outputs of theirs."""
+"""Find the modules inside a block whose outputs it adds to the residual stream.
+
+The modules' outputs are replaced in test passes, and the block's outputs show which of them it adds.
+"""
 
 import threading
 import warnings
@@ -25,20 +28,20 @@ from steering_vectors._models import (
 )
 
 _TOKENS = 5
-# The block's output must be a sum of its input and its modules' outputs up to so much; rounding makes it less exact.
+# The relative error up to which a block's output is a sum of its input and its modules' outputs, given rounding.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-# A module whose output stands in that sum with a smaller factor doesn't write to the stream.
+# A module whose output has a smaller factor in that sum doesn't write to the stream.
 _LEAST_FACTOR = 0.02
 
 
 def written_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """For each block, the modules inside it whose outputs are added to the stream: its attention, its MLP.
+    """Return, for each block, the modules inside it whose outputs it adds to the stream: its attention, its MLP.
 
-    Where there is a norm after such a part, it is the norm. A block is given back itself, alone, where its output is no
-    sum of its input and such parts.
+    A norm that follows such a module is returned instead of it. Where a block's output is not the sum of its input and
+    such modules' outputs, the block itself is returned alone.
 
-    Passes over a few tokens are run, in which the modules' outputs are replaced by random numbers: what a block makes
-    of them tells which it adds. Nothing of the model is changed.
+    In passes over a few tokens, the modules' outputs are replaced by random numbers, and the blocks' outputs show which
+    of them are added. The model is not changed.
     """
     found: dict[nn.Module, list[nn.Module]] = {}
     for depth in (1, 2, 3):  # some models add the stream inside their attention and MLP
@@ -48,10 +51,10 @@ def written_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn
 
 
 def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Each block with its modules at a depth whose outputs it adds to the stream; none where that can't be told."""
+    """Yield each block with the modules at a depth whose outputs it adds to the stream; none if that is unknown."""
     blends = {block: _Blend() for block in blocks}
     running: list[_Blend] = []
-    thread = threading.get_ident()  # passes of others go on as they are
+    thread = threading.get_ident()  # other threads' passes must stay as they are
 
     @unless_removed
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +75,7 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
         [
             *(partial(before_forward, block, begin) for block in blocks),
             *(partial(after_forward, part, replace) for part in parts),
-            # First, before a steering of the block.
+            # First, so that it sees the output before the block is steered.
             *(partial(after_forward, block, end, first=True) for block in blocks),
         ]
     )
@@ -82,10 +85,10 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     try:
         with kept_states(stateful_modules(model)):
             read_pass(model, {}, inputs, activation_of, stop_early=False)
-    except Exception as error:  # a model that can't be run so raises what it likes
+    except Exception as error:  # a model that can't be run this way may raise anything
         warnings.warn(
-            f"{type(model).__name__} can't be run on a few tokens alone, so that its blocks' parts can't be told, and "
-            f"only the blocks' outputs are ablated: {type(error).__name__}: {error}",
+            f"{type(model).__name__} can't be run on a few tokens alone, so the modules that write to the residual "
+            f"stream can't be found, and only the blocks' outputs are ablated: {type(error).__name__}: {error}",
             UserWarning,
             stacklevel=2,
         )
@@ -104,51 +107,52 @@ def _at_depth(module: nn.Module, depth: int) -> Iterator[nn.Module]:
 
 
 class _Blend:
-    """What a block makes of its input and of its modules' outputs, all random but the first."""
+    """A block's input and output in a test pass, with the random outputs put in place of its modules' outputs."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
-        self._given: Tensor | None = None
-        self._made: Tensor | None = None
-        self._outputs: list[tuple[nn.Module, Tensor]] = []  # some are called twice
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._replaced: list[tuple[nn.Module, Tensor]] = []  # some are called twice
 
-    def begin(self, given: Tensor) -> None:
-        self._given, self._made = given, None
-        self._outputs.clear()
+    def begin(self, block_input: Tensor) -> None:
+        self._input, self._output = block_input, None
+        self._replaced.clear()
 
     def replace(self, part: nn.Module, output: Any) -> Any:
-        """The output with random numbers as large as the block's input in it; None where it is of another shape."""
-        given = self._given
+        """Return the output with random numbers as large as the block's input, or None if the shapes differ."""
+        given = self._input
         try:
             activation = activation_of(output)
         except TypeError:
             return None
         if given is None or activation.shape[-1] != given.shape[-1] or activation.numel() != given.numel():
             return None
-        size = given.float().square().mean(dim=-1, keepdim=True).sqrt()  # tokens differ by a hundred times
+        size = given.float().square().mean(dim=-1, keepdim=True).sqrt()  # tokens' sizes differ by a factor of a hundred
         random = torch.randn(given.shape, generator=self._generator).to(given.device) * size
-        self._outputs.append((part, random.to(given.dtype)))
+        self._replaced.append((part, random.to(given.dtype)))
         # A copy, since some models add to it in place.
         return with_activation(output, random.to(given.dtype).to(activation.dtype, copy=True).reshape(activation.shape))
 
-    def end(self, made: Tensor) -> None:
-        self._made = made
+    def end(self, block_output: Tensor) -> None:
+        self._output = block_output
 
     def writers(self) -> list[nn.Module]:
-        """The modules whose outputs are added to the stream; none where that can't be told."""
-        if self._given is None or self._made is None or self._made.shape != self._given.shape or not self._outputs:
+        """Return the modules whose outputs the block adds to the stream; none if that is unknown."""
+        given, made = self._input, self._output
+        if given is None or made is None or made.shape != given.shape or not self._replaced:
             return []
-        size = self._given.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
-        outputs = [output for _, output in self._outputs]
-        terms = torch.stack([self._flat(term, size) for term in (self._given, *outputs)], dim=1)
-        total = self._flat(self._made, size)
+        size = given.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-30)
+        outputs = [output for _, output in self._replaced]
+        terms = torch.stack([self._flat(term, size) for term in (given, *outputs)], dim=1)
+        total = self._flat(made, size)
         factors = torch.linalg.lstsq(terms, total[:, None]).solution[:, 0]
-        rounding = _ROUNDING.get(self._made.dtype, 6e-2)
+        rounding = _ROUNDING.get(made.dtype, 6e-2)
         is_sum = bool((terms @ factors - total).norm() <= rounding * total.norm())
         adds = (factors.abs() > _LEAST_FACTOR).tolist()
         if not is_sum or not adds[0]:
             return []
-        return list(dict.fromkeys(part for (part, _), writes in zip(self._outputs, adds[1:], strict=True) if writes))
+        return list(dict.fromkeys(part for (part, _), writes in zip(self._replaced, adds[1:], strict=True) if writes))
 
     @staticmethod
     def _flat(term: Tensor, size: Tensor) -> Tensor:
@@ -156,6 +160,6 @@ class _Blend:
 
 
 def parts_inside(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
-    """The parts of blocks that write to the stream, each with its block's number, as far as they can be told."""
+    """Yield the modules inside blocks that write to the stream, as far as found, each with its block's number."""
     for number, (block, parts) in enumerate(zip(blocks, written_parts(model, blocks), strict=True)):
         yield from ((number, part) for part in parts if part is not block)

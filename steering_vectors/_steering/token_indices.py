@@ -1,4 +1,4 @@
-"""Which tokens, told by a list of indices, a slice or a mask instead of by a selector."""
+"""Selectors from lists of token indices, slices and masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from steering_vectors._arguments import check_takes
+from steering_vectors._models import expand_rows
 from steering_vectors.token_selection import (
     Selector,
     TokenPositions,
-    expand_rows,
     from_index,
     integer,
     is_one_of,
@@ -21,13 +21,13 @@ TokenSelection: TypeAlias = Selector | Sequence[int] | slice | Tensor
 
 
 def as_selector(tokens: TokenSelection) -> Selector:
-    """The selector that a list, slice, mask tensor or callable stands for.
+    """Return the selector for a list, slice, mask tensor or callable.
 
-    Lists and slices count own tokens, where they are not negative; negative numbers count columns from the end of each
-    pass. A mask ``(seq,)`` or ``(batch, seq)`` is by column; columns beyond it are not selected.
+    In lists and slices, numbers from 0 on count own tokens. Negative numbers count columns from the end of each pass.
+    A mask ``(seq,)`` or ``(batch, seq)`` is by column; columns beyond it are not selected.
 
-    Raises TypeError for anything else, ValueError for a mask that holds other numbers than 0 and 1 or has another
-    number of dimensions, and for a slice with a step below 1.
+    Raises TypeError for anything else. Raises ValueError for a mask that holds numbers other than 0 and 1 or has
+    another number of dimensions, and for a slice with a step below 1.
     """
     if isinstance(tokens, Tensor):
         return _column_mask(tokens)
@@ -51,9 +51,9 @@ def as_selector(tokens: TokenSelection) -> Selector:
 def one_selection(
     min_token_index: int | None, token_indices: TokenSelection | None, tokens: TokenSelection | None
 ) -> Selector | None:
-    """The selector for the three ways in which ``apply`` takes one; None means all tokens.
+    """Return the selector for the three arguments by which ``apply`` takes one; None means all tokens.
 
-    Raises ValueError if more than one is given, and as :func:`as_selector`.
+    Raises ValueError if more than one is given. The other errors are those of :func:`as_selector`.
     """
     given = {"min_token_index": min_token_index, "token_indices": token_indices, "tokens": tokens}
     names = [name for name, value in given.items() if value is not None]
@@ -68,7 +68,7 @@ def one_selection(
 
 @dataclass(frozen=True)
 class _Indices:
-    """A list of token indices: own tokens where not negative, columns from the end of each pass where negative."""
+    """A list of token indices, which count own tokens or, where negative, columns from the end of each pass."""
 
     indices: tuple[int, ...]
     rows = 1
@@ -82,13 +82,13 @@ class _Indices:
         return str(list(self.indices))
 
     def __call__(self, positions: TokenPositions) -> Tensor:
-        own = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
-        return own | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
+        from_start = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
+        return from_start | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A slice of tokens, its bounds read as in :class:`_Indices`."""
+    """A slice of tokens, with bounds that count as in :class:`_Indices`."""
 
     start: int | None
     stop: int | None
@@ -104,20 +104,20 @@ class _Slice:
         return repr(slice(self.start, self.stop, self.step))
 
     def __call__(self, positions: TokenPositions) -> Tensor:
-        own, from_end = positions.index, _from_end(positions)
-        start = 0 if self.start is None else max(self.start, -own.shape[1])  # as Python clamps it
-        counted = from_end - start if start < 0 else own - start
+        index, from_end = positions.index, _from_end(positions)
+        start = 0 if self.start is None else max(self.start, -index.shape[1])  # as Python clamps it
+        counted = from_end - start if start < 0 else index - start
         mask = (counted >= 0) & (counted % self.step == 0)
         if start >= 0:
-            mask = mask & (own >= 0)
+            mask = mask & (index >= 0)
         if self.stop is not None:
-            mask = mask & ((own if self.stop >= 0 else from_end) < self.stop)
+            mask = mask & ((index if self.stop >= 0 else from_end) < self.stop)
         return mask
 
 
 @dataclass(frozen=True, eq=False)
 class _ColumnMask:
-    mask: Tensor  # (rows, columns + 1), bool; the last column stands for all beyond
+    mask: Tensor  # (rows, columns + 1), bool; the last column is used for all columns beyond
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
     counts_from_end = needs_prompt_length = False
 
@@ -139,14 +139,14 @@ class _ColumnMask:
 
 def _column_mask(mask: Tensor) -> _ColumnMask:
     if mask.ndim not in (1, 2) or mask.numel() == 0:
-        raise ValueError(f"a mask of tokens has the shape (seq,) or (batch, seq), got {tuple(mask.shape)}")
+        raise ValueError(f"a mask of tokens must have the shape (seq,) or (batch, seq), got {tuple(mask.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("a mask of tokens holds only 0 and 1; for token indices, give a list")
+        raise ValueError("a mask of tokens must hold only 0 and 1; to select tokens by index, pass a list")
     rows = mask.detach().bool().reshape(-1, mask.shape[-1])
     return _ColumnMask(torch.nn.functional.pad(rows, (0, 1)))
 
 
 def _from_end(positions: TokenPositions) -> Tensor:
-    """Columns counted from the end of the pass, as negative numbers: ``(batch, seq)``."""
+    """Return the columns counted from the end of the pass, as negative numbers: ``(batch, seq)``."""
     seq = positions.index.shape[1]
     return torch.arange(-seq, 0, device=positions.index.device).expand_as(positions.index)

@@ -1,8 +1,8 @@
 """Directions as values and as files.
 
-Directions by layer are checked, added, compared and projected on.
-A vector's metadata say where it comes from.
-One safetensors file holds both, and is read without trust.
+The modules check, add, compare and project on directions by layer.
+The metadata of a vector record its origin.
+One safetensors file holds both, and is treated as untrusted when it is read.
 """
 
 from steering_vectors._vectors.algebra import are_equal, cosines, norms, orthogonal, projections, united
@@ -12,7 +12,7 @@ from steering_vectors._vectors.metadata import (
     Metadata,
     TrainingRecord,
     derived,
-    of_another,
+    inherited,
     of_libraries,
     of_model,
     of_template,
@@ -30,8 +30,8 @@ __all__ = [
     "cosines",
     "derived",
     "in_ranges",
+    "inherited",
     "norms",
-    "of_another",
     "of_libraries",
     "of_model",
     "of_template",

@@ -1,4 +1,7 @@
-"""Check directions: tensors ``(hidden,)`` of finite real numbers, all of one width; and their layers' numbers."""
+"""Checks of directions and of their layer numbers.
+
+Directions are tensors ``(hidden,)`` of finite real numbers, all of one width.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +15,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def checked_directions(layer_activations: object) -> dict[int, Tensor]:
-    """The directions as a dictionary of its own. Raises as :class:`SteeringVector`."""
+    """Check directions and return them in a new dictionary. Raises as :class:`SteeringVector`."""
     if not isinstance(layer_activations, Mapping):
         raise TypeError(
             f"layer_activations must map layer numbers to directions, got {type(layer_activations).__name__}"
@@ -23,13 +26,13 @@ def checked_directions(layer_activations: object) -> dict[int, Tensor]:
     }
     widths = {direction.shape[-1] for direction in directions.values()}
     if len(widths) > 1:
-        raise ValueError(f"directions must have one width, got {sorted(widths)}")
+        raise ValueError(f"all directions must have the same width, got {sorted(widths)}")
     return directions
 
 
 def layer_number(layer: Any) -> int:
     if not is_whole_number(layer):
-        raise TypeError(f"a layer is told by a whole number, got {layer!r}")
+        raise TypeError(f"a layer number must be a whole number, got {layer!r}")
     return int(layer)
 
 
@@ -50,10 +53,10 @@ def checked_direction(value: Any, name: str) -> Tensor:
 
 
 def asked_layers(layers: Sequence[int], asked: Any) -> list[int]:
-    """Return the layer numbers asked for, each once: by a number, by several, or by a slice.
+    """Return the layer numbers asked for, each once. ``asked`` is a number, several numbers, or a slice.
 
-    A slice means the numbers in it, the last one excluded; an open end means the lowest or the highest of ``layers``.
-    Raises TypeError for what is no layer number.
+    A slice means the numbers in it, without its stop. An open end means the lowest or the highest of ``layers``.
+    Raises TypeError for anything that is not a layer number.
     """
     if isinstance(asked, slice):
         start = min(layers, default=0) if asked.start is None else asked.start
@@ -64,7 +67,7 @@ def asked_layers(layers: Sequence[int], asked: Any) -> list[int]:
 
 
 def in_ranges(layers: Iterable[int]) -> str:
-    """Return layer numbers as a short text, with runs of them as ``0-29``."""
+    """Return layer numbers as a short text, with runs written as ``0-29``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

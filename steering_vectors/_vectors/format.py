@@ -1,4 +1,4 @@
-"""A steering vector's directions and metadata ⇄ a file: names, versions, and what must hold of both."""
+"""The file format of steering vectors: names, versions, and the checks on writing and reading."""
 
 import json
 import os
@@ -18,12 +18,12 @@ _CONVENTION = "the output of the layer, numbered from 0: hidden_states[layer + 1
 
 
 def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_type: str, metadata: Any) -> None:
-    """Write one safetensors file, atomically. The directions are checked before."""
+    """Check directions and write them with their metadata to one safetensors file, atomically."""
     check_layer_type(layer_type)
     checked = checked_directions(directions)
     if not checked:
         raise ValueError("this steering vector has no directions: there is nothing to save")
-    own = {
+    computed = {
         "format": FORMAT,
         "format_version": str(VERSION),
         "layer_type": layer_type,
@@ -34,14 +34,14 @@ def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_
     tensors = {f"{layer_type}.{layer}": direction for layer, direction in checked.items()}
     for name in tensors:
         _layer_of(name, layer_type)
-    save_tensors(path, tensors, {**metadata, **own})
+    save_tensors(path, tensors, {**metadata, **computed})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[int, Tensor], str, dict[str, str]]:
-    """The directions, the layer type and the metadata of a file, all checked.
+    """Return the directions, the layer type and the metadata of a file, all checked.
 
-    Raises as ``load_tensors``, and ValueError for a file of another format, of a newer version, and for directions that
-    can't be: other shapes, numbers that aren't finite.
+    Raises as ``load_tensors``. Raises ValueError too for a file of another format or of a newer version, and for
+    directions of other shapes or with numbers that aren't finite.
     """
     tensors, metadata = load_tensors(path)
     try:
@@ -53,27 +53,26 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, Tensor], str, dict[str
 def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[dict[int, Tensor], str, dict[str, str]]:
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"this safetensors file is no steering vector: its metadata have format={_short(metadata.get('format'))}, "
-            f"not {FORMAT!r}; interop.from_tensors makes one of tensors"
+            f"this safetensors file is not a steering vector: its metadata have format="
+            f"{_short(metadata.get('format'))}, expected {FORMAT!r}; for plain tensors, use interop.from_tensors"
         )
     version = metadata.get("format_version", "")
     if not re.fullmatch("[1-9][0-9]*", version):
-        raise ValueError(f"its format_version is {_short(version)}, expected a whole number from 1 on")
+        raise ValueError(f"its format_version is {_short(version)}, expected a whole number of at least 1")
     if len(version) > 9 or int(version) > VERSION:
         raise ValueError(
-            f"its format is version {version[:20]}, newer than this library reads ({VERSION}): pip install --upgrade "
-            f"steering-vectors"
+            f"its format version is {version[:20]}, but this library reads versions up to {VERSION}: "
+            f"pip install --upgrade steering-vectors"
         )
     layer_type = metadata.get("layer_type", "")
     check_layer_type(layer_type[:60])
     directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
     if not directions:
-        raise ValueError("it holds no directions")
+        raise ValueError("the file has no directions")
     width = str(next(iter(directions.values())).shape[-1])
-    if metadata.get("hidden_size") != width:
-        raise ValueError(
-            f"its directions have {width} numbers, and its hidden_size says {_short(metadata.get('hidden_size'))}"
-        )
+    stated = metadata.get("hidden_size")
+    if stated != width:
+        raise ValueError(f"its directions have width {width}, but its metadata have hidden_size={_short(stated)}")
     return dict(sorted(directions.items())), layer_type, metadata
 
 
@@ -88,5 +87,8 @@ def _layer_of(name: str, layer_type: str) -> int:
     except ValueError:
         layer = None
     if given != layer_type or layer is None or str(layer) != number:
-        raise ValueError(f"its tensor {name[:60]!r} is none of the layer type {layer_type!r}: expected {layer_type}.16")
+        raise ValueError(
+            f"its tensor {name[:60]!r} doesn't belong to the layer type {layer_type!r}: expected a name such as "
+            f"'{layer_type}.16'"
+        )
     return layer

@@ -1,4 +1,4 @@
-"""What is known of how a vector was made: strings by name, which no computation depends on."""
+"""Metadata of vectors: strings by name that record how a vector was made. No computation depends on them."""
 
 import os
 import re
@@ -16,7 +16,7 @@ class Metadata(Mapping[str, str]):
     """A read-only mapping of strings."""
 
     def __init__(self, entries: Mapping[str, str]) -> None:
-        """Raises TypeError for anything but strings."""
+        """Copy the entries. Raises TypeError for anything but strings."""
         if not isinstance(entries, Mapping):
             raise TypeError(f"metadata must be a mapping of strings, got {type(entries).__name__}")
         wrong = next((f"{name!r}: {value!r}" for name, value in entries.items() if not _are_strings(name, value)), None)
@@ -40,17 +40,16 @@ class Metadata(Mapping[str, str]):
         return repr(self._entries)
 
 
-# What files tell of their own directions: it is computed anew for each.
+# Entries that describe the directions in a file: they are computed anew for each file.
 COMPUTED = ("format", "format_version", "layer_type", "layer_convention", "hidden_size", "norms")
 _LONGEST_DERIVATION = 400
 
 
 class TrainingRecord:
-    """What is noted of the samples while they pass by.
+    """A record of the training samples: their number, and hashes of them.
 
-    ``samples_hash`` is the SHA-256 of the token ids, written as Python writes a list, prompt after prompt: of each
-    sample the positive one and then the negative one. ``read_hash`` is that of the positions that are read, in the same
-    way.
+    ``samples_hash`` is the SHA-256 of the token ids, prompt after prompt, each written as Python writes a list. The
+    positive prompt of a sample comes before the negative one. ``read_hash`` is the same for the positions to read.
     """
 
     def __init__(self) -> None:
@@ -58,24 +57,25 @@ class TrainingRecord:
         self._ids, self._positions = sha256(), sha256()
 
     def add(self, input_ids: Sequence[int], positions: Sequence[int]) -> None:
-        """The next prompt."""
+        """Add the next prompt."""
         self._prompts += 1
         self._ids.update(repr(list(input_ids)).encode())
         self._positions.update(repr(list(positions)).encode())
 
     def entries(self) -> dict[str, str]:
+        """Return the metadata entries for the prompts added so far."""
         hashes = {"samples_hash": self._ids.hexdigest(), "read_hash": self._positions.hexdigest()}
         return {"samples": str(self._prompts // 2), **hashes}
 
 
 def of_model(anatomy: Anatomy) -> dict[str, str]:
-    """What tells a model: its type and size, its name and revision, and what its activations' last digits depend on."""
+    """Identify a model: its type, depth, name and revision, and the settings that affect rounding."""
     model, config = anatomy.model, anatomy.config
     quantization: Any = getattr(config, "quantization_config", None)
     found: dict[str, Any] = {
         "base_model": _without_folders(str(getattr(config, "_name_or_path", None) or "")),
         "quantization": getattr(quantization, "quant_method", None),
-        "adapters": ", ".join(f"{name}: {own}" for name, own in getattr(model, "peft_config", {}).items()),
+        "adapters": ", ".join(f"{name}: {adapter}" for name, adapter in getattr(model, "peft_config", {}).items()),
         "base_model_revision": getattr(config, "_commit_hash", None),
         "attention_implementation": getattr(anatomy.text_config, "_attn_implementation", None),
         **type_and_depth(anatomy),
@@ -86,53 +86,53 @@ def of_model(anatomy: Anatomy) -> dict[str, str]:
 
 
 def _without_folders(name: str) -> str:
-    """A model's name, of a path its last part alone: what it stands in is nobody's business."""
+    """Return a model's name, reduced to the last part if it is a path: folder names are private."""
     is_path = "\\" in name or os.path.isabs(name) or name.startswith((".", "~")) or os.path.exists(name)
     return os.path.basename(os.path.normpath(name.replace("\\", "/"))) if is_path or name.count("/") > 1 else name
 
 
 def type_and_depth(anatomy: Anatomy) -> dict[str, str]:
-    """The text decoder's model type and its number of blocks, as far as they can be told."""
+    """Return the text decoder's model type and its number of blocks, as far as they are known."""
     found = {"model_type": getattr(anatomy.text_config, "model_type", None)}
-    with suppress(ValueError):  # then layer_config says where they are
+    with suppress(ValueError):  # the blocks are not found: layer_config names the layers instead
         found["layers_of_model"] = str(len(anatomy.blocks))
     return {name: value for name, value in found.items() if value}
 
 
 def of_template(template: object, template_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
-    """A hash of the chat template, and the arguments that it got."""
+    """Return a hash of the chat template, and the arguments passed to it."""
     found = {} if not template else {"chat_template_hash": sha256(str(template).encode()).hexdigest()}
     return found if not template_kwargs else {**found, "chat_template_kwargs": repr(dict(template_kwargs))}
 
 
 def of_libraries() -> dict[str, str]:
-    """The versions of this library, and of those that decide what a model computes."""
+    """Return the versions of this library and of the libraries that run the model."""
     others = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return {"versions": f"steering-vectors {__version__}, {others}"}
 
 
 def without_addresses(shown: str) -> str:
-    """A repr that is the same in each process."""
+    """Remove memory addresses from a repr, so that it is the same in each process."""
     return re.sub(r" at 0x[0-9a-f]+", "", shown)
 
 
 def derived(operation: str, *sources: Mapping[str, str]) -> Metadata:
-    """The metadata of what an operation made of vectors: what they agree in, and where it came from.
+    """Return the metadata for the result of an operation on vectors.
 
-    ``operation`` has a ``{}`` for each of the vectors.
+    They are the entries on which the vectors agree, and the derivation. ``operation`` has a ``{}`` for each vector.
     """
     first, *others = sources
     common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    return Metadata({**of_another(common), "derivation": operation.format(*map(_told, sources))})
+    return Metadata({**inherited(common), "derivation": operation.format(*map(_summary, sources))})
 
 
-def of_another(metadata: Mapping[str, str]) -> Metadata:
-    """What holds of other directions that were made in the same way too."""
+def inherited(metadata: Mapping[str, str]) -> Metadata:
+    """Return the entries that also hold for other directions made in the same way."""
     return Metadata({name: value for name, value in metadata.items() if name not in COMPUTED})
 
 
-def _told(metadata: Mapping[str, str]) -> str:
-    """A vector in few words."""
+def _summary(metadata: Mapping[str, str]) -> str:
+    """Describe a vector in a few words."""
     derivation = metadata.get("derivation", "")
     if derivation:
         return f"({derivation})" if len(derivation) <= _LONGEST_DERIVATION else f"({derivation[:_LONGEST_DERIVATION]}…)"

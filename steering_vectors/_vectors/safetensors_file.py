@@ -1,4 +1,4 @@
-"""Named tensors and string metadata ⇄ one safetensors file, written atomically and read without trust."""
+"""Save named tensors and string metadata to one safetensors file atomically, and load untrusted ones safely."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-# A vector for all layers of the largest models has some megabytes.
+# A vector for all layers of the largest models takes only a few megabytes.
 LARGEST_FILE = 2**30
 _MOST_TENSORS = 10_000
-# What other files begin with, and what they are.
+# The first bytes of other kinds of files, to name the kind in the error.
 _OTHER_FORMATS = {
     **{bytes([0x80, protocol]): "a Python pickle" for protocol in range(2, 6)},
     b"PK\x03\x04": "a pickle of torch.save",
@@ -23,19 +23,20 @@ _OTHER_FORMATS = {
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file as a whole or not at all: a crash leaves the old one, or none.
+    """Write a file whole or not at all: after a crash, the old file is still there, or none.
 
-    Raises FileNotFoundError if the folder isn't there, IsADirectoryError if ``path`` is a folder.
+    Raises FileNotFoundError if the folder doesn't exist, IsADirectoryError if ``path`` is a folder, and OSError if it
+    exists but is not a regular file.
     """
     target = Path(os.path.realpath(path))  # where a link points
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file in it, or use save_pretrained(folder)")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} to save in")
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        raise FileNotFoundError(f"there is no folder {target.parent}: create it before saving")
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     if target.exists() and not target.is_file():
-        raise OSError(f"{path} is there, and no file")
-    content = _sorted(safetensors.torch.save(own, dict(metadata)))
+        raise OSError(f"{path} exists and is not a regular file: give another name")
+    content = _sorted(safetensors.torch.save(copies, dict(metadata)))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with open(temporary, "xb") as file:
@@ -51,10 +52,10 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata. Executes nothing.
+    """Load the tensors of a safetensors file, on the CPU, and its metadata. Nothing in the file is executed.
 
-    Raises FileNotFoundError if there is none, and ValueError for a file that is too large, cut off, or no safetensors
-    file: pickles are told by name.
+    Raises FileNotFoundError if there is no such file. Raises ValueError for a file that is too large, cut off, or not a
+    safetensors file; the error says so if it is a pickle, a GGUF file or a numpy array.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -68,7 +69,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         tensors = safetensors.torch.load(content)
         metadata = _metadata_of(content)
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole safetensors file: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {type(error).__name__}: {error}") from error
     return tensors, metadata
 
 
@@ -80,16 +81,16 @@ def _check_beginning(path: str | os.PathLike[str], content: bytes) -> None:
             advice = ""
             if "pickle" in kind:
                 advice = (
-                    ", which may run code when it is read: if you trust where it comes from, read it by "
-                    "torch.load(path, weights_only=True), and give what it holds to interop.from_tensors"
+                    ". Loading a pickle may run code: if you trust its source, load it with "
+                    "torch.load(path, weights_only=True) and pass the result to interop.from_tensors"
                 )
             raise ValueError(f"{path} is {kind}, not a safetensors file{advice}")
     if not _has_header(content):
-        raise ValueError(f"{path} is no whole safetensors file: its {len(content)} bytes hold no header")
+        raise ValueError(f"{path} is not a complete safetensors file: its {len(content)} bytes have no valid header")
 
 
 def _sorted(content: bytes) -> bytes:
-    """The same file with its header in order: safetensors writes metadata in any."""
+    """Return the same file with its header sorted: safetensors writes metadata in any order."""
     length = _header_length(content)
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -108,5 +109,5 @@ def _metadata_of(content: bytes) -> dict[str, str]:
     header = json.loads(content[8 : 8 + _header_length(content)])
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no strings")
+        raise ValueError("its metadata must map strings to strings")
     return metadata

@@ -24,10 +24,10 @@ NO_LAYERS = {
     "hrm_text": "can't tell which modules are the decoder blocks",  # two stacks that take turns
 }
 NO_SELECTION = {
-    "cpmant": "can't tell the tokens",  # 32 columns of its own before the prompt
-    "prophetnet": "can't tell the tokens",  # its n-grams' streams stand among the tokens
-    "xlm": "can't tell the tokens",  # cuts off cached tokens inside the pass
-    "xlnet": "can't tell where the tokens stand",  # computes some tokens again, in another order
+    "cpmant": "can't find the tokens",  # 32 columns of its own before the prompt
+    "prophetnet": "can't find the tokens",  # its n-grams' streams stand among the tokens
+    "xlm": "can't find the tokens",  # cuts off cached tokens inside the pass
+    "xlnet": "can't locate the tokens",  # computes some tokens again, in another order
 }
 # Cross-attention blocks, which run with images only.
 NEVER_RUN = {("mllama", 1)}
@@ -50,7 +50,7 @@ CACHED_DIFFERS = {"dots3_note", "dots3_note_text"}
 STREAMS_FIRST = {"gemma3n", "gemma3n_text"}
 
 # What can't be read for training, and the words in which it is refused.
-_ODD_SHAPE = "can't tell the tokens of a pass"
+_ODD_SHAPE = "can't find the tokens of a pass"
 NOT_READ = {
     **dict.fromkeys(
         ("cpmant", "deepseek_v4", "gemma3n", "gemma3n_text", "hy_v4", "prophetnet", "reformer"), _ODD_SHAPE
@@ -122,7 +122,7 @@ def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
         if len(shifted) >= len(outputs) - 1
     ]
     note(model_type, "layers", "as hidden_states" if any(matches) else HIDDEN_STATES_DIFFER[model_type])
-    with pytest.raises(ValueError, match=f"layer {found.count} of a model with {found.count} layers"):
+    with pytest.raises(ValueError, match=f"layer {found.count} does not exist: the model has {found.count} layers"):
         SteeringVector({found.count: torch.ones(32)}).apply(model)
 
 

@@ -43,7 +43,7 @@ NO_TEXT_ALONE = {
 }
 # What can't be read for training, and the words in which it is refused.
 NOT_READ = {
-    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), "can't tell the tokens of a pass"),
+    **dict.fromkeys(("gemma3n", "glm5_next", "hy_v4_vl"), "can't find the tokens of a pass"),
     "paligemma": "an activation changes with the tokens that follow it",  # all of a prompt sees all of it
 }
 

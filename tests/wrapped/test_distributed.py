@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,6 +22,7 @@ from steering_vectors import (
     record_activations,
     train_steering_vector,
 )
+from steering_vectors._extraction import pairs as walk
 from tests import tiny
 from tests.wrapped.promises import (
     INPUTS,
@@ -188,7 +188,7 @@ def each_process_runs_its_share_alone_and_one_shows_the_bar() -> None:
         # The prompts are token ids, of which each pair has its own.
         pairs = [([1, 10 + 2 * n], [1, 11 + 2 * n]) for n in range(7)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules["steering_vectors.train_steering_vector"], "tqdm", noted)
+            patch.setattr(walk, "tqdm", noted)
             together(pairs, model, process_group=group, show_progress=True)
         tokens.append(seen - {1})
     rank = torch.distributed.get_rank()
@@ -198,10 +198,9 @@ def each_process_runs_its_share_alone_and_one_shows_the_bar() -> None:
 
 def other_samples_in_one_process_are_an_error_in_all() -> None:
     rank = torch.distributed.get_rank()
-    training = sys.modules["steering_vectors.train_steering_vector"]
     for window in (4096, 3):  # with the small one, the processes have other numbers of windows
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "WINDOW", window)
+            patch.setattr(walk, "WINDOW", window)
             for samples in (PAIRS[rank:], PAIRS[: 6 - 3 * rank], [*PAIRS[:-1], ("good", f"bad {rank}")]):
                 with pytest.raises(RuntimeError, match="were given different samples"):
                     together(samples)
@@ -221,7 +220,7 @@ def a_failure_in_one_process_fails_all_with_its_words() -> None:
     kind, words = (ValueError, "is broken") if rank == 1 else (RuntimeError, "another process.*is broken")
     with pytest.raises(kind, match=words):
         together(PAIRS, model)
-    with pytest.raises((ValueError, RuntimeError), match="layer 9 of a model"):
+    with pytest.raises((ValueError, RuntimeError), match="layer 9 does not exist"):
         together(PAIRS, layers=9 if rank == 1 else 0)
 
 
