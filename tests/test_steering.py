@@ -661,6 +661,15 @@ class TestDtype:
         with large.apply(model, tokens=weights_of(0.0, 1e-6, 0.0, 0.0, 0.0)):  # the weight brings it back
             assert bool(recorded(model).isfinite().all())
 
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_a_change_that_overflows_is_refused_though_the_direction_fits(self, learned: bool) -> None:
+        steering = SteeringVector({1: vector().layer_activations[1].clone().requires_grad_(learned)})
+        with (
+            steering.apply(half(torch.float16), operator=lambda h, d: 1e6 * d),
+            pytest.raises(ValueError, match=r"layer 1: the change is too large for the model's torch.float16"),
+        ):
+            logits(half(torch.float16))
+
     def test_what_overflows_at_tokens_that_are_not_steered_is_none(self) -> None:
         model = half(torch.float16)
         plain = recorded(model)

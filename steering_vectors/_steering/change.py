@@ -78,9 +78,16 @@ class Change:
             steered = torch.where(self._is_zero(activation), left, steered)
         # Unselected tokens stay the same bit for bit: adding zero would change a negative zero.
         steered = steered if weights is True else torch.where(weights, steered, activation)
-        if activation.dtype in self._too_large_for:  # only so large a direction justifies waiting for a device
+        if self._may_overflow(activation):
             _check_finite(steered, activation, self.layer)
         return steered
+
+    def _may_overflow(self, activation: Tensor) -> bool:
+        """Return True if the change may be too large, and looking at it takes no wait that isn't worth it."""
+        if activation.dtype in self._too_large_for:
+            return True
+        is_narrow = activation.dtype is torch.float16 and activation.device.type == "cpu"
+        return is_narrow and not torch.compiler.is_dynamo_compiling()  # the check would split the compiled code
 
     def _operated(self, activation: Tensor, direction: Tensor) -> Tensor:
         """Return the operator's result, checked to broadcast to the activation, in any dtype."""
