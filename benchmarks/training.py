@@ -33,8 +33,9 @@ from steering_vectors import SteeringVector, pca_aggregator, train_steering_vect
 if "--serve" not in sys.argv:  # in the other process it is the public package that bears the name
     from steering_vectors._extraction import extractor
     from steering_vectors._extraction.packs import PACK_SIZE, cheapest_packs
+    from steering_vectors._extraction.read_model import ReadModel
     from steering_vectors._extraction.verification import Verification
-    from steering_vectors._extraction.ways import Packed, ReadModel
+    from steering_vectors._extraction.ways import Packed
 
 Pairs = list[tuple[str, str]]
 Layers = Sequence[int] | None

@@ -23,7 +23,8 @@ class PatchDeltaOperator(Protocol):
     ``*`` and ``+`` promote, so their results are in float32 too. Matrix products don't promote: write
     ``h.float() @ d``, or ``h @ d.to(h.dtype)``.
 
-    The result may have any dtype, and any shape that broadcasts to the activation. It is computed for all tokens,
+    The operator must not change either of them. The result may have any dtype, and any shape that broadcasts to the
+    activation. It is computed for all tokens,
     converted to the activation's dtype, and added at the selected tokens.
     A function or a lambda will do; it needs no attributes. An operator that returns its argument unchanged,
     ``return direction``, costs a single addition.

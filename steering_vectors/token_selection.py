@@ -47,11 +47,12 @@ class Selector(Protocol):
 
     A function or a lambda will do. A selector may have these attributes; without them, the safe case is assumed:
 
-    ``rows``: the number of batch rows that it distinguishes, or 1 if it applies the same rule to each row. Without it,
-    the selector may distinguish rows. Training inside such a steering is refused, since training forms its own batches.
+    ``rows``: the number of batch rows that it distinguishes, or 1 if it applies the same rule to each row. Training
+    forms its own batches: inside such a steering it is refused for more than 1, and without the attribute it runs each
+    prompt alone.
 
-    ``counts_from_end``: True if it counts columns from the end of a pass, which may be padding. Without it, the
-    selector may do so, and training inside such a steering is refused too.
+    ``counts_from_end``: True if it counts columns from the end of a pass, which may be padding. Training inside such a
+    steering is refused if it does, and without the attribute it runs each prompt alone.
 
     ``needs_prompt_length``: False if it never reads ``positions.prompt_length``, which is then None. Without it, the
     selector may read it. Finding the length under a static cache waits for the device once per prompt.
@@ -72,9 +73,12 @@ class Selector(Protocol):
         """Return a mask of the selected tokens, or the tokens' weights."""
 
 
-def may_go_by_row_or_end(selector: Selector) -> bool:
-    """Return False only for a selector whose attributes rule out both."""
-    return getattr(selector, "rows", None) != 1 or bool(getattr(selector, "counts_from_end", True))
+def goes_by_row_or_end(selector: Selector) -> bool | None:
+    """Return True if the selector distinguishes rows or counts from a row's end, and None if that is left open."""
+    rows, counts_from_end = (getattr(selector, name, None) for name in ("rows", "counts_from_end"))
+    if counts_from_end or rows not in (None, 1):
+        return True
+    return None if rows is None or counts_from_end is None else False
 
 
 def may_need_prompt_length(selector: Selector) -> bool:

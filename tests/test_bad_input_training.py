@@ -30,6 +30,7 @@ from steering_vectors import (
     pca_aggregator,
     train_steering_vector,
 )
+from steering_vectors._extraction import pairs
 from tests import tiny
 
 SAMPLES: list[Any] = [("I love it", "I hate it"), ("Great", "Bad")]
@@ -148,7 +149,7 @@ class TestSamples:
     def test_a_late_one_in_a_stream_after_some_work(
         self, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(train_steering_vector.__globals__, "WINDOW", 2)
+        monkeypatch.setattr(pairs, "WINDOW", 2)
 
         def stream() -> Iterator[Any]:
             yield from SAMPLES

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from steering_vectors import SteeringVector, at
+from steering_vectors._extraction import read_model
 from steering_vectors._extraction import ways as ways_module
 from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPrompt
 from steering_vectors._extraction.packs import distinct_prefixes
@@ -655,17 +656,17 @@ def tokens_run(model: Any, prompts: list[ReadPrompt], batch_size: int) -> int:
     """How many tokens the model ran for the prompts, those that were compared left out."""
     extractor = check_rows(model, prompts, batch_size=batch_size)
     counted: list[int] = []
-    read_pass = ways_module.read_pass  # a hook on the model would be looked at, and the model run otherwise
+    read_pass = read_model.read_pass  # a hook on the model would be looked at, and the model run otherwise
 
-    def counting(module: nn.Module, layers: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(modules: Any, layers: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         mask = inputs["attention_mask"]
-        if module is model:  # a prompt alone, to compare
-            return read_pass(module, layers, inputs, *args, **kwargs)
+        if modules[0] is model:  # a prompt alone, to compare
+            return read_pass(modules, layers, inputs, *args, **kwargs)
         counted.append(inputs["input_ids"].numel() - (len(mask) if mask.ndim == 4 else 0))  # without the last column
-        return read_pass(module, layers, inputs, *args, **kwargs)
+        return read_pass(modules, layers, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ways_module, "read_pass", counting)
+        patched.setattr(read_model, "read_pass", counting)
         list(extractor(prompts))
     return sum(counted)
 

@@ -554,25 +554,59 @@ class TestWhatASelectorSaysOfItself:
 
     @pytest.mark.parametrize(
         "attributes",
-        [{"rows": None}, {"rows": 2}, {"counts_from_end": True}, {"rows": None, "counts_from_end": None}],
+        [{"rows": 2}, {"counts_from_end": True}, {"rows": None, "counts_from_end": True}],
         ids=str,
     )
-    def test_training_is_refused_through_one_that_may_not(self, attributes: dict[str, Any]) -> None:
+    def test_training_is_refused_through_one_that_goes_by_rows_or_their_ends(self, attributes: dict[str, Any]) -> None:
         model, selector = tiny.build("llama"), EveryOther()
         for name, value in attributes.items():
             setattr(selector, name, value)
         with (
             SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector),
-            pytest.raises(ValueError, match="steered row by row or from a row's end, or may be, .*rows = 1 and counts"),
+            pytest.raises(ValueError, match="steered row by row or from a row's end"),
         ):
             extract_activations(model, tiny.tokenizer(), self.PAIRS, layers=1)
 
-    @pytest.mark.parametrize("selector", [every_other, lambda positions: positions.column > 1], ids=["def", "lambda"])
-    def test_training_is_refused_through_one_that_says_nothing(self, selector: Selector) -> None:
+    @pytest.mark.parametrize(
+        ("selector", "is_selected"),
+        [
+            (every_other, lambda n, length: n % 2 == 0),
+            (lambda positions: (positions.column > 1).expand_as(positions.index), lambda n, length: n > 1),
+        ],
+        ids=["by index", "by column"],
+    )
+    def test_training_runs_prompts_alone_through_one_that_says_nothing(
+        self, selector: Selector, is_selected: Callable[[int, int], bool]
+    ) -> None:
+        model, expected = tiny.build("llama"), []
+        for texts in zip(*[("ab", "longer than that"), ("a third one", "x")], strict=True):
+            for text in texts:
+                ids = tiny.tokenizer()(text)["input_ids"]
+                mask = torch.tensor([is_selected(n, len(ids)) for n in range(len(ids))])
+
+                def add(_m: Any, _a: Any, output: Any, mask: Tensor = mask) -> Any:
+                    return (
+                        output + mask[:, None]
+                        if isinstance(output, Tensor)
+                        else (output[0] + mask[:, None], *output[1:])
+                    )
+
+                handle = tiny.blocks(model)[0].register_forward_hook(add)
+                expected.append(tiny.hidden_states(model, ids)[1][-1])
+                handle.remove()
+        with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector):
+            pairs = [("ab", "longer than that"), ("a third one", "x")]
+            positive, negative = extract_activations(model, tiny.tokenizer(), pairs, layers=1, batch_size=2)
+        torch.testing.assert_close(torch.cat([*positive[1], *negative[1]]), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+    def test_training_is_refused_through_one_that_counts_from_the_end_without_saying_so(self) -> None:
+        def last_three(positions: TokenPositions) -> Tensor:
+            return (positions.column >= positions.column[-1] - 2).expand_as(positions.index)
+
         model = tiny.build("llama")
         with (
-            SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=selector),
-            pytest.raises(ValueError, match="steered row by row or from a row's end, or may be"),
+            SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model, tokens=last_three),
+            pytest.raises(ValueError, match="remove the steering whose selector counts from a row's end"),
         ):
             extract_activations(model, tiny.tokenizer(), self.PAIRS, layers=1)
 

@@ -8,9 +8,9 @@ Directions are made of the rows elsewhere.
 from steering_vectors._extraction.extractor import LayerRows
 from steering_vectors._extraction.packs import shared_prefix
 from steering_vectors._extraction.pairs import SIDES, by_side, rows_of_pairs
+from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
-from steering_vectors._extraction.ways import ReadPrompt
 
 __all__ = [
     "SIDES",

@@ -12,13 +12,15 @@ from steering_vectors._models import Anatomy
 
 @dataclass(frozen=True)
 class Steered:
-    """The steerings that are attached to a model, and whether some select tokens.
+    """The steerings that are attached to a model.
 
-    A selection depends on how the tokens of a pass are laid out.
+    ``by_token``: some select tokens, so that the tokens' order in a pass matters. ``perhaps_by_row``: some may
+    distinguish the rows of a batch.
     """
 
     by: Sequence[object] = ()
     by_token: bool = False
+    perhaps_by_row: bool = False
 
 
 def conditions_of(anatomy: Anatomy, steered: Steered) -> tuple[object, ...]:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from steering_vectors._extraction.conditions import Steered, conditions_of
 from steering_vectors._extraction.memory import Memory
+from steering_vectors._extraction.read_model import ReadModel, ReadPrompt
 from steering_vectors._extraction.verification import alike, differ
-from steering_vectors._extraction.ways import ReadModel, ReadPrompt, UnlikeError, Way, find_ways
+from steering_vectors._extraction.ways import UnlikeError, Way, find_ways
 from steering_vectors._models import anatomy_of, without_data_parallelism
 
 __all__ = ["Extractor", "LayerRows", "ReadPrompt"]
 
+_FROM_END = " Or remove the steering whose selector counts from a row's end: it changes with the tokens that follow."
 # Causality is a matter of the model's masks: a few tokens show it as well as many.
 _SHORT = 16
 
@@ -101,7 +103,8 @@ class Extractor:
             return False
         self._conditions = conditions
         self._source = ReadModel(anatomy, self._modules)
-        self._ways = find_ways(self._source, steered_by_token=steered.by_token)
+        self._ways = find_ways(self._source, steered)
+        self._perhaps_by_row = steered.perhaps_by_row
         self._is_causal = False  # until it was seen
         return True
 
@@ -132,7 +135,7 @@ class Extractor:
         if not alike(with_more, alone):
             raise ValueError(
                 f"{kind} is not a decoder-only language model: an activation changes with the tokens that follow it. "
-                f"For a BERT-like model, set is_decoder=True in its config."
+                f"For a BERT-like model, set is_decoder=True in its config.{_FROM_END if self._perhaps_by_row else ''}"
             )
         self._is_causal = True
 

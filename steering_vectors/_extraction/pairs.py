@@ -9,8 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from steering_vectors._extraction.extractor import Extractor, LayerRows
+from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW
-from steering_vectors._extraction.ways import ReadPrompt
 from steering_vectors._processes import Processes
 from steering_vectors._vectors import TrainingRecord
 from steering_vectors.aggregators import Side

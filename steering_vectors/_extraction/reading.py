@@ -17,6 +17,7 @@ from steering_vectors._steering import (
     as_selector,
     check_not_steered_by_row,
     is_steered_by_token,
+    may_be_steered_by_row,
 )
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
 from steering_vectors.token_selection import TokenPositions, selected
@@ -48,7 +49,11 @@ def extractor_for(
 
     def steered() -> Steered:
         check_not_steered_by_row(anatomy.model)
-        return Steered(tuple(active_patches(anatomy.model)), is_steered_by_token(anatomy.model))
+        return Steered(
+            tuple(active_patches(anatomy.model)),
+            by_token=is_steered_by_token(anatomy.model),
+            perhaps_by_row=may_be_steered_by_row(anatomy.model),
+        )
 
     return Extractor(anatomy.model, modules, batch_size=batch_size, steered=steered)
 

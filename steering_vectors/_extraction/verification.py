@@ -2,7 +2,8 @@
 
 A pass may go wrong by several hazards: a token's depth in its prompt, its column in a pack, others between or before
 its ancestors, padding, tokens behind it, other rows. The more a token is exposed to a hazard, the sooner it is hit:
-where the most exposed token is right, the others are. A pass whose packs have masks is another one than a pass without.
+where the most exposed token is right, the others are. A fault that strikes only less exposed tokens is not found.
+Passes with masks and passes without are compared separately.
 """
 
 from collections import Counter

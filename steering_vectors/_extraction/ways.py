@@ -5,28 +5,23 @@ Each computes rows of activations in its own passes and compares some tokens wit
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._extraction.conditions import Steered
 from steering_vectors._extraction.masks import attention_masks
 from steering_vectors._extraction.memory import Memory, is_out_of_memory
 from steering_vectors._extraction.packs import PACK_SIZE, Pack, chains, cheapest_packs, cost, pack_prompts, visible
+from steering_vectors._extraction.read_model import ReadModel, ReadPrompt, Reads, as_inputs
 from steering_vectors._extraction.verification import Probe, Verification, alike, compared_nodes, padding_of
 from steering_vectors._models import (
-    Anatomy,
-    Attention,
     MaskKinds,
-    by_tokens,
     has_hooks_of_users,
     is_sharded,
-    kept_states,
-    read_pass,
-    stateful_modules,
 )
-from steering_vectors._precision import wide
 
 # Building the packs and their masks costs about a tenth of what small passes do: with less to save, rows are faster.
 _WORTH_PACKING = 0.9
@@ -34,51 +29,8 @@ _WORTH_PACKING = 0.9
 _LONGEST_PACK = 4
 
 
-@dataclass(frozen=True, eq=False)
-class ReadPrompt:
-    """A prompt's token ids, and the tokens to read: one position, or several whose weighted mean is taken.
-
-    ``weights``, one per position, sum to 1; None for a single position, whose row keeps the model's dtype.
-    """
-
-    input_ids: list[int]
-    positions: Sequence[int]
-    weights: Sequence[float] | None = None
-
-
 class UnlikeError(Exception):
     """Raised where a way computes something else than the model does for a prompt alone."""
-
-
-class ReadModel:
-    """A model and the layers that are read of it."""
-
-    def __init__(self, anatomy: Anatomy, layers: Mapping[int, nn.Module]) -> None:
-        self.anatomy = anatomy
-        self.layers = layers
-        self.attention = Attention(anatomy.text_config)
-        self._stateful = stateful_modules(anatomy.model)
-
-    def read(
-        self, module: nn.Module, inputs: Mapping[str, Any], reads: "Reads", *, stop_early: bool
-    ) -> dict[int, Tensor]:
-        """Return the rows of one pass of ``module``, by layer."""
-        before = self.anatomy.virtual_tokens
-        batch, seq = inputs["input_ids"].shape
-
-        def read(activation: Tensor) -> Tensor:
-            return reads(by_tokens(activation, batch, before + seq)[:, before:])
-
-        with kept_states(self._stateful):
-            return read_pass(module, self.layers, inputs, read, stop_early=stop_early)
-
-    def alone(self, input_ids: Sequence[int], positions: Sequence[int], *, stop_early: bool) -> dict[int, Tensor]:
-        """Return the activations ``(positions, hidden)`` of a prompt that is run as its user would run it, by layer."""
-        reads = Reads()
-        for position in positions:
-            reads.add(0, [position], None)
-        inputs = _as_inputs([input_ids], [len(input_ids)], self.anatomy.input_device)
-        return self.read(self.anatomy.model, inputs, reads, stop_early=stop_early)
 
 
 class Way(ABC):
@@ -141,7 +93,7 @@ class Way(ABC):
     def _due(self, packs: Sequence[Pack]) -> list[Probe]:
         return self.verification.due(packs)
 
-    def _read(self, packs: Sequence[Pack], reads: "Reads") -> dict[int, Tensor]:
+    def _read(self, packs: Sequence[Pack], reads: Reads) -> dict[int, Tensor]:
         try:
             return self._source.read(self.module, self._inputs(packs), reads, stop_early=self.stop_early)
         except Exception as error:  # a model that can't be run so raises what it likes
@@ -152,7 +104,7 @@ class Way(ABC):
     def _inputs(self, packs: Sequence[Pack]) -> dict[str, Any]:
         width = max(map(len, packs))
         rows = [pack.input_ids + padding_of(pack, packs, width) for pack in packs]
-        return _as_inputs(rows, list(map(len, packs)), self._source.anatomy.input_device)
+        return as_inputs(rows, list(map(len, packs)), self._source.anatomy.input_device)
 
     def _compare(self, pack: Pack, probe: Probe, nodes: Sequence[int], found: Mapping[int, Tensor]) -> None:
         """Raise UnlikeError unless the probe's prefix, run alone, has the same activations."""
@@ -196,7 +148,7 @@ class OneAtATime(Way):
     def _due(self, packs: Sequence[Pack]) -> list[Probe]:
         return []
 
-    def _read(self, packs: Sequence[Pack], reads: "Reads") -> dict[int, Tensor]:
+    def _read(self, packs: Sequence[Pack], reads: Reads) -> dict[int, Tensor]:
         return self._source.read(self.module, self._inputs(packs), reads, stop_early=self.stop_early)
 
 
@@ -246,44 +198,18 @@ class Packed(Way):
         return {"input_ids": rows, "attention_mask": masks, "position_ids": depths}
 
 
-class Reads:
-    """Rows to be made of an activation ``(batch, seq, hidden)``: each a token, or a weighted sum of several."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._tokens: list[tuple[int, int, int]] = []  # row of the result, row of the batch, column
-        self._weights: list[float] = []
-        self._any_weights = False
-
-    def add(self, batch_row: int, columns: Sequence[int], weights: Sequence[float] | None) -> None:
-        """Read one more row."""
-        self._tokens.extend((self._rows, batch_row, column) for column in columns)
-        self._weights.extend(weights or [1.0] * len(columns))
-        self._any_weights |= weights is not None
-        self._rows += 1
-
-    def __call__(self, activation: Tensor) -> Tensor:
-        """Return the rows ``(rows, hidden)``, in float32 or wider if there are weights."""
-        device = activation.device
-        owners, batch_rows, columns = torch.tensor(self._tokens, device=device).unbind(dim=1)
-        tokens = activation[batch_rows, columns]  # (tokens, hidden)
-        if not self._any_weights:
-            return tokens
-        exact = wide(tokens)
-        weighted = exact * torch.tensor(self._weights, device=device, dtype=exact.dtype)[:, None]
-        return exact.new_zeros(self._rows, exact.shape[-1]).index_add_(0, owners, weighted)
-
-
-def find_ways(source: ReadModel, *, steered_by_token: bool) -> list[Way]:
+def find_ways(source: ReadModel, steered: Steered) -> list[Way]:
     """Return the ways to try, the cheapest first; the last one is the model itself, run as its user would run it."""
     model = source.anatomy.model
+    if steered.perhaps_by_row:
+        return [OneAtATime(source, model)]
     whole = [Rows(source, model), OneAtATime(source, model)]
     *wrappers, decoder = source.anatomy.pass_modules
     inside = set(decoder.modules())
     if (
         source.anatomy.learns_prompts
         or is_sharded(model)
-        or steered_by_token
+        or steered.by_token
         or has_hooks_of_users(wrappers)
         or not all(module in inside for module in source.layers.values())
     ):
@@ -300,14 +226,3 @@ def find_ways(source: ReadModel, *, steered_by_token: bool) -> list[Way]:
 def _columns(prompts: Sequence[ReadPrompt]) -> tuple[list[list[int]], list[Sequence[int]]]:
     """Return all prompts' token ids, and their positions."""
     return [prompt.input_ids for prompt in prompts], [prompt.positions for prompt in prompts]
-
-
-def _as_inputs(rows: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-    """Return the ids of rows of one width, and the mask of their first tokens.
-
-    Padding on the right isn't seen, so any id will do; nor does it move the tokens, so that each model's own position
-    ids are right, wherever they begin.
-    """
-    ids = torch.tensor(rows, device=device)
-    own = torch.arange(ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
-    return {"input_ids": ids, "attention_mask": own.long()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steering_vectors._models.anatomy import anatomy_of, parameters_of
+from steering_vectors._models.anatomy import parameters_of
 from steering_vectors._models.hooks import activation_of, after_forward, attach_all, remove_all
 
 
@@ -21,14 +21,16 @@ class _AllRead(BaseException):
 
 
 def read_pass(
-    module: nn.Module,
+    modules: Sequence[nn.Module],
     layers: Mapping[int, nn.Module],
     inputs: Mapping[str, Any],
     read: Callable[[Tensor], Tensor],
     *,
     stop_early: bool,
 ) -> dict[int, Tensor]:
-    """Return ``read(activation)`` of each layer in one pass of ``module``, by layer number.
+    """Return ``read(activation)`` of each layer in one pass of the first of the ``modules``, by layer number.
+
+    The others are the modules inside it that take the same arguments, as in :attr:`Anatomy.pass_modules`.
 
     The pass runs without gradients and in evaluation mode. It doesn't run as compiled code, since each new length
     would be compiled again. With ``stop_early`` it ends after the last of the layers.
@@ -47,15 +49,15 @@ def read_pass(
 
     handles = attach_all(partial(after_forward, part, partial(note, layer)) for layer, part in layers.items())
     try:
-        with _evaluation(module), torch.no_grad(), _UNCOMPILED:
-            _call_once(module, inputs)
+        with _evaluation(modules[0]), torch.no_grad(), _UNCOMPILED:
+            _call_once(modules, inputs)
     except _AllRead:
         pass
     finally:
         remove_all(handles)
     if missing := sorted(layers.keys() - found.keys()):
         raise RuntimeError(
-            f"layers {missing} of {type(module).__name__} did not run in a pass of the model, so they have no "
+            f"layers {missing} of {type(modules[0]).__name__} did not run in a pass of the model, so they have no "
             f"activations: choose other layers"
         )
     return found
@@ -83,13 +85,13 @@ def without_data_parallelism(model: nn.Module) -> nn.Module:
     return next(wrapped, model)
 
 
-def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def _call_once(modules: Sequence[nn.Module], inputs: Mapping[str, Tensor]) -> None:
     """Run one pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
 
-    Arguments that the model's forward method doesn't take are left out.
+    Arguments that the modules' forward methods don't take are left out.
     """
     known: set[str] = set()
-    for module in anatomy_of(model).pass_modules:
+    for module in modules:
         parameters = parameters_of(module)
         known |= parameters.keys()
         # A wrapper such as PEFT's passes other arguments on to the model inside it.
@@ -98,9 +100,9 @@ def _call_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
     kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}
     if "input_ids" in kwargs:
-        model(**kwargs)
+        modules[0](**kwargs)
     else:
-        model(inputs["input_ids"], **kwargs)
+        modules[0](inputs["input_ids"], **kwargs)
 
 
 def stateful_modules(model: nn.Module) -> list[nn.Module]:

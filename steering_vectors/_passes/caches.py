@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from steering_vectors._passes.arguments import CACHE_NAMES, PassArguments
 from steering_vectors._passes.positions import Past, first_position, token_index
@@ -48,21 +49,22 @@ class CacheMemory:
         if cache is None or not isinstance(past.columns, int):  # a static cache keeps count itself
             return
         positions = positions_of_pass()
-        # Without padding, the cache's length is the number of tokens.
-        may_be_padded = past.tokens is not None or call.mask is not None or call.query_mask is not None
-        tokens = positions.index.amax(dim=1) + 1 if may_be_padded or call.cached is None else None
-        first = first_position(call, positions.index) if past.is_empty else past.first_position
-        self._note(cache, Past(past.columns + positions.index.shape[1], tokens, first, positions.prompt_length))
+        columns = past.columns + positions.index.shape[1]
+        if past.is_empty:
+            past = replace(past, first_position=first_position(call, positions.index), prompt_columns=columns)
+        is_token = _tokens_of_cache(call, past, positions.index, columns)
+        self._note(cache, replace(past, columns=columns, is_token=is_token, prompt_length=positions.prompt_length))
 
     def _past(self, call: PassArguments) -> Past:
         """Return the tokens in the call's cache."""
         reference, noted = self._noted.get(id(_key(call.cache)), (None, Past()))
         if reference is None or reference() is not _key(call.cache):
             noted = Past()
-        if call.cached is None:
-            return noted
-        known = isinstance(call.cached, int) and isinstance(noted.columns, int) and call.cached == noted.columns
-        return noted if known else replace(noted, columns=call.cached, tokens=None)
+        if isinstance(call.cached, int):
+            noted = _cut(noted, call.cached)
+        elif call.cached is not None:
+            noted = replace(noted, columns=call.cached, is_token=None)
+        return noted if call.shape is None else _for_batch(noted, call.shape[0], call.mask)
 
     def _note(self, cache: Any, past: Past) -> None:
         key = _key(cache)
@@ -78,7 +80,54 @@ def _key(cache: Any) -> Any:
     return cache
 
 
+def _cut(past: Past, columns: int) -> Past:
+    """Return the past of a cache that has another length by now, since it was cropped or filled by others."""
+    if not isinstance(past.columns, int) or past.columns == columns:
+        return replace(past, columns=columns)
+    is_token = past.is_token
+    if is_token is not None:
+        is_token = functional.pad(is_token[:, :columns], (0, max(0, columns - past.columns)), value=True)
+    # Without some of the first pass, it is unknown which of the next tokens belong to the prompt.
+    prompt_length = past.prompt_length if columns >= past.prompt_columns else None
+    return replace(past, columns=columns, is_token=is_token, prompt_length=prompt_length)
+
+
+def _for_batch(past: Past, batch: int, mask: Tensor | None) -> Past:
+    """Return the past for a batch whose rows may have been repeated, selected or dropped since.
+
+    Raises ValueError if it depends on the row, and the ``mask`` doesn't reach back to show it again.
+    """
+    is_token, prompt_length = past.is_token, past.prompt_length
+    if prompt_length is not None and prompt_length.shape[0] != batch:
+        same = bool((prompt_length == prompt_length[0]).all())
+        prompt_length = prompt_length[:1].expand(batch) if same else None
+    if is_token is not None and is_token.shape[0] != batch:
+        reaches_back = mask is not None and mask.shape[1] > is_token.shape[1]
+        if not reaches_back and not bool(is_token.all()):
+            raise ValueError(
+                f"can't determine the token positions: the cache had {is_token.shape[0]} rows with padding, and the "
+                f"pass has {batch}. Pass an attention_mask that covers the cached columns too, or steer all tokens."
+            )
+        is_token = None
+    return replace(past, is_token=is_token, prompt_length=prompt_length)
+
+
+def _tokens_of_cache(call: PassArguments, past: Past, index: Tensor, columns: int) -> Tensor | None:
+    """Return the tokens ``(batch, columns)`` of a cache after a pass; None if no mask has shown any padding."""
+    batch = index.shape[0]
+    if call.mask is not None and call.mask.shape[1] >= columns:
+        return (call.mask[:, :columns] != 0).expand(batch, columns)
+    if past.is_token is None and call.mask is None and call.query_mask is None:
+        return None
+    before = past.is_token
+    if before is None:
+        before = torch.ones(batch, columns - index.shape[1], dtype=torch.bool, device=index.device)
+    return torch.cat([before.to(index.device), index >= 0], dim=1)
+
+
 def _cache_of(output: Any) -> Any:
+    if isinstance(output, tuple):  # with return_dict=False
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
     if not isinstance(output, Mapping):
         return None
     names = list(output)  # looking up a missing name in the output may warn about an older name

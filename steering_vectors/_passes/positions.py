@@ -19,15 +19,16 @@ class Past:
     """The tokens that a pass finds in its cache.
 
     ``columns``: the number of columns, with padding; a scalar tensor if only the device knows it, as for static caches.
-    ``tokens (batch,)``: the number of tokens in each row, if there may be padding or the cache has no length.
+    ``is_token (batch, columns)``: False on padding; None if there is none.
     ``first_position``: a scalar, the position id of each row's first token. ``prompt_length (batch,)``: the number of
-    tokens in the first pass over the cache; None if unknown.
+    tokens in the first pass over the cache, None if unknown; ``prompt_columns``: the columns of that pass.
     """
 
     columns: int | Tensor = 0
-    tokens: Tensor | None = None
+    is_token: Tensor | None = None
     first_position: Tensor | None = None
     prompt_length: Tensor | None = None
+    prompt_columns: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -81,6 +82,8 @@ def _from_mask(call: PassArguments, past: Past, column: Tensor) -> Tensor | None
     now: slice | Tensor
     if isinstance(past.columns, int):
         now = slice(past.columns, past.columns + seq)
+    elif length == seq and int(past.columns) > 0:  # a mask of the pass alone
+        return None
     else:  # the mask may be as long as a static cache
         now = column.to(tokens.device).clamp(max=length - 1)
     index = torch.where(tokens[:, now], tokens.cumsum(dim=1)[:, now] - 1, -1)
@@ -108,7 +111,7 @@ def _from_query_mask(call: PassArguments, past: Past, column: Tensor) -> Tensor 
 
 def _from_count(call: PassArguments, past: Past, column: Tensor) -> Tensor:
     """Count on from the tokens of earlier passes."""
-    before = past.columns if past.tokens is None else past.tokens[:, None].to(column.device)
+    before = past.columns if past.is_token is None else past.is_token.sum(dim=1, keepdim=True).to(column.device)
     tokens = _is_token(call, column)
     return torch.where(tokens, before + tokens.cumsum(dim=1) - 1, -1)
 

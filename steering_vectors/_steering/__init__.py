@@ -10,6 +10,7 @@ from steering_vectors._steering.active import (
     check_not_steered_by_row,
     is_steered_by_token,
     is_steered_by_token_or_row,
+    may_be_steered_by_row,
 )
 from steering_vectors._steering.attaching import INPUT, OUTPUT, changes_of, traced
 from steering_vectors._steering.change import width_message
@@ -34,6 +35,7 @@ __all__ = [
     "check_not_steered_by_row",
     "is_steered_by_token",
     "is_steered_by_token_or_row",
+    "may_be_steered_by_row",
     "one_selection",
     "parts_inside",
     "steering_of",

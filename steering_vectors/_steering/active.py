@@ -5,7 +5,7 @@ from torch import nn
 from steering_vectors._models import check_model
 from steering_vectors._steering.attaching import changes_of
 from steering_vectors._steering.handle import SteeringPatchHandle
-from steering_vectors.token_selection import may_go_by_row_or_end
+from steering_vectors.token_selection import goes_by_row_or_end
 
 
 def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
@@ -37,10 +37,14 @@ def check_not_steered_by_row(model: nn.Module) -> None:
     Training forms its own batches, so the rows aren't the caller's.
     """
     for patch in active_patches(model):
-        selector = patch.selector
-        if (selector is not None and may_go_by_row_or_end(selector)) or patch.multiplier.by_row:
+        if patch.multiplier.by_row or (patch.selector is not None and goes_by_row_or_end(patch.selector)):
             raise ValueError(
-                f"the model is steered row by row or from a row's end, or may be, but training forms its own batches: "
-                f"remove {patch!r} first, or select tokens by their index and use one multiplier for all rows. If your "
-                f"own selector goes by the index alone, give it the attributes rows = 1 and counts_from_end = False."
+                f"the model is steered row by row or from a row's end, but training forms its own batches: remove "
+                f"{patch!r} first, or select tokens by their index and use one multiplier for all rows"
             )
+
+
+def may_be_steered_by_row(model: nn.Module) -> bool:
+    """Return True if a selector's attributes leave open whether it distinguishes rows or counts from their ends."""
+    selectors = (patch.selector for patch in active_patches(model))
+    return any(selector is not None and goes_by_row_or_end(selector) is None for selector in selectors)

@@ -88,7 +88,7 @@ class SteeringPatchHandle:
     def _detach(self, *, quiet: bool) -> None:
         with self._lock:
             hooks, self._hooks = self._hooks, []
-        remove_all(hooks)
+        remove_all(reversed(hooks))  # the layers first: a pass that begins meanwhile finds its tracker
         if hooks and not quiet and self._tracker.completed:
             self._warn_of_nothing()
 

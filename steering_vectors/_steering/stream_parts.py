@@ -84,7 +84,7 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     try:
         with kept_states(stateful_modules(model)):
-            read_pass(model, {}, inputs, activation_of, stop_early=False)
+            read_pass(anatomy_of(model).pass_modules, {}, inputs, activation_of, stop_early=False)
     except Exception as error:  # a model that can't be run this way may raise anything
         warnings.warn(
             f"{type(model).__name__} can't be run on a few tokens alone, so the modules that write to the residual "
