@@ -10,7 +10,7 @@ MODEL ?=
 OLDEST = transformers==4.46.3
 PIP_FLAGS = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-architectures test-quantized test-wheel fuzz docs lint types format clean
+.PHONY: help demo test test-wrapped test-oldest test-architectures test-quantized test-wheel fuzz docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -18,11 +18,15 @@ help: ## what there is to make
 demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes
 	@$(VENV)/bin/python -m steering_vectors.demo $(if $(MODEL),--model "$(MODEL)")
 
-test: $(VENV)/.installed ## all tests, on the newest transformers
+test: $(VENV)/.installed ## the laws and the unit tests, on the newest transformers
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
 
+test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
+	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
+
 test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the oldest transformers, with tiny models
-	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py
+	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py \
+		-o "norecursedirs=.* architectures build dist"
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore

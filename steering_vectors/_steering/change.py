@@ -51,6 +51,7 @@ class Change:
             self._scaled = multiplier.times(wide(direction.detach())).detach()
             largest = float(self._scaled.abs().max())
         self._too_large_for = set() if self._is_live else {d for d in _DTYPES if largest > torch.finfo(d).max}
+        self._check_finite = never_compiled(_check_finite) if self._too_large_for else _check_finite
         self._copies: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         self._zeros: dict[torch.device, Tensor] = {}
 
@@ -79,7 +80,7 @@ class Change:
         # Unselected tokens stay the same bit for bit: adding zero would change a negative zero.
         steered = steered if weights is True else torch.where(weights, steered, activation)
         if self._may_overflow(activation):
-            _check_finite(steered, activation, self.layer)
+            self._check_finite(steered, activation, self.layer)
         return steered
 
     def _may_overflow(self, activation: Tensor) -> bool:
@@ -143,7 +144,6 @@ class Change:
         return self._rows_along(is_zero[:, None], activation) if self._multiplier.by_row else is_zero
 
 
-@never_compiled
 def _check_finite(steered: Tensor, activation: Tensor, layer: int) -> None:
     if bool((activation.isfinite() & ~steered.isfinite()).any()):
         raise ValueError(

@@ -23,7 +23,8 @@ from steering_vectors.token_selection import may_need_prompt_length
 class SteeringPatchHandle:
     """A steering that is attached to a model. :meth:`remove` removes it, and so does leaving a ``with`` block.
 
-    ``layers`` lists the numbers of the steered layers.
+    ``layers`` lists the numbers of the steered layers. ``selector`` is None for all tokens. ``order`` grows with each
+    handle that is made.
 
     >>> with vector.patch(model) as handle:
     ...     handle
