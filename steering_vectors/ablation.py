@@ -4,13 +4,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from steering_vectors._models import anatomy_of
+from steering_vectors._models import INPUT, OUTPUT, anatomy_of
 from steering_vectors._steering import (
-    INPUT,
-    OUTPUT,
     Steering,
     SteeringContext,
-    SteeringPatchHandle,
     as_multiplier,
     is_steered_by_token_or_row,
     parts_inside,
@@ -70,10 +67,10 @@ def ablate_everywhere(
 
     checked = steering()  # so that this call raises errors, not the entry of the block
 
-    def attach() -> SteeringPatchHandle:
+    def with_parts() -> Steering:
         made = steering()
         blocks = [module for _, module, place in made.places if place == OUTPUT]
         parts = [(number, part, OUTPUT) for number, part in parts_inside(model, blocks)]
-        return SteeringPatchHandle(replace(made, places=[*made.places, *parts]))
+        return replace(made, places=[*made.places, *parts])
 
-    return SteeringContext(attach, shown=repr(checked))
+    return SteeringContext(with_parts, shown=repr(checked))

@@ -63,6 +63,18 @@ class Layers:
             )
         return number
 
+    def modules_of(self, numbers: Iterable[int]) -> dict[int, nn.Module]:
+        """Return the modules of layers by number. Raises ValueError for a module that is another layer too."""
+        chosen = {number: self.modules[number] for number in numbers}
+        for module in chosen.values():
+            same = [number for number, other in self.modules.items() if other is module]
+            if len(same) > 1:
+                raise ValueError(
+                    f"layers {same} of {self.model} share modules: they are one module that runs several times, so "
+                    f"none of them can be steered or read separately"
+                )
+        return chosen
+
 
 def find_layers(
     model: nn.Module, layer_type: LayerType = "decoder_block", layer_config: ModelLayerConfig | None = None

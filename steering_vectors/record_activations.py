@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering_vectors._models import activation_of, after_forward, attach_all, remove_all
+from steering_vectors._models import Hook, activation_of, attached
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 
@@ -46,9 +46,6 @@ def record_activations(
         activation = activation_of(output)
         records[number].append(activation.detach().clone() if clone_activations else activation)
 
-    modules = {number: found.modules[number] for number in numbers}
-    handles = attach_all(partial(after_forward, module, partial(record, number)) for number, module in modules.items())
-    try:
+    hooks = [Hook(module, partial(record, number)) for number, module in found.modules_of(numbers).items()]
+    with attached(hooks):
         yield records
-    finally:
-        remove_all(handles)

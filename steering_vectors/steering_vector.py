@@ -16,6 +16,7 @@ from steering_vectors._steering import (
     SteeringPatchHandle,
     TokenSelection,
     as_multiplier,
+    attach,
     one_selection,
     steering_of,
     warn_of_another_model,
@@ -144,7 +145,7 @@ class SteeringVector:
 
         checked = steering()  # so that mistakes are raised here, before the block
         warn_of_another_model(self.metadata, checked.anatomy)
-        return SteeringContext(lambda: SteeringPatchHandle(steering()), shown=repr(checked))
+        return SteeringContext(steering, shown=repr(checked))
 
     def patch(
         self,
@@ -170,7 +171,7 @@ class SteeringVector:
             self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
         )
         warn_of_another_model(self.metadata, steering.anatomy)
-        return SteeringPatchHandle(steering)
+        return attach(steering)
 
     patch_activations = patch
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._extraction import shared_prefix
-from steering_vectors._models import along_tokens, anatomy_of, attach_all, check_model, remove_all
+from steering_vectors._models import along_tokens, anatomy_of, check_model
 from steering_vectors._passes import ForwardPass, Need, PassTracker
 from steering_vectors._precision import wide
 from steering_vectors._steering import changes_of, traced
@@ -67,7 +67,7 @@ class SteeringTrace:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._tracker = PassTracker(Need.POSITIONS)
+        self._tracker: PassTracker | None = None
         # By layer and module, for each run: the sum of the changes' relative sizes, and the number of tokens summed.
         self._notes: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
         self._passes: dict[int, _TracedPass] = {}
@@ -78,8 +78,9 @@ class SteeringTrace:
         model = self._model()
         if model is None:
             raise RuntimeError("the model of this trace no longer exists: make a new trace with trace_steering(model)")
-        handles = attach_all(self._tracker.registrations(anatomy_of(model).pass_modules))
-        self._stack.callback(remove_all, handles)
+        self._tracker = PassTracker(anatomy_of(model).pass_modules, Need.POSITIONS)
+        self._stack.callback(self._tracker.stop)
+        self._tracker.start()
         self._modules = {id(module) for module in model.modules()}
         self._stack.enter_context(traced(self._note))
         return self
@@ -102,7 +103,7 @@ class SteeringTrace:
         instead of token ids, or several prompts in one row.
         """
         by_thread: dict[object, list[_TracedPass]] = {}
-        for one in self._passes.values():
+        for one in list(self._passes.values()):  # a copy, as other threads may add to it
             by_thread.setdefault(one.thread, []).append(one)
         texts = [_pieces(tokenizer, row) for passes in by_thread.values() for row in _sequences(passes)]
         ipython: Any = sys.modules.get("IPython")
@@ -121,15 +122,15 @@ class SteeringTrace:
         return "\n".join(lines)
 
     def _summary_of(self, layer: int) -> LayerSummary:
-        by_module = list(self._notes[layer].values())
-        tokens = sum(int(one.steered[layer].sum()) for one in self._passes.values() if layer in one.steered)
+        by_module = [list(notes) for notes in list(self._notes[layer].values())]
+        tokens = sum(int(one.steered[layer].sum()) for one in list(self._passes.values()) if layer in one.steered)
         shares = sum(float(share) for notes in by_module for share, _ in notes)
         measured = sum(int(count) for notes in by_module for _, count in notes)
         return LayerSummary(max(map(len, by_module)), tokens, shares / measured if measured else float("nan"))
 
     def _note(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
         """Record a run of a steered layer, unless gradient checkpointing repeats it."""
-        current = self._tracker.current
+        current = None if self._tracker is None else self._tracker.current
         if id(module) not in self._modules or current is None or current.ended:
             return
         one = self._pass_of(current)

@@ -24,7 +24,7 @@ from steering_vectors._extraction import (
 from steering_vectors._models import anatomy_of, check_unsharded
 from steering_vectors._precision import wide
 from steering_vectors._processes import Processes
-from steering_vectors._steering import TokenSelection, active_patches
+from steering_vectors._steering import TokenSelection, patches_of_this_thread
 from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
 from steering_vectors.aggregators import (
     Accumulator,
@@ -242,7 +242,7 @@ def aggregate_activations(
 
 def _of_call(model: nn.Module, method: str, read: str, layer_config: ModelLayerConfig | None) -> dict[str, str]:
     """Return the metadata on a training's arguments, and on what steered the model meanwhile."""
-    steered_by = ", ".join(map(repr, active_patches(model)))
+    steered_by = ", ".join(map(repr, patches_of_this_thread(model)))
     entries = {
         "method": method,
         "read": read,

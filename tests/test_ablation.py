@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors import ablate_everywhere, active_patches, from_index, generated, record_activations
-from steering_vectors._models.hooks import input_of
+from steering_vectors._models.activations import input_of
 from steering_vectors._steering.stream_parts import written_parts
 from tests import tiny
 from tests.test_steering import answer, first, hooks_of, logits, padded, unchanged, vector

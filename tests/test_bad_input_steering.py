@@ -138,8 +138,12 @@ class TestLayers:
 
         shared = Shared()
         config: Any = {"decoder_block": "blocks.{num}"}
-        got = refused(way, SteeringVector({0: torch.ones(4), 1: torch.ones(4)}), shared, config)
-        assert got == "ValueError: layers [0, 1] of Shared share modules, so they can't be steered separately"
+        for layers in ([0, 1], [1]):
+            got = refused(way, SteeringVector({layer: torch.ones(4) for layer in layers}), shared, config)
+            assert got == (
+                "ValueError: layers [0, 1] of Shared share modules: they are one module that runs several times, so "
+                "none of them can be steered or read separately"
+            )
 
 
 class TestTheModelItself:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors import TokenPositions
-from steering_vectors._models.hooks import attach_all, remove_all
 from steering_vectors._passes.tracker import Need, PassTracker
 
 
@@ -58,12 +57,12 @@ class Cache:
 
 @contextmanager
 def tracked(model: Outer, need: Need = Need.PROMPT_LENGTH) -> Generator[PassTracker, None, None]:
-    tracker = PassTracker(need)
-    handles = attach_all(tracker.registrations([model, model.decoder]))
+    tracker = PassTracker([model, model.decoder], need)
+    tracker.start()
     try:
         yield tracker
     finally:
-        remove_all(handles)
+        tracker.stop()
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

@@ -13,11 +13,11 @@ from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, Tok
 from steering_vectors._models import Anatomy
 from steering_vectors._steering import (
     TokenSelection,
-    active_patches,
     as_selector,
     check_not_steered_by_row,
     is_steered_by_token,
     may_be_steered_by_row,
+    patches_of_this_thread,
 )
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
 from steering_vectors.token_selection import TokenPositions, selected
@@ -43,14 +43,14 @@ def extractor_for(
     if not is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     found = layers_of(anatomy, layer_type, layer_config)
-    modules = {n: found.modules[n] for n in found.numbers(layers)}
+    modules = found.modules_of(found.numbers(layers))
     if anatomy.takes_tokens_again:
         raise ValueError(f"{kind} takes some of a row's tokens again and in another order, so it can't be read")
 
     def steered() -> Steered:
         check_not_steered_by_row(anatomy.model)
         return Steered(
-            tuple(active_patches(anatomy.model)),
+            tuple(patches_of_this_thread(anatomy.model)),
             by_token=is_steered_by_token(anatomy.model),
             perhaps_by_row=may_be_steered_by_row(anatomy.model),
         )

@@ -5,22 +5,21 @@ It finds the text decoder, its blocks and their parts, attaches hooks to them, a
 It knows nothing of directions, selectors or prompts.
 """
 
+from steering_vectors._models.activations import activation_of, input_of, with_activation, with_input
 from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, every_module, parameters_of
 from steering_vectors._models.attention import Attention, MaskKinds
 from steering_vectors._models.axes import along_tokens, by_tokens, expand_rows
 from steering_vectors._models.hooks import (
-    Removable,
-    activation_of,
-    after_forward,
+    INPUT,
+    OUTPUT,
+    Attachment,
+    Hook,
     attach_all,
-    before_forward,
+    attached,
     has_hooks_of_users,
-    input_of,
     never_compiled,
     remove_all,
-    unless_removed,
-    with_activation,
-    with_input,
+    unmark,
 )
 from steering_vectors._models.parts import part_path
 from steering_vectors._models.running import (
@@ -33,16 +32,18 @@ from steering_vectors._models.running import (
 )
 
 __all__ = [
+    "INPUT",
+    "OUTPUT",
     "Anatomy",
+    "Attachment",
     "Attention",
+    "Hook",
     "MaskKinds",
-    "Removable",
     "activation_of",
-    "after_forward",
     "along_tokens",
     "anatomy_of",
     "attach_all",
-    "before_forward",
+    "attached",
     "by_tokens",
     "check_model",
     "check_unsharded",
@@ -58,7 +59,7 @@ __all__ = [
     "read_pass",
     "remove_all",
     "stateful_modules",
-    "unless_removed",
+    "unmark",
     "with_activation",
     "with_input",
     "without_data_parallelism",

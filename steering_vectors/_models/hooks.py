@@ -1,63 +1,111 @@
-"""Attach hooks to modules, and read or replace the modules' inputs and outputs."""
+"""Attach hooks to modules so that copies, pickles and compiled code of the modules are as without them."""
 
-import copy
+import copyreg
 import functools
-import threading
+import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
+
+from steering_vectors._locks import LOCK
+
+# Attributes that a module has while this library changes its output, or its input.
+OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
 
 
-class Removable(Protocol):
-    """A handle that removes a hook; a second call does nothing."""
+class Attachment(Protocol):
+    """Anything attached to a module. Attaching it twice or removing it twice is the same as once."""
 
+    @property
+    def is_attached(self) -> bool:
+        """True if it is still where it was attached, even if other code has removed hooks."""
+
+    def attach(self) -> None: ...
     def remove(self) -> None: ...
 
 
-def before_forward(module: nn.Module, hook: Callable[..., Any], *, traceable: bool = False) -> Removable:
-    """Call ``hook`` with the module's arguments before each of its passes; arguments that it returns replace them.
+class Hook:
+    """A hook on a module's passes: ``function`` is called after each pass or, with ``before``, before it.
 
-    Compiled code calls it too. A ``traceable`` hook becomes part of that code, so nothing that it closes over may ever
-    change. Any other hook runs between pieces of the code. ``hook`` must be a result of :func:`unless_removed`.
-    """
-    attached = hook if traceable else never_compiled(hook)
-    return _attach(module, lambda: module.register_forward_pre_hook(attached, with_kwargs=True))
+    A function called after a pass gets the module, its positional arguments and its output; an output that it returns
+    replaces that. With ``before``, it gets the module and both kinds of arguments; arguments that it returns replace
+    those. With ``first`` it is called before the module's earlier hooks, with ``always`` also if the pass raises.
 
+    Compiled code calls it too. A ``traceable`` function becomes part of that code, so nothing that it closes over may
+    ever change. Any other runs between pieces of the code.
 
-def unless_removed(hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
-    """Return ``hook`` wrapped to do nothing in a pass during which another thread removes it.
-
-    PyTorch lists a module's hooks first, and looks up in each one's turn whether it takes keyword arguments. A hook
-    that was removed in between is still called, but without them.
+    The module is not kept alive.
     """
 
-    @functools.wraps(hook)
-    def wrapped(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        return None if kwargs is None else hook(module, args, kwargs)
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        before: bool = False,
+        first: bool = False,
+        always: bool = False,
+        traceable: bool = False,
+    ) -> None:
+        self._module = weakref.ref(module)
+        self._before = before
+        self._options = {"with_kwargs": True} if before else {"prepend": first, "always_call": always}
+        plain = _unless_removed(function) if before else function
+        # A function of this hook's own, by which the module's hooks show whether it is attached.
+        self._function = functools.partial(plain) if traceable else never_compiled(plain)
 
-    return wrapped
+    @property
+    def is_attached(self) -> bool:
+        module = self._module()
+        return module is not None and any(self._function is hook for hook in self._hooks_of(module).values())
+
+    def attach(self) -> None:
+        with LOCK:
+            module = self._module()
+            if module is not None and not self.is_attached:
+                mark(module)
+                register = module.register_forward_pre_hook if self._before else module.register_forward_hook
+                register(self._function, **self._options)
+
+    def remove(self) -> None:
+        with LOCK:
+            module = self._module()
+            if module is None:
+                return
+            _drop(module, lambda hook: hook is self._function)
+            unmark(module)
+
+    def _hooks_of(self, module: nn.Module) -> dict[int, Callable[..., Any]]:
+        return module._forward_pre_hooks if self._before else module._forward_hooks
 
 
-def after_forward(
-    module: nn.Module,
-    hook: Callable[[nn.Module, tuple[Any, ...], Any], Any],
-    *,
-    first: bool = False,
-    always: bool = False,
-    traceable: bool = False,
-) -> Removable:
-    """Call ``hook`` with the module's output after each of its passes; an output that it returns replaces it.
+def attach_all(attachments: Sequence[Attachment]) -> None:
+    """Attach all. If one can't be attached, or an interrupt comes between, remove all and raise the error."""
+    try:
+        for attachment in attachments:
+            attachment.attach()
+    except BaseException:
+        remove_all(attachments)
+        raise
 
-    With ``first`` the hook runs before the module's earlier hooks. With ``always`` it also runs if the pass raises.
-    ``traceable`` is as in :func:`before_forward`.
-    """
-    attached = hook if traceable else never_compiled(hook)
-    return _attach(module, lambda: module.register_forward_hook(attached, prepend=first, always_call=always))
+
+def remove_all(attachments: Iterable[Attachment]) -> None:
+    for attachment in attachments:
+        attachment.remove()
+
+
+@contextmanager
+def attached(attachments: Sequence[Attachment]) -> Generator[None, None, None]:
+    """Attach all inside the block."""
+    try:
+        attach_all(attachments)
+        yield
+    finally:
+        remove_all(attachments)
 
 
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,74 +123,12 @@ def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def activation_of(output: Any) -> Tensor:
-    """Return the activation in a module's output.
-
-    It is the output itself, the first item of a tuple or list, or the first tensor of a ModelOutput.
-    Raises TypeError if there is none.
-    """
-    if isinstance(output, (tuple, list)) and output:
-        return activation_of(output[0])
-    if isinstance(output, Mapping):
-        return activation_of(output[_activation_key(output)])
-    if not isinstance(output, Tensor):
-        raise TypeError(f"a layer's output must be a tensor or begin with one, got {type(output).__name__}")
-    return output
-
-
-def with_activation(output: Any, activation: Tensor) -> Any:
-    """Return a copy of ``output`` with its activation replaced by ``activation``; ``output`` is not changed."""
-    if isinstance(output, tuple) and hasattr(output, "_replace"):  # a named tuple
-        return output._replace(**{output._fields[0]: with_activation(output[0], activation)})  # type: ignore[attr-defined]
-    if isinstance(output, (tuple, list)):
-        return type(output)([with_activation(output[0], activation), *output[1:]])
-    if isinstance(output, Mapping):
-        replaced = copy.copy(output)
-        replaced[_activation_key(output)] = activation  # type: ignore[index]
-        return replaced
-    return activation
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the activation among a block's arguments. Raises TypeError if there is none."""
-    activation = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(activation, Tensor):
-        raise TypeError(
-            f"a block's first argument, or its hidden_states, must be a tensor, got {type(activation).__name__}"
-        )
-    return activation
-
-
-def with_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], activation: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with the block's input replaced by ``activation``."""
-    return ((activation, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": activation})
-
-
-def attach_all(registrations: Iterable[Callable[[], Removable]]) -> list[Removable]:
-    """Run all ``registrations`` and return their handles; if one raises, the hooks attached so far are removed."""
-    handles: list[Removable] = []
-    try:
-        for register in registrations:
-            handles.append(register())
-    except BaseException:
-        remove_all(handles)
-        raise
-    return handles
-
-
 def has_hooks_of_users(modules: Iterable[nn.Module]) -> bool:
     """Return True if a module has a forward hook that is not this library's, Hugging Face's or PyTorch's."""
     hooks = (
         hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
     return any(_package_of(hook) not in _PACKAGES for hook in hooks)
-
-
-def remove_all(handles: Iterable[Removable]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 _PACKAGES = {"steering_vectors", "torch", "transformers", "accelerate"}
@@ -154,69 +140,108 @@ def _package_of(function: Any) -> str:
     return str(getattr(function, "__module__", None) or type(function).__module__).partition(".")[0]
 
 
-class _InstanceForward:
-    """A ``forward`` attribute that a module instance has while it has hooks of this library.
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    return _package_of(hook) == "steering_vectors"
 
-    Code that was compiled for a module without hooks doesn't look for hooks again. But each time it runs, it checks
-    that ``forward`` is the class's method. So the attribute disables that code while the hooks are there, and the code
-    is used again afterwards. Source: ``guard_to_detect_forward_monkeypatching`` in PyTorch's
-    ``torch/_dynamo/variables/nn_module.py``.
+
+def _unless_removed(hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Return ``hook`` wrapped to do nothing in a pass during which another thread removes it.
+
+    PyTorch lists a module's hooks first, and looks up in each one's turn whether it takes keyword arguments. A hook
+    that was removed in between is still called, but without them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        before = module.__dict__.get("forward")
-        # A bound method if possible: code that was compiled with one also fits all later ones.
-        ours = module.forward if before is None else functools.partial(before)
-        module.__dict__["forward"] = ours
-        self._ours = weakref.ref(ours)  # the module must not be kept alive
-        self.hooks = 0
+    @functools.wraps(hook)
+    def wrapped(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        return None if kwargs is None else hook(module, args, kwargs)
 
-    def remove(self, module: nn.Module) -> None:
-        current = module.__dict__.get("forward")
-        if current is None or current is not self._ours():  # other code has replaced it
-            return
-        del module.__dict__["forward"]
-        if isinstance(current, functools.partial):
-            module.__dict__["forward"] = current.func
+    return wrapped
 
 
-_FORWARDS: "weakref.WeakKeyDictionary[nn.Module, _InstanceForward]" = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+def _drop(module: nn.Module, is_unwanted: Callable[[Callable[..., Any]], bool]) -> None:
+    """Remove hooks from a module, or from an attribute-for-attribute copy of one."""
+    for hooks, *flags in _hooks_and_flags(module):
+        for number in [number for number, hook in hooks.items() if is_unwanted(hook)]:
+            for found in (hooks, *flags):
+                found.pop(number, None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Attached:
-    """A hook that keeps its module's instance ``forward`` in place."""
-
-    module: "weakref.ref[nn.Module]"
-    handle: RemovableHandle
-
-    def remove(self) -> None:
-        module = self.module()
-        with _LOCK:
-            if module is None or self.handle.id not in (self.handle.hooks_dict_ref() or {}):
-                return
-            self.handle.remove()
-            forward = _FORWARDS[module]
-            forward.hooks -= 1
-            if forward.hooks == 0:
-                _FORWARDS.pop(module).remove(module)
+def _hooks_and_flags(module: nn.Module) -> list[tuple[dict[int, Any], ...]]:
+    return [
+        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ]
 
 
-def _attach(module: nn.Module, register: Callable[[], RemovableHandle]) -> Removable:
-    with _LOCK:
-        handle = register()
-        forward = _FORWARDS.get(module)
-        if forward is None:
-            forward = _FORWARDS[module] = _InstanceForward(module)
-        forward.hooks += 1
-    return _Attached(weakref.ref(module), handle)
+# A module with hooks of this library has a class of its own: a subclass of its class with the same name, as PyTorch's
+# parametrizations have one. Copies are made by that class's methods, so they can be made without the hooks. And code
+# that torch.compile made for the module without hooks, which doesn't look for hooks again, does check the class.
 
 
-def _activation_key(output: Mapping[str, Any]) -> str:
-    key = next((key for key, value in output.items() if isinstance(value, Tensor)), None)
-    if key is None:
-        raise TypeError(
-            f"a layer's output must be a tensor or begin with one, got {type(output).__name__} without tensors"
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def mark(module: nn.Module) -> None:
+    """Give a module the class of hooked modules. The lock must be held."""
+    if not _is_marked(module):
+        base = type(module)
+        if base not in _CLASSES:  # kept, so that code that was compiled for it can be used again
+            _CLASSES[base] = _hooked_class(base)
+        module.__class__ = _CLASSES[base]
+
+
+def unmark(module: nn.Module) -> None:
+    """Return a module to its own class, once nothing of this library is attached to it. The lock must be held."""
+    is_needed = any(_is_ours(hook) for hooks, *_ in _hooks_and_flags(module) for hook in hooks.values())
+    if _is_marked(module) and not is_needed and not module.__dict__.keys() & {OUTPUT, INPUT}:
+        module.__class__ = type(module).__bases__[0]
+        # Compiled code looks at the class again only if it knows of a change of the module's attributes.
+        module.__dict__[OUTPUT] = None
+        del module.__dict__[OUTPUT]
+
+
+def _is_marked(module: nn.Module) -> bool:
+    return "_is_hooked_by_steering_vectors" in type(module).__dict__
+
+
+def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _reduced(_unhooked(self, base), protocol)
+
+    def replicate(self: nn.Module) -> nn.Module:
+        raise RuntimeError(
+            f"nn.DataParallel runs copies of {base.__name__}, which would run without the hooks that steering_vectors "
+            f"has attached: use DistributedDataParallel, run on one device, or leave the steering first"
         )
-    return key
+
+    own = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,
+        "_replicate_for_data_parallel": replicate,
+        "_is_hooked_by_steering_vectors": True,
+    }
+    return types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own))
+
+
+def _unhooked(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """Return a module of the class ``base`` that shares all attributes with ``module`` except this library's hooks."""
+    twin = object.__new__(base)
+    twin.__dict__.update(module.__dict__)
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        twin.__dict__[name] = module.__dict__[name].copy()
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        twin.__dict__[name] = module.__dict__[name].copy()
+    for name in (OUTPUT, INPUT):
+        twin.__dict__.pop(name, None)
+    _drop(twin, _is_ours)
+    return twin
+
+
+def _reduced(module: nn.Module, protocol: Any) -> Any:
+    """Return ``module.__reduce_ex__(protocol)`` in a form that pickle takes for an object of another class."""
+    reduced = module.__reduce_ex__(protocol)
+    if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+        return (copyreg._reconstructor, (type(module), object, None), *reduced[2:])  # type: ignore[attr-defined]
+    return reduced

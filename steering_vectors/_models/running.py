@@ -4,7 +4,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from steering_vectors._locks import LOCK
+from steering_vectors._models.activations import activation_of
 from steering_vectors._models.anatomy import parameters_of
-from steering_vectors._models.hooks import activation_of, after_forward, attach_all, remove_all
+from steering_vectors._models.hooks import Hook, attached
 
 
 class _AllRead(BaseException):
@@ -47,14 +49,9 @@ def read_pass(
         if stop_early and len(found) == len(layers):
             raise _AllRead
 
-    handles = attach_all(partial(after_forward, part, partial(note, layer)) for layer, part in layers.items())
-    try:
-        with _evaluation(modules[0]), torch.no_grad(), _UNCOMPILED:
-            _call_once(modules, inputs)
-    except _AllRead:
-        pass
-    finally:
-        remove_all(handles)
+    hooks = [Hook(part, partial(note, layer)) for layer, part in layers.items()]
+    with suppress(_AllRead), attached(hooks), _evaluation(modules[0]), torch.no_grad(), _UNCOMPILED:
+        _call_once(modules, inputs)
     if missing := sorted(layers.keys() - found.keys()):
         raise RuntimeError(
             f"layers {missing} of {type(modules[0]).__name__} did not run in a pass of the model, so they have no "
@@ -134,13 +131,12 @@ def _public_attributes(module: nn.Module) -> dict[str, Any]:
 
 # Modules to return to training mode → the number of passes that need them in evaluation mode. Threads may share one.
 _EVALUATED: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Generator[None, None, None]:
     """Put the model in evaluation mode inside the block, and restore each module's mode on exit."""
-    with _LOCK:
+    with LOCK:
         training = [module for module in model.modules() if module.training or module in _EVALUATED]
         for module in training:
             _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
@@ -148,7 +144,7 @@ def _evaluation(model: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        with _LOCK:
+        with LOCK:
             for module in training:
                 _EVALUATED[module] -= 1
                 if not _EVALUATED[module]:
@@ -164,13 +160,13 @@ class _Uncompiled:
         self._stance = ExitStack()
 
     def __enter__(self) -> None:
-        with _LOCK:
+        with LOCK:
             if self._blocks == 0 and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
             self._blocks += 1
 
     def __exit__(self, *_error: object) -> None:
-        with _LOCK:
+        with LOCK:
             self._blocks -= 1
             if self._blocks == 0:
                 self._stance.close()

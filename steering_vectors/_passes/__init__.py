@@ -5,6 +5,8 @@ Hooks on the modules around a pass record both. Parts that gradient checkpointin
 Nothing here changes an activation.
 """
 
-from steering_vectors._passes.tracker import ForwardPass, Need, PassTracker, this_thread
+from steering_vectors._passes.forward_pass import ForwardPass
+from steering_vectors._passes.threads import this_thread
+from steering_vectors._passes.tracker import Need, PassTracker
 
 __all__ = ["ForwardPass", "Need", "PassTracker", "this_thread"]

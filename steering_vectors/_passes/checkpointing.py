@@ -1,27 +1,26 @@
 """Assign the parts that gradient checkpointing reruns to the pass that ran them first."""
 
-import copy
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
-from steering_vectors._models import Removable, every_module
+from steering_vectors._locks import LOCK
+from steering_vectors._models import every_module
 
 Pass = TypeVar("Pass")
 
 # Hugging Face's models keep here the function that runs a part of a pass, and reruns it in the backward pass.
 _FUNCTION = "_gradient_checkpointing_func"
-_LOCK = threading.Lock()
 
 
 class Tracker(Protocol[Pass]):
     """A tracker that knows the pass a thread is in, and can put a thread back into an earlier pass."""
+
+    is_traceable: bool
 
     @property
     def current(self) -> Pass | None: ...
@@ -29,11 +28,11 @@ class Tracker(Protocol[Pass]):
     def resumed(self, earlier: Pass | None) -> AbstractContextManager[None]: ...
 
 
-def checkpoint_registrations(model: nn.Module, tracker: Tracker[Any]) -> Iterator[Callable[[], Removable]]:
-    """Yield one call for each module that reruns parts of a pass; the call attaches the tracker to it."""
+def checkpoint_attachments(model: nn.Module, tracker: Tracker[Any]) -> Iterator["_Attached"]:
+    """Yield an attachment of the tracker to each module that reruns parts of a pass."""
     for module in every_module(model):
         if _FUNCTION in vars(module):
-            yield partial(_attach, module, tracker)
+            yield _Attached(module, tracker)
 
 
 class _Checkpoints:
@@ -44,6 +43,8 @@ class _Checkpoints:
         self.trackers: tuple[Tracker[Any], ...] = ()
 
     def __call__(self, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and all(tracker.is_traceable for tracker in self.trackers):
+            return self.function(part, *args, **kwargs)
         passes = [(tracker, tracker.current) for tracker in self.trackers]
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -54,31 +55,45 @@ class _Checkpoints:
 
         return self.function(run, *args, **kwargs)
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.function, memo)  # a copied model is not steered for long, so it needs no trackers
+    def __reduce__(self) -> Any:
+        return _same, (self.function,)  # a copied or pickled model is not steered
 
 
-@dataclass(frozen=True, eq=False)
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 class _Attached:
-    module: "weakref.ref[nn.Module]"
-    tracker: Tracker[Any]
+    """A tracker attached to a module's checkpointing function."""
+
+    def __init__(self, module: nn.Module, tracker: Tracker[Any]) -> None:
+        self._module = weakref.ref(module)
+        self._tracker = tracker
+
+    @property
+    def is_attached(self) -> bool:
+        function = self._function()
+        return isinstance(function, _Checkpoints) and self._tracker in function.trackers
+
+    def attach(self) -> None:
+        with LOCK:
+            module, function = self._module(), self._function()
+            if module is None or function is None or self.is_attached:
+                return
+            if not isinstance(function, _Checkpoints):
+                function = _Checkpoints(function)
+                setattr(module, _FUNCTION, function)
+            function.trackers = (*function.trackers, self._tracker)
 
     def remove(self) -> None:
-        with _LOCK:
-            module = self.module()
-            function = None if module is None else vars(module).get(_FUNCTION)
-            if module is None or not isinstance(function, _Checkpoints):  # other code has replaced it
+        with LOCK:
+            module, function = self._module(), self._function()
+            if module is None or not isinstance(function, _Checkpoints):  # other code may have replaced it
                 return
-            function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self.tracker)
+            function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self._tracker)
             if not function.trackers:
                 setattr(module, _FUNCTION, function.function)
 
-
-def _attach(module: nn.Module, tracker: Tracker[Any]) -> _Attached:
-    with _LOCK:
-        function = vars(module)[_FUNCTION]
-        if not isinstance(function, _Checkpoints):
-            function = _Checkpoints(function)
-            setattr(module, _FUNCTION, function)
-        function.trackers = (*function.trackers, tracker)
-    return _Attached(weakref.ref(module), tracker)
+    def _function(self) -> Callable[..., Any] | None:
+        module = self._module()
+        return None if module is None else vars(module).get(_FUNCTION)

@@ -1,97 +1,22 @@
 """Follow a model's forward passes: the pass that each thread is in, and the positions of its tokens."""
 
 import inspect
-import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from steering_vectors._models import Removable, after_forward, before_forward, parameters_of, unless_removed
-from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
+from steering_vectors._locks import LOCK
+from steering_vectors._models import Attachment, Hook, attach_all, parameters_of, remove_all
 from steering_vectors._passes.caches import CacheMemory
-from steering_vectors._passes.checkpointing import checkpoint_registrations
-from steering_vectors.token_selection import TokenPositions
-
-_NUMBERS = itertools.count()
-_THREAD = threading.local()
-
-
-def this_thread() -> object:
-    """Return a mark of the calling thread that no other thread ever has; thread ids are reused."""
-    mark: object = getattr(_THREAD, "mark", None)
-    if mark is None:
-        mark = _THREAD.mark = object()
-    return mark
-
-
-class ForwardPass:
-    """A forward pass; its :attr:`positions` are computed on first access."""
-
-    def __init__(self, begun_by: nn.Module, memory: CacheMemory | None) -> None:
-        self.begun_by = begun_by
-        self.number = next(_NUMBERS)
-        self.thread = this_thread()  # a backward pass may rerun parts of it in another thread
-        self.ended = False
-        self.depth = -1
-        self.weights: dict[torch.device, Tensor | bool] = {}  # the selection in this pass, once computed
-        self._calls: list[PassArguments] = []
-        self._memory = memory
-        self._given: Mapping[str, Any] | None = None
-        self._merged: PassArguments | None = None
-        self._positions: TokenPositions | None = None
-
-    def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
-        """Record the call of a module that is ``depth`` steps inside the outermost one."""
-        self.depth = depth
-        if arguments is not None and (self._given is None or not describe_same_tokens(arguments, self._given)):
-            self._given = arguments
-            self._calls.append(pass_arguments(arguments, parameters))
-            self._merged = None
-
-    def leave(self) -> None:
-        """End the pass and drop its arguments; parts that gradient checkpointing reruns don't need them."""
-        self._given = None
-        self.ended = True
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The pass's ``(batch, seq)``. Raises ValueError if no module's arguments show it."""
-        shape = self._arguments().shape
-        assert shape is not None
-        return shape
-
-    @property
-    def positions(self) -> TokenPositions:
-        """The positions of the pass's tokens. Raises ValueError if they can't be determined."""
-        assert self._memory is not None
-        if self._positions is None:
-            self._positions = self._memory.positions(self._arguments())
-        return self._positions
-
-    def _arguments(self) -> PassArguments:
-        call = self._merged_arguments()
-        if call is None:
-            raise ValueError(
-                f"can't determine the token positions: {type(self.begun_by).__name__} was called without input_ids "
-                f"and without inputs_embeds. Call it with one of them, or steer all tokens."
-            )
-        return call
-
-    def _merged_arguments(self) -> PassArguments | None:
-        if self._merged is None:
-            self._merged = merge_arguments(self._calls)
-        return self._merged
-
-    def remember(self, output: Any) -> None:
-        """Record the tokens that this pass put into its cache."""
-        call = None if self._memory is None else self._merged_arguments()
-        if call is not None and self._memory is not None and not call.packs_rows:
-            self._memory.remember(call, output, lambda: self.positions)
+from steering_vectors._passes.checkpointing import checkpoint_attachments
+from steering_vectors._passes.forward_pass import ForwardPass
+from steering_vectors._passes.threads import calls_in_progress, this_thread
 
 
 class Need(IntEnum):
@@ -105,80 +30,173 @@ class Need(IntEnum):
 
 
 class PassTracker:
-    """A tracker of the forward passes through a model.
+    """A tracker of the passes through a model that begin between :meth:`start` and :meth:`stop`.
 
-    A pass belongs to the thread that runs it. A part that gradient checkpointing reruns belongs to the pass that ran it
-    first. Passes of compiled code are recorded only from ``Need.THREAD`` on. ``completed`` counts the recorded passes.
+    ``modules`` are those that take a whole pass, outermost first. A pass belongs to the thread that runs it, and passes
+    may run inside each other. A part that gradient checkpointing reruns belongs to the pass that ran it first. Passes
+    of compiled code are recorded only from ``Need.THREAD`` on. ``when_completed`` is called at the end of each recorded
+    pass, and ``completed`` counts them.
     """
 
-    def __init__(self, need: Need) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], need: Need, when_completed: Callable[[ForwardPass], None] | None = None
+    ) -> None:
         self.completed = 0
+        self.is_on = False
+        # Compiled code needn't record a pass that is only counted.
+        self.is_traceable = need < Need.THREAD
         self._need = need
+        self._when_completed = when_completed
         self._memory = CacheMemory(need_prompt_length=need >= Need.PROMPT_LENGTH) if need >= Need.POSITIONS else None
-        self._thread = threading.local()
+        self._modules = [weakref.ref(module) for module in modules]
+        self._stacks: dict[object, list[ForwardPass]] = {}  # each thread's passes, outermost first
+        self._hooks: list[Attachment] = [
+            hook for depth, module in enumerate(modules) for hook in self._hooks_on(depth, module)
+        ]
+        self._attachments = [*self._hooks, *checkpoint_attachments(modules[0], self)]
+
+    def start(self, attachments: Sequence[Attachment] = ()) -> None:
+        """Begin to follow passes. If an error or an interrupt comes between, nothing stays attached.
+
+        The ``attachments`` are attached too, and stay until :meth:`stop` was called and the last of the passes has
+        ended, so that each pass runs with all of them or with none.
+        """
+        # Known before any is attached.
+        self._hooks = [*self._hooks, *attachments]
+        self._attachments = [*self._attachments, *attachments]
+        attach_all(self._attachments)
+        self.is_on = True
+
+    def stop(self) -> None:
+        """Follow no more passes. A second call does nothing, and finishes a first one that was interrupted."""
+        with LOCK:
+            self.is_on = False
+            self._detach_if_idle()
+
+    @property
+    def is_attached(self) -> bool:
+        """True if no other code has removed hooks since :meth:`start`."""
+        return all(hook.is_attached for hook in self._hooks)
 
     @property
     def current(self) -> ForwardPass | None:
         """The pass that this thread is in; None between passes."""
-        current: ForwardPass | None = getattr(self._thread, "current", None)
-        return current
+        stack = self._stacks.get(this_thread())
+        return stack[-1] if stack else None
+
+    @property
+    def is_between_passes(self) -> bool:
+        """True if this thread is in no pass of the model at all, not even in one that began before :meth:`start`."""
+        if self.current is not None:
+            return False
+        calls = calls_in_progress(threading.get_ident())
+        return not any(call is module() for call in calls for module in self._modules)
 
     @contextmanager
     def resumed(self, earlier: ForwardPass | None) -> Iterator[None]:
-        """Put this thread into an earlier pass inside the block."""
-        before, self._thread.current = self.current, earlier
+        """Put this thread into an earlier pass inside the block, with all that was attached during that pass."""
+        if earlier is None:
+            yield
+            return
+        thread = this_thread()
+        with LOCK:
+            attach_all(self._attachments)
+            self._stacks.setdefault(thread, []).append(earlier)
+            earlier.reruns += 1
         try:
             yield
         finally:
-            self._thread.current = before
+            with LOCK:
+                earlier.reruns -= 1
+                self._end(thread, earlier)
+                if not self.is_on:
+                    self._detach_if_idle()
 
-    def registrations(self, modules: Sequence[nn.Module]) -> list[Callable[[], Removable]]:
-        """Return calls that each attach one hook of the tracker.
+    def _begin(self, module: nn.Module) -> ForwardPass | None:
+        """Put this thread into a new pass; return None if the tracker is off."""
+        with LOCK:
+            if not self.is_on:
+                self._detach_if_idle()
+                return None
+            stack = self._stacks.setdefault(this_thread(), [])
+            if stack:  # a pass in which this one runs, or one that an interrupt has ended
+                calls = calls_in_progress(threading.get_ident())
+                stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
+            current = ForwardPass(module, self._memory)
+            stack.append(current)
+            return current
 
-        The hooks go on the modules that take a whole pass, outermost first, and on the modules inside them that rerun
-        parts of it.
-        """
-        around = [attach for depth, module in enumerate(modules) for attach in self._around(depth, module)]
-        return around if self._need is Need.PASSES else [*around, *checkpoint_registrations(modules[0], self)]
+    def _end(self, thread: object, current: ForwardPass) -> None:
+        """Take a thread out of a pass, and out of those that began inside it. The lock must be held."""
+        stack = self._stacks[thread]
+        while stack.pop() is not current:
+            pass
+        if not stack:
+            del self._stacks[thread]
 
-    def _around(self, depth: int, module: nn.Module) -> list[Callable[[], Removable]]:
+    def _detach_if_idle(self) -> None:
+        for thread, stack in list(self._stacks.items()):
+            stack[:] = _still_running(stack, calls_in_progress(stack[0].thread_id))
+            if not stack:
+                del self._stacks[thread]
+        if not self._stacks:
+            remove_all(reversed(self._attachments))
+
+    def _hooks_on(self, depth: int, module: nn.Module) -> list[Hook]:
+        """Return the hooks on a module that takes a whole pass, ``depth`` steps inside the outermost one."""
         names = _positional_names(module)
-        # Compiled code needn't record a pass that is only counted. A hook that also runs after errors would have the
-        # code compiled again for each hook.
-        traceable = self._need < Need.THREAD
 
-        # Plain functions, so that a deepcopy of the model shares them.
-
-        @unless_removed
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_dynamo_compiling():
-                return
-            current = self.current
-            # A module that is entered a second time is in a new pass: the old one was abandoned.
-            if current is None or depth <= current.depth:
-                current = self._thread.current = ForwardPass(module, self._memory)
-            given: dict[str, Any] | None = None
-            if self._need > Need.PASSES:
-                given = dict(zip(names, args, strict=False)) | kwargs
-                given.setdefault("use_cache", getattr(getattr(module, "config", None), "use_cache", None))
-            current.enter(depth, given, names)
+            if not torch.compiler.is_dynamo_compiling():
+                self._enter(module, depth, names, args, kwargs)
 
         def end(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if torch.compiler.is_dynamo_compiling():
-                return
-            current = self.current
-            if current is None or current.begun_by is not module:
-                return
-            self._thread.current = None
-            current.leave()
-            if output is not None:  # else the pass raised
-                self.completed += 1
-                current.remember(output)
+            if not torch.compiler.is_dynamo_compiling():
+                self._exit(module, output)
 
         return [
-            lambda: before_forward(module, begin, traceable=traceable),
-            lambda: after_forward(module, end, always=not traceable, traceable=traceable),
+            Hook(module, begin, before=True, traceable=self.is_traceable),
+            # A hook that also runs after errors would have code that it is part of compiled again for each hook.
+            Hook(module, end, always=not self.is_traceable, traceable=self.is_traceable),
         ]
+
+    def _enter(
+        self, module: nn.Module, depth: int, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        current = self.current
+        if current is None or depth <= current.depth:  # a module that is entered a second time is in a new pass
+            current = self._begin(module)
+        if current is None:
+            return
+        given: dict[str, Any] | None = None
+        if self._need > Need.PASSES:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            given.setdefault("use_cache", getattr(getattr(module, "config", None), "use_cache", None))
+        current.enter(depth, given, names)
+
+    def _exit(self, module: nn.Module, output: Any) -> None:
+        thread = this_thread()
+        stack = self._stacks.get(thread, [])
+        current = next((one for one in reversed(stack) if one.begun_by() is module), None)
+        if current is None:
+            return
+        current.leave()
+        with LOCK:
+            self._end(thread, current)
+            if output is None:  # the pass raised: PyTorch is iterating over the hooks, so none can be removed
+                return
+            self.completed += 1
+            if self._when_completed is not None:
+                self._when_completed(current)
+            if not self.is_on:
+                self._detach_if_idle()
+        current.remember(output)
+
+
+def _still_running(stack: Sequence[ForwardPass], calls: Sequence[nn.Module]) -> list[ForwardPass]:
+    """Return the passes that haven't been ended by an interrupt, which are the outer ones, from a thread's calls."""
+    remaining = iter(calls)
+    return [one for one in stack if one.reruns or any(call is one.begun_by() for call in remaining)]
 
 
 def _positional_names(module: nn.Module) -> list[str]:

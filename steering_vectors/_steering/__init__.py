@@ -11,18 +11,17 @@ from steering_vectors._steering.active import (
     is_steered_by_token,
     is_steered_by_token_or_row,
     may_be_steered_by_row,
+    patches_of_this_thread,
 )
-from steering_vectors._steering.attaching import INPUT, OUTPUT, changes_of, traced
+from steering_vectors._steering.attaching import changes_of, traced
 from steering_vectors._steering.change import width_message
-from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle
+from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle, attach
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
 from steering_vectors._steering.plan import Steering, steering_of, warn_of_another_model
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
 
 __all__ = [
-    "INPUT",
-    "OUTPUT",
     "Numbers",
     "Steering",
     "SteeringContext",
@@ -31,6 +30,7 @@ __all__ = [
     "active_patches",
     "as_multiplier",
     "as_selector",
+    "attach",
     "changes_of",
     "check_not_steered_by_row",
     "is_steered_by_token",
@@ -38,6 +38,7 @@ __all__ = [
     "may_be_steered_by_row",
     "one_selection",
     "parts_inside",
+    "patches_of_this_thread",
     "steering_of",
     "traced",
     "warn_of_another_model",

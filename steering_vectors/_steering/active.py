@@ -17,18 +17,23 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
     []
     """
     check_model(model)
-    handles = {change.owner.order: change.owner for module in model.modules() for change in changes_of(module)}
-    return [handles[order] for order in sorted(handles)]
+    owners = {change.owner for module in model.modules() for change in changes_of(module)}
+    return sorted((handle for handle in owners if handle.is_on), key=lambda handle: handle.order)
+
+
+def patches_of_this_thread(model: nn.Module) -> list[SteeringPatchHandle]:
+    """Return the active patches without those that steer other threads' passes only."""
+    return [handle for handle in active_patches(model) if handle.concerns_this_thread]
 
 
 def is_steered_by_token(model: nn.Module) -> bool:
     """Return True if a steering selects tokens, so that the tokens' order in a pass matters."""
-    return any(patch.selector is not None for patch in active_patches(model))
+    return any(patch.selector is not None for patch in patches_of_this_thread(model))
 
 
 def is_steered_by_token_or_row(model: nn.Module) -> bool:
     """Return True if a steering selects tokens or treats rows differently."""
-    return any(patch.selector is not None or patch.multiplier.by_row for patch in active_patches(model))
+    return any(patch.selector is not None or patch.multiplier.by_row for patch in patches_of_this_thread(model))
 
 
 def check_not_steered_by_row(model: nn.Module) -> None:
@@ -36,7 +41,7 @@ def check_not_steered_by_row(model: nn.Module) -> None:
 
     Training forms its own batches, so the rows aren't the caller's.
     """
-    for patch in active_patches(model):
+    for patch in patches_of_this_thread(model):
         if patch.multiplier.by_row or (patch.selector is not None and goes_by_row_or_end(patch.selector)):
             raise ValueError(
                 f"the model is steered row by row or from a row's end, but training forms its own batches: remove "
@@ -46,5 +51,5 @@ def check_not_steered_by_row(model: nn.Module) -> None:
 
 def may_be_steered_by_row(model: nn.Module) -> bool:
     """Return True if a selector's attributes leave open whether it distinguishes rows or counts from their ends."""
-    selectors = (patch.selector for patch in active_patches(model))
+    selectors = (patch.selector for patch in patches_of_this_thread(model))
     return any(selector is not None and goes_by_row_or_end(selector) is None for selector in selectors)

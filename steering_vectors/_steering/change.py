@@ -20,9 +20,10 @@ class Change:
 
     ``weights_for`` returns the weights of an activation's tokens, in a shape that broadcasts to the activation. It
     returns True to steer all tokens, and False to steer none. Without it, all tokens are steered.
-    ``rows_along`` lays out one row for each multiplier, ``(rows, n)``, along an activation's axes. ``applies`` returns
-    True if the current pass is steered at all; without it, every pass is. ``owner`` is the handle that the change
-    belongs to. ``ran`` is True once the layer has run in a steered pass.
+    ``rows_along`` lays out one row for each multiplier, ``(rows, n)``, along an activation's axes. ``applies`` gets the
+    layer and returns True if the current pass is steered at all; with ``applies_to_compiled``, all passes of compiled
+    code are. ``owner`` is the handle that the change belongs to. ``ran`` is True once the layer has run in a steered
+    pass, and ``ran_compiled`` once it has run in code that asks for no passes.
     """
 
     def __init__(
@@ -34,17 +35,19 @@ class Change:
         multiplier: Multiplier,
         weights_for: Callable[[Tensor], Tensor | bool] | None,
         rows_along: Callable[[Tensor, Tensor], Tensor],
-        applies: Callable[[], bool] | None,
+        applies: Callable[[int], bool],
+        applies_to_compiled: bool,
     ) -> None:
         self.owner = owner
         self.layer = layer
-        self.ran = False
+        self.ran = self.ran_compiled = False
         self._direction = direction
         self._operator = operator
         self._multiplier = multiplier
         self._weights_for = weights_for
         self._rows_along = rows_along
         self._applies = applies
+        self._applies_to_compiled = applies_to_compiled
         # Where gradients flow to the direction or the multiplier, their values may change between passes.
         self._is_live = direction.requires_grad or multiplier.is_learned
         with torch.inference_mode(False):  # otherwise no later pass could differentiate through these tensors
@@ -56,7 +59,9 @@ class Change:
         self._zeros: dict[torch.device, Tensor] = {}
 
     def __call__(self, activation: Tensor) -> Tensor:
-        if self._applies is not None and not self._applies():
+        if self._applies_to_compiled and torch.compiler.is_dynamo_compiling():
+            self.ran_compiled = True
+        elif not self._applies(self.layer):
             return activation
         self.ran = True
         weights = True if self._weights_for is None else self._weights_for(activation)

@@ -1,19 +1,18 @@
 """Attach a steering to a model, and remove it by hand or by leaving a block."""
 
+import functools
 import inspect
 import itertools
 import sys
-import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ContextDecorator
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-from steering_vectors._models import attach_all, never_compiled, remove_all
-from steering_vectors._passes import Need, PassTracker, this_thread
-from steering_vectors._steering.attaching import attach_change
+from steering_vectors._models import never_compiled
+from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
+from steering_vectors._steering.attaching import AttachedChange
 from steering_vectors._steering.change import Change
 from steering_vectors._steering.plan import Steering
 from steering_vectors._steering.selection import Selection
@@ -32,19 +31,21 @@ class SteeringPatchHandle:
     """
 
     def __init__(self, steering: Steering) -> None:
-        """Attach all hooks or, if one can't be attached, none."""
         # Nothing here refers to the model: a steering that is never removed must not keep it in memory.
         self.layers = sorted(steering.directions)
         self.selector = steering.selector
         self.multiplier = steering.multiplier
         self.order = next(_ORDER)
         self._shown = repr(steering)
-        self._thread = this_thread() if steering.this_thread_only else None
-        self._lock = threading.Lock()
-        self._tracker = PassTracker(_need_of(steering))
+        self._entered_by = this_thread()
+        self._this_thread_only = steering.this_thread_only
+        self._has_warned = False
+        self._missed: Counter[int] = Counter()  # passes in which a layer did not run, by layer
+        self._text_config = steering.anatomy.text_config
+        self._tracker = PassTracker(steering.anatomy.pass_modules, _need_of(steering), self._note_layers_run)
         self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
         weights_for = None if steering.selector is None else never_compiled(self._selection.weights_for)
-        applies = None if self._thread is None else never_compiled(self._is_of_own_thread)
+        applies = self._applies if self._tracker.is_traceable else never_compiled(self._applies)
         self._changes = [
             Change(
                 owner=self,
@@ -55,66 +56,142 @@ class SteeringPatchHandle:
                 weights_for=weights_for,
                 rows_along=self._selection.rows_along,
                 applies=applies,
+                applies_to_compiled=self._tracker.is_traceable,
             )
             for layer, _, _ in steering.places
         ]
-        attachments = (
-            partial(attach_change, module, change, place)
+        self._attachments = [
+            AttachedChange(module, change, place)
             for change, (_, module, place) in zip(self._changes, steering.places, strict=True)
-        )
-        self._hooks = attach_all([*self._tracker.registrations(steering.anatomy.pass_modules), *attachments])
+        ]
 
     def remove(self) -> None:
         """Remove the steering from the model; a second call does nothing.
 
-        Warns with a RuntimeWarning if the model ran but some steered layer did not, or no token was selected. It does
-        not warn while an exception is being handled.
+        Passes that other threads are running now keep it until they end. Warns with a RuntimeWarning if the model ran
+        but some steered layer did not, or not in each pass, if no token was selected, or if other code has removed the
+        steering's hooks. It does not warn while an exception is being handled.
         """
-        self._detach(quiet=sys.exc_info()[0] is not None)
+        self._leave(quiet=sys.exc_info()[0] is not None)
 
     def __enter__(self) -> "SteeringPatchHandle":
         """Return the handle. Raises RuntimeError if the steering was removed, since the block would run unsteered."""
-        if not self._hooks:
+        if not self.is_on:
             raise RuntimeError("this steering was removed from its model: make a new one with vector.patch(model)")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._detach(quiet=kind is not None)
+        self._leave(quiet=kind is not None)
 
     def __repr__(self) -> str:
-        return f"SteeringPatchHandle({self._shown}{'' if self._hooks else ', removed'})"
+        state = ", hooks removed by other code" if not self._tracker.is_attached else ""
+        return f"SteeringPatchHandle({self._shown}{state if self.is_on else ', removed'})"
 
-    def _detach(self, *, quiet: bool) -> None:
-        with self._lock:
-            hooks, self._hooks = self._hooks, []
-        remove_all(reversed(hooks))  # the layers first: a pass that begins meanwhile finds its tracker
-        if hooks and not quiet and self._tracker.completed:
-            self._warn_of_nothing()
+    @property
+    def is_on(self) -> bool:
+        """True from the moment that the steering is attached until it is removed."""
+        return self._tracker.is_on
 
-    def _warn_of_nothing(self) -> None:
+    @property
+    def is_entered_here(self) -> bool:
+        """True in the thread that attached the steering."""
+        return self._entered_by is this_thread()
+
+    @property
+    def concerns_this_thread(self) -> bool:
+        """True unless the steering changes the passes of another thread only."""
+        return self.is_entered_here or not self._this_thread_only
+
+    def _attach(self) -> "SteeringPatchHandle":
+        """Attach all hooks or, if one can't be attached, none."""
+        self._tracker.start(self._attachments)
+        return self
+
+    def _leave(self, *, quiet: bool) -> None:
+        try:
+            was_on, was_attached = self.is_on, self._tracker.is_attached
+            self._tracker.stop()
+        except BaseException:  # an interrupt: what it left undone is done now
+            self._tracker.stop()
+            raise
+        if was_on and not quiet:
+            message = self._nothing_steered() if was_attached else _HOOKS_GONE.format(self.layers)
+            if message:
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def _nothing_steered(self) -> str | None:
+        """Return a message about layers or tokens that were to be steered and were not; None if there are none."""
+        if not self._tracker.completed:
+            return None
         idle = sorted({change.layer for change in self._changes if not change.ran})
-        if self._thread is not None and idle == self.layers:
-            message = (
+        if self._this_thread_only and idle == self.layers:
+            return (
                 f"the model ran, but not in the thread that attached this steering with this_thread_only=True: layers "
                 f"{self.layers} were not steered; run the model in that thread, or leave out this_thread_only"
             )
-        elif idle:
-            message = f"the model ran, but of the steered layers {self.layers} these never did: {idle}"
-        elif self._selection.was_empty:
-            message = (
+        if idle:
+            return f"the model ran, but of the steered layers {self.layers} these never did: {idle}"
+        if self._selection.was_empty:
+            return (
                 f"the model ran, but {self.selector!r} selected none of its tokens: "
                 f"layers {self.layers} were not steered"
             )
-        else:
-            return
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        compiled = {change.layer for change in self._changes if change.ran_compiled}
+        missed = {layer: passes for layer, passes in sorted(self._missed.items()) if layer not in compiled}
+        if missed:
+            return (
+                f"of {self._tracker.completed} passes of the model, steered layers did not run in some, which were not "
+                f"steered there (passes by layer: {missed}). Does this model run its layers' code without calling the "
+                f"layers, as some fast decoding loops do? Then steer it with that turned off"
+            )
+        return None
 
-    def _is_of_own_thread(self) -> bool:
-        """Return True if the current pass belongs to the thread that attached the steering."""
+    def _applies(self, layer: int) -> bool:
+        """Return True if the layer that runs now in this thread is to be steered."""
         current = self._tracker.current
-        return (this_thread() if current is None else current.thread) is self._thread
+        if current is None:  # a layer called alone, or a pass that began before this steering, or after it
+            return self.is_on and self.concerns_this_thread and self._tracker.is_between_passes
+        if current.thread is not self._entered_by:
+            if self._this_thread_only:
+                return False
+            self._warn_of_another_thread()
+        current.layers_run.add(layer)
+        return True
+
+    def _warn_of_another_thread(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"layers {self.layers} are steered in a thread other than the one that attached this steering; to "
+                f"steer only the passes of one thread, attach it there with this_thread_only=True",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _note_layers_run(self, current: ForwardPass) -> None:
+        """Note the steered layers that did not run in a pass, though the model did not leave them out by design."""
+        module = current.begun_by()
+        if module is None or module.training or (self._this_thread_only and current.thread is not self._entered_by):
+            return  # in training mode, LayerDrop leaves layers out
+        depth = getattr(self._text_config, "num_hidden_layers", None)  # lowered in passes that leave off early
+        self._missed.update(
+            layer
+            for layer in self.layers
+            if layer not in current.layers_run and not (isinstance(depth, int) and layer >= depth)
+        )
+
+
+_HOOKS_GONE = (
+    "other code has removed hooks of this steering, so that it no longer steered layers {} as asked: remove hooks by "
+    "their handles, not all hooks of a module"
+)
+
+
+def attach(steering: Steering) -> SteeringPatchHandle:
+    """Attach a steering and return its handle. If it can't be attached, nothing is left behind."""
+    return SteeringPatchHandle(steering)._attach()
 
 
 def _need_of(steering: Steering) -> Need:
@@ -127,46 +204,75 @@ def _need_of(steering: Steering) -> Need:
     return Need.SHAPE if steering.multiplier.by_row else Need.PASSES
 
 
-class SteeringContext(ContextDecorator):
+class SteeringContext:
     """A context manager that steers a model inside its block, or as a decorator inside a function.
 
-    :meth:`SteeringVector.apply` and :func:`ablate_everywhere` return it.
+    It may be entered several times, also by several threads. :meth:`SteeringVector.apply` and
+    :func:`ablate_everywhere` return it.
 
     >>> vector.apply(model, multiplier=2.0)
     SteeringContext(layers=[1], multiplier=2.0, operator=addition_operator(), tokens=all)
     """
 
-    def __init__(self, attach: Callable[[], SteeringPatchHandle], shown: str) -> None:
-        self._attach = attach
+    def __init__(self, make: Callable[[], Steering], shown: str) -> None:
+        self._make = make
         self._shown = shown
-        self._handles: list[tuple[object, SteeringPatchHandle]] = []  # each with the thread that entered it
+        self._handles: list[SteeringPatchHandle] = []  # one for each block that was entered and not left
 
     def __enter__(self) -> None:
-        self._handles.append((this_thread(), self._attach()))
+        handle = SteeringPatchHandle(self._make())
+        self._handles.append(handle)  # known before it is attached, for an interrupt in between
+        try:
+            handle._attach()
+        except BaseException:
+            self._handles.remove(handle)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # The last one that this thread entered, if any: a generator may be closed in another thread than it began in.
-        entered = [n for n, (thread, _) in enumerate(self._handles) if thread is this_thread()]
-        _, handle = self._handles.pop(entered[-1] if entered else -1)
-        handle._detach(quiet=kind is not None)
+        entered = [handle for handle in self._handles if handle.is_entered_here] or self._handles
+        handle = entered[-1]
+        try:
+            handle._leave(quiet=kind is not None)
+        finally:
+            handle._tracker.stop()  # in case of an interrupt
+            self._handles.remove(handle)
+
+    def __del__(self) -> None:
+        # An interrupt may come when a block is entered or left, before any code of this class runs.
+        for handle in getattr(self, "_handles", ()):  # none after an error in __init__
+            handle._leave(quiet=True)
 
     def __call__(self, function: Any) -> Any:
-        """Decorate a function. Raises TypeError for a generator or a coroutine, which would run unsteered."""
-        if any(kind(function) for kind in _DEFERRED):
-            raise TypeError(
-                f"{getattr(function, '__name__', function)} is a generator or a coroutine, whose code runs only "
-                f"after the call, unsteered: use `with vector.apply(…):` inside it"
-            )
-        return super().__call__(function)
+        """Decorate a function. Raises TypeError for a generator or a coroutine, which would run unsteered.
+
+        The decorated function raises the same error if it returns one.
+        """
+        if any(is_deferred(function) for is_deferred in _DEFERRED_FUNCTIONS):
+            raise TypeError(_DEFERRED.format(getattr(function, "__name__", function)))
+
+        @functools.wraps(function)
+        def steered(*args: Any, **kwargs: Any) -> Any:
+            with SteeringContext(self._make, self._shown):  # each call attaches a steering of its own
+                result = function(*args, **kwargs)
+                if any(is_deferred(result) for is_deferred in _DEFERRED_RESULTS):
+                    if inspect.iscoroutine(result):
+                        result.close()  # else Python warns that it was never awaited
+                    raise TypeError(_DEFERRED.format(getattr(function, "__name__", function)))
+                return result
+
+        return steered
 
     def __repr__(self) -> str:
         return f"SteeringContext({self._shown})"
 
-    def _recreate_cm(self) -> "SteeringContext":
-        return SteeringContext(self._attach, self._shown)  # each call of a decorated function attaches its own steering
 
-
-_DEFERRED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_DEFERRED = (
+    "{} is a generator or a coroutine, or returns one, whose code runs only after the call, unsteered: use "
+    "`with vector.apply(…):` inside it"
+)
+_DEFERRED_FUNCTIONS = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_DEFERRED_RESULTS = (inspect.isgenerator, inspect.isawaitable, inspect.isasyncgen)
 _ORDER = itertools.count()

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from steering_vectors._models import Anatomy, anatomy_of
-from steering_vectors._steering.attaching import OUTPUT
+from steering_vectors._models import OUTPUT, Anatomy, anatomy_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._vectors import checked_directions, type_and_depth
@@ -82,12 +81,7 @@ def steering_of(
     width = next(iter(by_number.values())).shape[-1]
     if widths and width not in widths:
         raise ValueError(width_message(width, min(by_number), widths[0]))
-    modules = {number: found.modules[number] for number in sorted(by_number)}
-    if len(set(modules.values())) < len(modules):
-        raise ValueError(
-            f"layers {sorted(by_number)} of {type(model).__name__} share modules, so they can't be steered separately"
-        )
-    places = [(number, module, OUTPUT) for number, module in modules.items()]
+    places = [(number, module, OUTPUT) for number, module in found.modules_of(sorted(by_number)).items()]
     return Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only)
 
 

@@ -6,24 +6,20 @@ The modules' outputs are replaced in test passes, and the block's outputs show w
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steering_vectors._models import (
+    Hook,
     activation_of,
-    after_forward,
     anatomy_of,
-    attach_all,
-    before_forward,
+    attached,
     input_of,
     kept_states,
     read_pass,
-    remove_all,
     stateful_modules,
-    unless_removed,
     with_activation,
 )
 
@@ -56,7 +52,6 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     running: list[_Blend] = []
     thread = threading.get_ident()  # other threads' passes must stay as they are
 
-    @unless_removed
     def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:
             running[:] = [blends[block]]
@@ -71,19 +66,16 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
             blends[block].end(activation_of(output))
 
     parts = dict.fromkeys(part for block in blocks for part in _at_depth(block, depth))
-    handles = attach_all(
-        [
-            *(partial(before_forward, block, begin) for block in blocks),
-            *(partial(after_forward, part, replace) for part in parts),
-            # First, so that it sees the output before the block is steered.
-            *(partial(after_forward, block, end, first=True) for block in blocks),
-        ]
-    )
+    hooks = [
+        *(Hook(block, begin, before=True) for block in blocks),
+        *(Hook(part, replace) for part in parts),
+        *(Hook(block, end, first=True) for block in blocks),  # so that it sees the output before the block is steered
+    ]
     device = anatomy_of(model).input_device
     ids = torch.arange(1, _TOKENS + 1, device=device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     try:
-        with kept_states(stateful_modules(model)):
+        with attached(hooks), kept_states(stateful_modules(model)):
             read_pass(anatomy_of(model).pass_modules, {}, inputs, activation_of, stop_early=False)
     except Exception as error:  # a model that can't be run this way may raise anything
         warnings.warn(
@@ -93,8 +85,6 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
             stacklevel=2,
         )
         return
-    finally:
-        remove_all(handles)
     yield from ((block, blend.writers()) for block, blend in blends.items())
 
 

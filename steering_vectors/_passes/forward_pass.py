@@ -1,0 +1,89 @@
+"""One forward pass through a model, and the positions of its tokens."""
+
+import itertools
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
+from steering_vectors._passes.caches import CacheMemory
+from steering_vectors._passes.threads import this_thread
+from steering_vectors.token_selection import TokenPositions
+
+_NUMBERS = itertools.count()
+
+
+class ForwardPass:
+    """A forward pass; its :attr:`positions` are computed on first access.
+
+    ``layers_run`` are the steered layers that have run in it. ``thread`` is the mark of the thread that began it: a
+    backward pass may rerun parts of it in another one, and ``reruns`` counts the parts that are rerun now.
+    """
+
+    def __init__(self, begun_by: nn.Module, memory: CacheMemory | None) -> None:
+        self.begun_by = weakref.ref(begun_by)
+        self.number = next(_NUMBERS)
+        self.thread = this_thread()
+        self.thread_id = threading.get_ident()
+        self.ended = False
+        self.reruns = 0
+        self.depth = -1
+        self.layers_run: set[int] = set()
+        self.weights: dict[torch.device, Tensor | bool] = {}  # the selection in this pass, once computed
+        self._calls: list[PassArguments] = []
+        self._memory = memory
+        self._given: Mapping[str, Any] | None = None
+        self._merged: PassArguments | None = None
+        self._positions: TokenPositions | None = None
+
+    def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
+        """Record the call of a module that is ``depth`` steps inside the outermost one."""
+        self.depth = depth
+        if arguments is not None and (self._given is None or not describe_same_tokens(arguments, self._given)):
+            self._given = arguments
+            self._calls.append(pass_arguments(arguments, parameters))
+            self._merged = None
+
+    def leave(self) -> None:
+        """End the pass and drop its arguments; parts that gradient checkpointing reruns don't need them."""
+        self._given = None
+        self.ended = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The pass's ``(batch, seq)``. Raises ValueError if no module's arguments show it."""
+        shape = self._arguments().shape
+        assert shape is not None
+        return shape
+
+    @property
+    def positions(self) -> TokenPositions:
+        """The positions of the pass's tokens. Raises ValueError if they can't be determined."""
+        assert self._memory is not None
+        if self._positions is None:
+            self._positions = self._memory.positions(self._arguments())
+        return self._positions
+
+    def _arguments(self) -> PassArguments:
+        call = self._merged_arguments()
+        if call is None:
+            raise ValueError(
+                f"can't determine the token positions: {type(self.begun_by()).__name__} was called without input_ids "
+                f"and without inputs_embeds. Call it with one of them, or steer all tokens."
+            )
+        return call
+
+    def _merged_arguments(self) -> PassArguments | None:
+        if self._merged is None:
+            self._merged = merge_arguments(self._calls)
+        return self._merged
+
+    def remember(self, output: Any) -> None:
+        """Record the tokens that this pass put into its cache."""
+        call = None if self._memory is None else self._merged_arguments()
+        if call is not None and self._memory is not None and not call.packs_rows:
+            self._memory.remember(call, output, lambda: self.positions)
