@@ -108,7 +108,8 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
     doesn't matter, except that 0 changes nothing. A negative multiplier rotates away from the direction. Nothing
     changes where ``h`` is along the direction or one of them is zero, since the two span no plane.
 
-    Raises TypeError if ``angle`` is not a number, and ValueError if it isn't finite.
+    Raises TypeError if ``angle`` is not a number, and ValueError if it isn't finite or is more than a whole turn, which
+    are probably degrees.
 
     Source: norm-preserving rotation, arXiv 2510.26243 and 2601.19375, which use one plane for all activations.
 
@@ -116,7 +117,13 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
     >>> operator(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
     tensor([[[ 2., -2.]]])
     """
-    return _Rotation(finite_number(angle, "the angle of rotation_operator"))
+    radians = finite_number(angle, "the angle of rotation_operator")
+    if abs(radians) > 2 * math.pi:
+        raise ValueError(
+            f"the angle of rotation_operator is in radians, at most 2π either way, got {radians:g}: for {radians:g} "
+            f"degrees pass {math.radians(radians):.4g}"
+        )
+    return _Rotation(radians)
 
 
 def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator:

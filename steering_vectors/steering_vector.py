@@ -1,7 +1,7 @@
 """Steering vectors: directions by layer, their arithmetic, and their application to a model."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -179,6 +179,22 @@ class SteeringVector:
     def layers(self) -> list[int]:
         """The layers' numbers, ascending."""
         return sorted(self.layer_activations)
+
+    def __contains__(self, layer: object) -> bool:
+        """Return True if the vector has a direction for this layer number.
+
+        >>> 1 in SteeringVector({1: [3.0, 4.0]})
+        True
+        """
+        return layer in self.layer_activations
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the layers' numbers, ascending."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.layer_activations)
 
     @property
     def hidden_size(self) -> int:

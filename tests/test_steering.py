@@ -267,11 +267,19 @@ class TestAttachment:
             _ = 1 / 0
         assert torch.equal(logits(model), unsteered)
 
-    def test_a_block_gives_nothing(self, model: PreTrainedModel) -> None:
-        context = vector().apply(model)
-        entered: Any = context.__enter__()  # type: ignore[func-returns-value]
-        context.__exit__(None, None, None)
-        assert entered is None
+    def test_a_block_gives_its_handle(self, model: PreTrainedModel) -> None:
+        with vector().apply(model) as handle:
+            assert active_patches(model) == [handle]
+            handle.remove()
+            assert active_patches(model) == []
+
+    def test_a_context_that_is_never_entered_is_told_of(self, model: PreTrainedModel) -> None:
+        message = r"apply\(\) steers inside a with block, which was never entered, so SteeringContext\(layers=\[1\], .*"
+        with pytest.warns(RuntimeWarning, match=message):
+            vector().apply(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vector().apply(model)(logits)(model)
 
     def test_a_context_may_be_entered_again_and_within_itself(self, model: PreTrainedModel) -> None:
         once, twice = vector().apply(model), vector().apply(model, multiplier=2)
@@ -1368,9 +1376,12 @@ class TestNoSilentNothing:
         with pytest.warns(RuntimeWarning, match="selected none"), context:
             logits(model, IDS[:, :2])
 
-    def test_without_a_pass_nothing_is_told(self, model: PreTrainedModel) -> None:
-        with vector().apply(model, tokens=at([50])):
+    def test_a_block_without_a_pass_is_told_of(self, model: PreTrainedModel) -> None:
+        message = "the model did not run inside the block, so nothing was steered"
+        with pytest.warns(RuntimeWarning, match=message), vector().apply(model, tokens=at([50])):
             pass
+
+    def test_a_handle_that_is_removed_before_a_pass_is_not_told_of(self, model: PreTrainedModel) -> None:
         vector().patch(model, tokens=at([50])).remove()
 
     def test_under_an_exception_nothing_is_told(self, model: PreTrainedModel) -> None:

@@ -25,6 +25,11 @@ def make(*layers: int, layer_type: Any = "decoder_block", seed: int = 0) -> Stee
     return SteeringVector({layer: torch.randn(4, generator=generator) for layer in layers}, layer_type)
 
 
+def test_a_vector_is_a_collection_of_its_layers() -> None:
+    vector = SteeringVector({3: [1.0], 1: [2.0]})
+    assert (1 in vector, 2 in vector, list(vector), len(vector)) == (True, False, [1, 3], 2)
+
+
 class TestMaking:
     @pytest.mark.parametrize("shape", [(4,), (1, 4)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -35,13 +35,13 @@ class PassTracker:
     ``modules`` are those that take a whole pass, outermost first. A pass belongs to the thread that runs it, and passes
     may run inside each other. A part that gradient checkpointing reruns belongs to the pass that ran it first. Passes
     of compiled code are recorded only from ``Need.THREAD`` on. ``when_completed`` is called at the end of each recorded
-    pass, and ``completed`` counts them.
+    pass. ``begun`` and ``completed`` count them.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], need: Need, when_completed: Callable[[ForwardPass], None] | None = None
     ) -> None:
-        self.completed = 0
+        self.begun = self.completed = 0
         self.is_on = False
         # Compiled code needn't record a pass that is only counted.
         self.is_traceable = need < Need.THREAD
@@ -124,6 +124,7 @@ class PassTracker:
                 stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
             current = ForwardPass(module, self._memory)
             stack.append(current)
+            self.begun += 1
             return current
 
     def _end(self, thread: object, current: ForwardPass) -> None:

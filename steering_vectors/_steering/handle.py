@@ -109,7 +109,7 @@ class SteeringPatchHandle:
         self._tracker.start(self._attachments)
         return self
 
-    def _leave(self, *, quiet: bool) -> None:
+    def _leave(self, *, quiet: bool, after_block: bool = False) -> None:
         try:
             was_on, was_attached = self.is_on, self._tracker.is_attached
             self._tracker.stop()
@@ -117,7 +117,12 @@ class SteeringPatchHandle:
             self._tracker.stop()
             raise
         if was_on and not quiet:
-            message = self._nothing_steered() if was_attached else _HOOKS_GONE.format(self.layers)
+            if not was_attached:
+                message: str | None = _HOOKS_GONE.format(self.layers)
+            elif after_block and not self._tracker.begun and not any(change.ran for change in self._changes):
+                message = _NOTHING_RAN
+            else:
+                message = self._nothing_steered()
             if message:
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
 
@@ -189,6 +194,12 @@ _HOOKS_GONE = (
 )
 
 
+_NOTHING_RAN = (
+    "the model did not run inside the block, so nothing was steered: run it inside. A thread that is started there may "
+    "begin only after the block was left: wait for it inside, or enter the block in the thread"
+)
+
+
 def attach(steering: Steering) -> SteeringPatchHandle:
     """Attach a steering and return its handle. If it can't be attached, nothing is left behind."""
     return SteeringPatchHandle(steering)._attach()
@@ -218,8 +229,11 @@ class SteeringContext:
         self._make = make
         self._shown = shown
         self._handles: list[SteeringPatchHandle] = []  # one for each block that was entered and not left
+        self._was_used = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> SteeringPatchHandle:
+        """Attach the steering and return its handle, as :meth:`SteeringVector.patch` does."""
+        self._was_used = True
         handle = SteeringPatchHandle(self._make())
         self._handles.append(handle)  # known before it is attached, for an interrupt in between
         try:
@@ -227,6 +241,7 @@ class SteeringContext:
         except BaseException:
             self._handles.remove(handle)
             raise
+        return handle
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -235,7 +250,7 @@ class SteeringContext:
         entered = [handle for handle in self._handles if handle.is_entered_here] or self._handles
         handle = entered[-1]
         try:
-            handle._leave(quiet=kind is not None)
+            handle._leave(quiet=kind is not None, after_block=True)
         finally:
             handle._tracker.stop()  # in case of an interrupt
             self._handles.remove(handle)
@@ -244,12 +259,20 @@ class SteeringContext:
         # An interrupt may come when a block is entered or left, before any code of this class runs.
         for handle in getattr(self, "_handles", ()):  # none after an error in __init__
             handle._leave(quiet=True)
+        if not getattr(self, "_was_used", True):
+            warnings.warn(
+                f"apply() steers inside a with block, which was never entered, so {self!r} steered nothing: write "
+                f"`with vector.apply(…):`, or use patch(), which steers until it is removed",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __call__(self, function: Any) -> Any:
         """Decorate a function. Raises TypeError for a generator or a coroutine, which would run unsteered.
 
         The decorated function raises the same error if it returns one.
         """
+        self._was_used = True
         if any(is_deferred(function) for is_deferred in _DEFERRED_FUNCTIONS):
             raise TypeError(_DEFERRED.format(getattr(function, "__name__", function)))
 
