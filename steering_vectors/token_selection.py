@@ -26,9 +26,14 @@ class TokenPositions:
     ``column`` ``(seq,)``, int64: the place in the padded row, including cached columns.
     ``input_ids`` ``(batch, seq)``: the token ids, or None if the pass got embeddings.
     ``prompt_length`` ``(batch,)``, int64: the number of own tokens before the completion, or None if that is unknown.
-    ``begins_sequence``: True if the pass is known, without waiting for a device, to have no cached tokens before it.
+    ``begins_sequence``: True if the pass is known to have no cached tokens before it.
+    ``several_texts``: True if a row holds several texts, which don't see each other; each has indices from 0.
+    ``beside_encoder``: True if the tokens are a decoder's, beside an encoder's.
+    ``beside_another``: True if the pass begins a text right after another text's first pass, whose cache is in use.
+    ``is_whole``: True if no cache is kept, so that the pass holds its rows from the first token to the last so far.
 
-    All tensors are on one device. A selector must not change them.
+    All tensors are on one device. A selector must not change them. Finding the positions waits for the device at most
+    once or twice per prompt, and not in a pass of one token.
 
     >>> positions = TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3))
     >>> from_index(1)(positions)
@@ -40,6 +45,10 @@ class TokenPositions:
     input_ids: Tensor | None = None
     prompt_length: Tensor | None = None
     begins_sequence: bool = False
+    several_texts: bool = False
+    beside_encoder: bool = False
+    beside_another: bool = False
+    is_whole: bool = False
 
 
 class Selector(Protocol):
@@ -55,7 +64,7 @@ class Selector(Protocol):
     steering is refused if it does, and without the attribute it runs each prompt alone.
 
     ``needs_prompt_length``: False if it never reads ``positions.prompt_length``, which is then None. Without it, the
-    selector may read it. Finding the length under a static cache waits for the device once per prompt.
+    selector may read it.
 
     >>> class EveryNth:
     ...     rows, counts_from_end, needs_prompt_length = 1, False, False
@@ -118,8 +127,11 @@ def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> 
     pass that begins with another prompt raises ValueError, since the selector was left over from an earlier one.
 
     Without ``inputs``, the first pass over each cache is assumed to be the prompt. The pass raises ValueError where
-    that can't be known: without a cache, or with several tokens on a cache that is not empty. With chunked prefill,
-    pass ``inputs``: a last chunk of a single token looks like a token of the answer.
+    that can't be known: if it neither got a cache nor was called with ``use_cache=True``, with several tokens on a
+    cache that is not empty, and in assisted decoding. With chunked prefill, pass ``inputs``: a last chunk of a single
+    token looks like a token of the answer. With ``guidance_scale``, pass none, since there are two prompts.
+
+    In an encoder-decoder model, the decoder's tokens are steered: ``inputs`` must hold its ``decoder_input_ids``.
 
     Raises TypeError for a bare tensor, since token ids and masks look alike.
 
@@ -184,27 +196,58 @@ def selected(selector: Selector, positions: TokenPositions) -> Tensor:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Prompts of a batch: ``lengths``, one per row, and the prompts' tokens if known."""
+    """Prompts of a batch: ``lengths``, one per row, and the prompts' tokens if known.
+
+    ``is_encoder_input`` is True if in an encoder-decoder model they are the encoder's.
+    """
 
     lengths: tuple[int, ...]
     input_ids: Tensor | None = field(default=None, compare=False, repr=False)
     attention_mask: Tensor | None = field(default=None, compare=False, repr=False)
+    is_encoder_input: bool = False
 
     def check(self, positions: TokenPositions, selector: str) -> None:
         """Raise ValueError if the pass is known to begin with other tokens than these prompts'."""
-        if self.input_ids is None or positions.input_ids is None or not positions.begins_sequence:
+        if positions.several_texts:
+            raise ValueError(
+                f"{selector}(inputs) can't tell the prompts in rows that hold several texts: steer by index"
+            )
+        if positions.beside_encoder and self.is_encoder_input:
+            raise ValueError(
+                f"{selector}(inputs) got the encoder's inputs, but the steered tokens are the decoder's, which begin "
+                f"with its own start token: pass the number of tokens that the decoder starts with, as in "
+                f"{selector}(1), or inputs with decoder_input_ids"
+            )
+        if not positions.begins_sequence:
             return
-        got = positions.input_ids
-        width = min(got.shape[1], self.input_ids.shape[1])
-        expected = expand_rows(self.input_ids, got.shape[0], f"{selector}(inputs)")[:, :width].to(got.device)
-        differs = expected != got[:, :width]
+        if positions.input_ids is not None and self.input_ids is not None:
+            self._check_ids(positions.input_ids, self.input_ids, selector)
+        if positions.beside_another or positions.is_whole:
+            self._check_lengths(positions, selector)
+
+    def _check_ids(self, got: Tensor, ids: Tensor, selector: str) -> None:
+        width = min(got.shape[1], ids.shape[1])
+        differs = expand_rows(ids, got.shape[0], f"{selector}(inputs)")[:, :width].to(got.device) != got[:, :width]
         if self.attention_mask is not None:
             mask = expand_rows(self.attention_mask, got.shape[0], f"{selector}(inputs)")[:, :width]
             differs &= mask.to(got.device).bool()
         if bool(differs.any()):
             raise ValueError(
-                f"{selector}(inputs) was made for another prompt than the one that the model now runs on: "
-                f"pass it the inputs of this call of generate"
+                f"{selector}(inputs) was made for another prompt than the one that the model now runs on: pass it the "
+                f"inputs of this call of generate. With guidance_scale, which runs a second prompt, use {selector}()."
+            )
+
+    def _check_lengths(self, positions: TokenPositions, selector: str) -> None:
+        got = positions.index.amax(dim=1) + 1
+        expected = _per_row(self.lengths, positions, f"{selector}(inputs)")
+        expected = expected[:, 0] if isinstance(expected, Tensor) else torch.full_like(got, expected)
+        differs = got < expected if positions.is_whole else got != expected
+        if bool(differs.any()):
+            where = "without a cache" if positions.is_whole else "right after another text's, whose cache is in use"
+            raise ValueError(
+                f"{selector}(inputs) got prompts of {expected.tolist()} tokens, but the model begins rows of "
+                f"{got.tolist()} tokens, {where}. With guidance_scale, which runs a second prompt, use a cache and "
+                f"{selector}(); for an unrelated text, pass an empty cache."
             )
 
 
@@ -282,16 +325,7 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
     if inputs is None:
         return None
     if isinstance(inputs, Mapping):
-        if inputs.get("attention_mask") is None:
-            raise ValueError(
-                f"{selector}(inputs) needs an attention_mask in inputs, to tell tokens from padding, "
-                f"got {sorted(inputs)}: add it, or pass the prompts' lengths instead"
-            )
-        mask = _rows_tensor(inputs["attention_mask"])
-        ids = inputs.get("input_ids")
-        return _Prompt(
-            _lengths((mask != 0).sum(dim=1).tolist(), selector), None if ids is None else _rows_tensor(ids), mask
-        )
+        return _prompt_of_mapping(inputs, selector)
     if isinstance(inputs, Tensor):
         raise TypeError(
             f"{selector}(inputs) got a bare tensor, which may be token ids or a mask: pass the mapping that "
@@ -306,6 +340,22 @@ def _prompt(inputs: Mapping[str, Any] | int | Sequence[int] | None, selector: st
     return _Prompt(_lengths(numbers, selector))
 
 
+def _prompt_of_mapping(inputs: Mapping[str, Any], selector: str) -> _Prompt:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    of_decoder = inputs.get("decoder_input_ids") is not None
+    if of_decoder:
+        ids, mask = inputs["decoder_input_ids"], inputs.get("decoder_attention_mask")
+        mask = torch.ones_like(_rows_tensor(ids)) if mask is None else mask
+    if mask is None:
+        raise ValueError(
+            f"{selector}(inputs) needs an attention_mask in inputs, to tell tokens from padding, "
+            f"got {sorted(inputs)}: add it, or pass the prompts' lengths instead"
+        )
+    mask = _rows_tensor(mask)
+    lengths = _lengths((mask != 0).sum(dim=1).tolist(), selector)
+    return _Prompt(lengths, None if ids is None else _rows_tensor(ids), mask, is_encoder_input=not of_decoder)
+
+
 def _lengths(numbers: Sequence[SupportsIndex], selector: str) -> tuple[int, ...]:
     lengths = tuple(integer(n, f"{selector}(inputs)") for n in numbers)
     if not lengths or min(lengths) < 1:
@@ -318,12 +368,14 @@ def _prompt_length(prompt: _Prompt | None, positions: TokenPositions, selector: 
     if prompt is not None:
         prompt.check(positions, selector)
         return _per_row(prompt.lengths, positions, f"{selector}(inputs)")
+    if positions.several_texts:
+        raise ValueError(f"{selector}() can't tell the prompts in rows that hold several texts: steer by token index")
     if positions.prompt_length is None:
         advice = "generated(inputs)" if selector == "completion" else f"{selector}(inputs)"
         raise ValueError(
             f"{selector}() can't tell where the prompt ends in this pass: it needs a chat sample in training, and in "
-            f"generation a cache whose first pass was the whole prompt. Use {advice} with the inputs that you pass to "
-            f"model.generate."
+            f"generation a cache, given or asked for with use_cache=True, whose first pass was the prompt and no more. "
+            f"Use {advice} with the inputs that you pass to model.generate."
         )
     return positions.prompt_length[:, None]
 

@@ -46,8 +46,16 @@ class Outer(nn.Module):
 
 
 class Cache:
-    def __init__(self, length: Any = None) -> None:
+    """A cache with or without a length; ``filled`` says of one without whether it holds tokens from elsewhere."""
+
+    def __init__(self, length: Any = None, filled: bool = False) -> None:
         self.length = length
+        self.filled = filled
+
+    def has_previous_state(self) -> bool:
+        if self.length is not None:
+            raise ValueError
+        return self.filled
 
     def get_seq_length(self) -> Any:
         if self.length is None:
@@ -208,11 +216,12 @@ class TestPositions:
             (None, True),
             (Cache(0), True),
             (Cache(3), False),
-            (Cache(torch.tensor(0)), False),  # known by the device alone
+            (Cache(torch.tensor(0)), True),
+            (Cache(torch.tensor(3)), False),
         ],
-        ids=["none", "empty", "filled", "static"],
+        ids=["none", "empty", "filled", "empty and static", "filled and static"],
     )
-    def test_a_sequence_begins_where_the_host_knows_that_nothing_is_cached(self, cache: Any, begins: bool) -> None:
+    def test_a_sequence_begins_where_nothing_is_cached(self, cache: Any, begins: bool) -> None:
         model = Outer()
         with tracked(model) as tracker:
             positions = seen(model, tracker, ids(1, 3), cache=cache)
@@ -225,11 +234,23 @@ class TestMemoryOfCaches:
         mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
         with tracked(model) as tracker:
             assert seen(model, tracker, ids(2, 3), mask, cache=cache).index.tolist() == [[-1, 0, 1], [0, 1, 2]]
+            cache.filled = True
             assert seen(model, tracker, ids(2, 1), cache=cache).index.tolist() == [[2], [3]]
             assert seen(model, tracker, ids(2, 1), cache=other).index.tolist() == [[0], [0]]
             later = seen(model, tracker, ids(2, 2), cache=cache)
             assert later.index.tolist() == [[3, 4], [4, 5]]
             assert later.column.tolist() == [4, 5]
+
+    def test_what_another_fed_into_a_cache_without_a_length_is_counted_by_a_mask_or_refused(self) -> None:
+        model, cache = Outer(), Cache(filled=True)
+        with tracked(model) as tracker:
+            with pytest.raises(
+                ValueError, match="the Cache doesn't say how many tokens it holds, and they were put in"
+            ):
+                seen(model, tracker, ids(2, 1), torch.tensor([[1], [1]]), cache=cache)
+            mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+            assert seen(model, tracker, ids(2, 1), mask, cache=cache).index.tolist() == [[2], [3]]
+            assert seen(model, tracker, ids(2, 2), cache=cache).index.tolist() == [[3, 4], [4, 5]]
 
     def test_a_pass_that_raised_fed_nothing(self) -> None:
         model, cache = Outer(), Cache()
@@ -239,6 +260,7 @@ class TestMemoryOfCaches:
 
         with tracked(model) as tracker:
             seen(model, tracker, ids(1, 3), cache=cache)
+            cache.filled = True
             model.decoder.during = fail
             with pytest.raises(RuntimeError):
                 model(ids(1, 1), cache=cache)
@@ -302,7 +324,7 @@ class TestMemoryOfCaches:
             assert self.prompt_lengths(seen(model, tracker, ids(1, 3), use_cache=use_cache)) == lengths
 
     def test_a_cache_that_the_pass_made_is_remembered(self) -> None:
-        model, made = Outer(), Cache()
+        model, made = Outer(), Cache(filled=True)
         hook = model.register_forward_hook(lambda _m, _a, output: {**output, "cache": made})
         with tracked(model) as tracker:
             seen(model, tracker, ids(1, 3), use_cache=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering_vectors._models.axes import along_tokens, by_tokens
 from steering_vectors._passes.arguments import cached_columns, merge_arguments, pass_arguments
-from steering_vectors._passes.positions import Past, token_index
+from steering_vectors._passes.positions import Past, locate
 
 fast = settings(max_examples=120, deadline=None)
 
@@ -76,10 +76,12 @@ class Rows:
     def check(self, arguments: dict[str, Any], fed: Tensor | None = None, fed_columns: int = 0) -> None:
         call = pass_arguments(arguments)
         columns = fed_columns if call.cached is None else call.cached
-        index, column = token_index(call, Past(columns, fed))
+        located = locate(call, Past(columns, fed))
+        index, column = located.index, located.column
         assert index.tolist() == self.index
         assert column.tolist() == self.column
         assert index.dtype == column.dtype == torch.int64
+        assert not located.several_texts
 
 
 @st.composite
@@ -264,11 +266,12 @@ class TestPassArguments:
         assert call.cache is cache
         assert call.cached == 4
 
-    @pytest.mark.parametrize(("use_cache", "makes"), [(True, True), (False, False), (None, False)])
-    def test_a_cache_is_made_only_where_that_is_asked_for(self, use_cache: bool | None, makes: bool) -> None:
-        assert pass_arguments({"input_ids": self.ids, "use_cache": use_cache}).makes_cache is makes
-        with_cache = {"input_ids": self.ids, "use_cache": use_cache, "cache": Cache(0)}
-        assert pass_arguments(with_cache).makes_cache is False
+    @pytest.mark.parametrize(("use_cache", "keeps"), [(True, True), (False, False), (None, False)])
+    def test_a_cache_is_kept_only_where_the_caller_gave_one_or_asked_for_it(
+        self, use_cache: bool | None, keeps: bool
+    ) -> None:
+        assert pass_arguments({"input_ids": self.ids, "use_cache": use_cache}).keeps_cache is keeps
+        assert pass_arguments({"input_ids": self.ids, "use_cache": use_cache, "cache": Cache(0)}).keeps_cache
 
     def test_embeddings_tell_the_shape_before_ids(self) -> None:
         call = pass_arguments({"input_ids": self.ids, "inputs_embeds": torch.ones(2, 7, 4)})
@@ -316,7 +319,7 @@ class TestMergedArguments:
         assert merged.input_ids is self.ids
         assert merged.mask is mask
         assert merged.position_ids is None  # three dimensions: no token indices
-        assert merged.makes_cache
+        assert merged.keeps_cache
 
     def test_a_cache_that_one_module_was_given_is_the_pass_s(self) -> None:
         cache = Cache(5)
@@ -326,7 +329,14 @@ class TestMergedArguments:
         assert merged is not None
         assert merged.cache is cache
         assert merged.cached == 5
-        assert not merged.makes_cache
+
+    def test_what_the_caller_left_open_stays_open(self) -> None:
+        outer = pass_arguments({"input_ids": self.ids})
+        inner = pass_arguments({"inputs_embeds": self.embeds, "cache": Cache(0), "use_cache": True})
+        merged = merge_arguments([outer, inner])
+        assert merged is not None
+        assert merged.cache is inner.cache
+        assert not merged.keeps_cache
 
     def test_without_any_shape_there_is_nothing(self) -> None:
         assert merge_arguments([]) is None

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from steering_vectors._passes.contents import Contents, cached_columns, contents_of
+
 T = TypeVar("T")
 
 # Names of the arguments that hold the state of earlier passes.
@@ -16,6 +18,8 @@ CACHE_NAMES = (
 # Names of the arguments that pack many prompts' tokens into one row, as generate_batch does.
 _PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 _TOKEN_NAMES = ("input_ids", "inputs_embeds", "attention_mask")
+# Names of the argument that says of how many of the last tokens the logits are wanted.
+_LOGITS_NAMES = ("logits_to_keep", "num_logits_to_keep")
 _NAMES = (
     *("position_ids", "cache_position", "use_cache", *CACHE_NAMES, *_PACKING_NAMES, *_TOKEN_NAMES),
     *(f"decoder_{name}" for name in _TOKEN_NAMES),
@@ -29,9 +33,11 @@ class PassArguments:
     ``mask``: ``(batch, past + seq)``, nonzero on tokens. ``query_mask``: ``(batch, heads, seq, keys)``, bool or
     additive. ``columns``: the columns ``(seq,)`` that the caller passed.
     ``cached``: the number of columns in the cache. It is an int if the host knows it, a scalar tensor for a static
-    cache, and None for a cache without a length, as in recurrent models.
-    ``makes_cache``: True if there is no cache yet, and the pass was asked to make one. ``packs_rows``: True if one row
-    holds many prompts.
+    cache, and None for a cache without a length that may hold tokens, as in recurrent models.
+    ``contents``: a part of the cache, to notice changes of it. ``is_given_cache``: True if the caller passed the cache.
+    ``use_cache``: the caller's argument, None if that is left to the model's config. ``packs_rows``: True if one row
+    holds many prompts. ``may_hold_drafts``: True if logits of several last tokens are wanted, as of a draft in assisted
+    decoding. ``beside_encoder``: True if the tokens are a decoder's, beside an encoder's.
     """
 
     input_ids: Tensor | None
@@ -42,13 +48,22 @@ class PassArguments:
     columns: Tensor | None
     cache: Any
     cached: int | Tensor | None
-    makes_cache: bool
+    contents: Contents | None
+    is_given_cache: bool
+    use_cache: bool | None
     packs_rows: bool
+    may_hold_drafts: bool
+    beside_encoder: bool
 
     @property
     def tokens(self) -> Tensor | None:
         """The pass's tokens: embeddings if it received any, else ids."""
         return self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+
+    @property
+    def keeps_cache(self) -> bool:
+        """True if the caller wants the pass's tokens in a cache."""
+        return self.is_given_cache or self.use_cache is True
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -72,8 +87,12 @@ def pass_arguments(arguments: Mapping[str, Any], parameters: Collection[str] = (
         columns=_tensor_or_none(arguments.get("cache_position")),
         cache=cache,
         cached=cached_columns(cache),
-        makes_cache=cache is None and arguments.get("use_cache") is True,
+        contents=contents_of(cache),
+        is_given_cache=cache is not None,
+        use_cache=arguments.get("use_cache"),
         packs_rows=any(arguments.get(name) is not None for name in _PACKING_NAMES),
+        may_hold_drafts=any(_wants_several(arguments.get(name)) for name in _LOGITS_NAMES),
+        beside_encoder=bool(prefix),
     )
 
 
@@ -96,6 +115,7 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
         return None
     fitting = [call for call in reversed(calls) if call.shape in (None, shape)]
     cached = [call for call in fitting if call.cache is not None]
+    caller = next(call for call in calls if call.shape is not None)
     return PassArguments(
         input_ids=_first(call.input_ids for call in fitting),
         inputs_embeds=_first(call.inputs_embeds for call in fitting),
@@ -107,8 +127,13 @@ def merge_arguments(calls: Sequence[PassArguments]) -> PassArguments | None:
         ),
         cache=cached[0].cache if cached else None,
         cached=cached[0].cached if cached else 0,
-        makes_cache=not cached and any(call.makes_cache for call in fitting),
+        contents=cached[0].contents if cached else None,
+        # A module may resolve what the caller left open before it calls the next one.
+        is_given_cache=caller.is_given_cache,
+        use_cache=caller.use_cache,
         packs_rows=any(call.packs_rows for call in fitting),
+        may_hold_drafts=any(call.may_hold_drafts for call in calls),
+        beside_encoder=any(call.beside_encoder for call in calls),
     )
 
 
@@ -118,29 +143,6 @@ def _fits_itself(call: PassArguments) -> bool:
     return shape is not None and (ids is None or ids.ndim == 2) and (columns is None or columns.shape == shape[1:])
 
 
-def cached_columns(cache: Any) -> int | Tensor | None:
-    """Return the number of columns in a cache, as in :class:`PassArguments`; 0 for no cache."""
-    if cache is None:
-        return 0
-    if isinstance(cache, (tuple, list)):
-        return _columns_of_tuples(cache)
-    try:
-        length = cache.get_seq_length()
-    except (AttributeError, NotImplementedError, TypeError, ValueError):
-        return None
-    if isinstance(length, Tensor):
-        return length.clone()  # the pass changes a static cache's counter in place
-    return length if isinstance(length, int) else None
-
-
-def _columns_of_tuples(cache: Sequence[Any]) -> int | None:
-    """Return the length of transformers 4's tuples of keys and values ``(…, seq, head)``; None for a list of states."""
-    layer = cache[0] if cache else None
-    if isinstance(layer, (tuple, list)) and len(layer) >= 2 and isinstance(layer[1], Tensor):
-        return int(layer[1].shape[-2])
-    return None
-
-
 def _mask_of(masks: Any, ndim: int) -> Tensor | None:
     """Return the mask with ``ndim`` dimensions, out of one mask or of transformers 5's masks by kind of layer."""
     if isinstance(masks, Mapping):
@@ -148,6 +150,11 @@ def _mask_of(masks: Any, ndim: int) -> Tensor | None:
         ordered = sorted(masks.items(), key=lambda item: item[0] != "full_attention")
         return _first(_mask_of(mask, ndim) for _kind, mask in ordered)
     return masks if isinstance(masks, Tensor) and masks.ndim == ndim else None
+
+
+def _wants_several(logits: Any) -> bool:
+    """Return True for a number of logits above 1, or a tensor of several columns; 0 means all columns."""
+    return logits.numel() > 1 if isinstance(logits, Tensor) else isinstance(logits, int) and logits > 1
 
 
 def _tensor_or_none(value: Any) -> Tensor | None:

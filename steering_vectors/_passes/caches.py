@@ -1,76 +1,152 @@
 """Remember the tokens that earlier passes put into each cache."""
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from steering_vectors._passes.arguments import CACHE_NAMES, PassArguments
-from steering_vectors._passes.positions import Past, first_position, token_index
+from steering_vectors._passes.contents import Contents, contents_of
+from steering_vectors._passes.positions import Past, first_position, locate
 from steering_vectors.token_selection import TokenPositions
+
+
+class _Note(NamedTuple):
+    """The tokens in a cache, and its contents, after the last of the ``passes`` that ``thread`` ran over it."""
+
+    cache: weakref.ref[Any]
+    past: Past
+    contents: Contents | None
+    passes: int
+    thread: int
 
 
 class CacheMemory:
     """The known contents of each cache, kept for as long as the cache lives.
 
-    A cache's length is always right if it has one. The other records are renewed after each pass.
+    A cache's length is always right if it has one. The other records are renewed after each pass. They follow rows that
+    were reordered, repeated or selected since, which are recognized by their contents.
     """
 
     def __init__(self, *, need_prompt_length: bool) -> None:
         self._need_prompt_length = need_prompt_length
-        self._noted: dict[int, tuple[weakref.ref[Any], Past]] = {}
+        self._notes: dict[int, _Note] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
         """Return the positions of a pass's tokens. Raises ValueError if they can't be determined."""
         past = self._past(call)
-        index, column = token_index(call, past)
+        located = locate(call, past)
         if past.is_empty:
-            past = replace(past, first_position=first_position(call, index))
+            past = _begun(call, past, located.index, located.several_texts)
         if self._need_prompt_length:
-            past = replace(past, prompt_length=_prompt_length(call, index, past))
-        self._note(call.cache, past)
-        fits = call.input_ids is not None and call.input_ids.shape == index.shape
+            past = replace(past, prompt_length=_prompt_length(call, located.index, past))
+        note = self._note_of(call.cache)
+        self._note(call.cache, past, call.contents, 0 if note is None else note.passes)
+        fits = call.input_ids is not None and call.input_ids.shape == located.index.shape
         return TokenPositions(
-            index=index,
-            column=column,
+            index=located.index,
+            column=located.column,
             input_ids=call.input_ids if fits else None,
             prompt_length=past.prompt_length,
             begins_sequence=past.is_empty,
+            several_texts=located.several_texts,
+            beside_encoder=call.beside_encoder,
+            beside_another=past.is_empty and not call.is_given_cache and self._has_begun_another(),
+            is_whole=call.cache is None and call.use_cache is False,
         )
 
     def remember(self, call: PassArguments, output: Any, positions_of_pass: Callable[[], TokenPositions]) -> None:
         """Record the tokens that a pass put into its cache, which may be an object that the pass made."""
         made = _cache_of(output)
-        past, cache = self._past(call), call.cache if made is None else made
-        if cache is None or not isinstance(past.columns, int):  # a static cache keeps count itself
+        cache = call.cache if made is None else made
+        if cache is None:
             return
         positions = positions_of_pass()
-        columns = past.columns + positions.index.shape[1]
+        past = self._past(call)
         if past.is_empty:
-            past = replace(past, first_position=first_position(call, positions.index), prompt_columns=columns)
-        is_token = _tokens_of_cache(call, past, positions.index, columns)
-        self._note(cache, replace(past, columns=columns, is_token=is_token, prompt_length=positions.prompt_length))
+            past = _begun(call, past, positions.index, positions.several_texts)
+        if isinstance(past.columns, int):  # a static cache keeps count itself
+            columns = past.columns + positions.index.shape[1]
+            is_token = _tokens_of_cache(call, past, positions.index, columns)
+            past = replace(past, columns=columns, is_token=is_token)
+        note = self._note_of(call.cache)
+        past = replace(past, prompt_length=positions.prompt_length)
+        self._note(cache, past, contents_of(cache), 1 if note is None else note.passes + 1)
 
     def _past(self, call: PassArguments) -> Past:
-        """Return the tokens in the call's cache."""
-        reference, noted = self._noted.get(id(_key(call.cache)), (None, Past()))
-        if reference is None or reference() is not _key(call.cache):
-            noted = Past()
+        """Return the tokens in the call's cache. Raises ValueError if they are unknown."""
+        note = self._note_of(call.cache)
+        if note is not None and call.cached is None and _was_changed_in_place(note.contents, call.contents):
+            note = None
+        if note is None:
+            return _unnoted(call)
+        past = note.past
         if isinstance(call.cached, int):
-            noted = _cut(noted, call.cached)
+            past = _cut(past, call.cached)
         elif call.cached is not None:
-            noted = replace(noted, columns=call.cached, is_token=None)
-        return noted if call.shape is None else _for_batch(noted, call.shape[0], call.mask)
+            past = replace(past, columns=_static_columns(call), is_token=None)
+        if past.columns == 0:
+            return Past()
+        return past if call.shape is None else _with_rows_of(call, past, note.contents)
 
-    def _note(self, cache: Any, past: Past) -> None:
+    def _has_begun_another(self) -> bool:
+        """Return True if this thread has run the first pass over a cache, which is still in use, and no other since."""
+        mine = [note for note in list(self._notes.values()) if note.thread == threading.get_ident()]
+        return any(note.passes == 1 for note in mine)
+
+    def _note_of(self, cache: Any) -> _Note | None:
+        key = _key(cache)
+        note = self._notes.get(id(key))
+        return note if note is not None and note.cache() is key else None
+
+    def _note(self, cache: Any, past: Past, contents: Contents | None, passes: int) -> None:
         key = _key(cache)
         if key is not None:
             number = id(key)
-            self._noted[number] = (weakref.ref(key, lambda _ref: self._noted.pop(number, None)), past)
+            reference = weakref.ref(key, lambda _ref: self._notes.pop(number, None))
+            self._notes[number] = _Note(reference, past, contents, passes, threading.get_ident())
+
+
+def _unnoted(call: PassArguments) -> Past:
+    """Return the past of a cache that no pass has been noted of. Raises ValueError if nothing shows its length."""
+    if call.cached is not None:
+        return Past(_static_columns(call))
+    mask, seq = call.mask, 0 if call.shape is None else call.shape[1]
+    if mask is not None and mask.shape[1] > seq:
+        return Past(mask.shape[1] - seq, is_token=mask[:, :-seq] != 0)
+    raise ValueError(
+        f"can't determine the token positions: the {type(call.cache).__name__} doesn't say how many tokens it holds, "
+        f"and they were put in while this steering wasn't attached, or into another cache that was copied or changed. "
+        f"Run the model on the whole text inside the steering, pass an attention_mask that covers the cached tokens "
+        f"too, or steer all tokens."
+    )
+
+
+def _static_columns(call: PassArguments) -> int | Tensor:
+    """Return the number of columns in a cache; for several tokens the host reads it, once for each prompt."""
+    assert call.cached is not None
+    if isinstance(call.cached, int) or call.shape is None or call.shape[1] == 1:
+        return call.cached
+    # A static cache of transformers 4 miscounts with padding, but generate passes the columns there.
+    return int(call.cached if call.columns is None else call.columns[0])
+
+
+def _begun(call: PassArguments, past: Past, index: Tensor, several_texts: bool) -> Past:
+    """Return the past with the facts that a cache's first pass shows."""
+    first, columns = first_position(call, index), index.shape[1]
+    return replace(past, first_position=first, prompt_columns=columns, several_texts=several_texts)
+
+
+def _was_changed_in_place(before: Contents | None, now: Contents | None) -> bool:
+    """Return True if another pass has changed the cache since; reordering its rows makes other tensors."""
+    if before is None or now is None:
+        return before is not now
+    return before.is_at_place_of(now) and not before.is_same(now)
 
 
 def _key(cache: Any) -> Any:
@@ -92,24 +168,44 @@ def _cut(past: Past, columns: int) -> Past:
     return replace(past, columns=columns, is_token=is_token, prompt_length=prompt_length)
 
 
-def _for_batch(past: Past, batch: int, mask: Tensor | None) -> Past:
-    """Return the past for a batch whose rows may have been repeated, selected or dropped since.
+def _with_rows_of(call: PassArguments, past: Past, before: Contents | None) -> Past:
+    """Return the past for the rows of a pass, which may have been reordered, repeated or selected since.
 
-    Raises ValueError if it depends on the row, and the ``mask`` doesn't reach back to show it again.
+    Raises ValueError if it depends on the row, and the rows can't be recognized. Only on the CPU is it noticed that
+    they can't: reading other devices would wait for them.
     """
-    is_token, prompt_length = past.is_token, past.prompt_length
-    if prompt_length is not None and prompt_length.shape[0] != batch:
-        same = bool((prompt_length == prompt_length[0]).all())
-        prompt_length = prompt_length[:1].expand(batch) if same else None
-    if is_token is not None and is_token.shape[0] != batch:
-        reaches_back = mask is not None and mask.shape[1] > is_token.shape[1]
-        if not reaches_back and not bool(is_token.all()):
-            raise ValueError(
-                f"can't determine the token positions: the cache had {is_token.shape[0]} rows with padding, and the "
-                f"pass has {batch}. Pass an attention_mask that covers the cached columns too, or steer all tokens."
-            )
-        is_token = None
-    return replace(past, is_token=is_token, prompt_length=prompt_length)
+    assert call.shape is not None
+    (batch, seq), now = call.shape, call.contents
+    rows = {name: value for name in _BY_ROW if (value := getattr(past, name)) is not None}
+    has_as_many = all(len(value) == batch for value in rows.values())
+    if has_as_many and (batch == 1 or before is None or now is None or now.is_same(before)):
+        return past
+    if call.mask is not None and call.mask.shape[1] > seq:  # it shows the cached tokens again
+        past = replace(past, is_token=None, first_position=None)
+        rows = {name: value for name, value in rows.items() if name == "prompt_length"}
+    if all(_are_equal_on_cpu(value) for value in rows.values()):
+        return replace(past, **{name: value[:1].expand(batch, *value.shape[1:]) for name, value in rows.items()})
+    if before is None or now is None or len(now.tensor) != batch:
+        raise _unknown_rows(batch)
+    numbers, found = now.rows_among(before)
+    if found.device.type == "cpu" and not bool(found.all()):
+        raise _unknown_rows(batch)
+    return replace(past, **{name: value[numbers.to(value.device)] for name, value in rows.items()})
+
+
+_BY_ROW = ("is_token", "first_position", "prompt_length")
+
+
+def _are_equal_on_cpu(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and bool((rows == rows[:1]).all())
+
+
+def _unknown_rows(batch: int) -> ValueError:
+    return ValueError(
+        f"can't determine the token positions: the rows of the cache were changed since its last pass, so it is "
+        f"unknown to which prompts the {batch} rows of this pass belong. Pass an attention_mask that covers the "
+        f"cached columns too, and generated(inputs) instead of generated(), or steer all tokens."
+    )
 
 
 def _tokens_of_cache(call: PassArguments, past: Past, index: Tensor, columns: int) -> Tensor | None:
@@ -137,17 +233,13 @@ def _cache_of(output: Any) -> Any:
 def _prompt_length(call: PassArguments, index: Tensor, past: Past) -> Tensor | None:
     """Return each row's number of tokens ``(batch,)`` in the first pass over a cache.
 
-    None if there was no such pass, or if more of the prompt came later.
+    None if there was no such pass, if more of the prompt came later, or if it may have held a draft of the answer.
     """
-    seq = index.shape[1]
-    if call.cache is None:
-        return index.amax(dim=1) + 1 if call.makes_cache else None
     columns = past.columns
     if isinstance(columns, Tensor):
-        if seq == 1 and past.prompt_length is not None:
-            return torch.where(columns.to(index.device) == 0, index[:, 0] + 1, past.prompt_length)
-        if seq > 1:
-            columns = int(columns)  # a prompt, so this costs one device read per generation
-    if isinstance(columns, int) and columns == 0:
-        return index.amax(dim=1) + 1
-    return None if seq > 1 else past.prompt_length
+        if past.prompt_length is None:
+            return None
+        return torch.where(columns.to(index.device) == 0, index[:, 0] + 1, past.prompt_length)
+    if columns > 0:
+        return None if index.shape[1] > 1 else past.prompt_length
+    return index.amax(dim=1) + 1 if call.keeps_cache and not call.may_hold_drafts and not past.several_texts else None

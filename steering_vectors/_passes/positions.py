@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from steering_vectors._passes.arguments import PassArguments
 
@@ -20,8 +21,9 @@ class Past:
 
     ``columns``: the number of columns, with padding; a scalar tensor if only the device knows it, as for static caches.
     ``is_token (batch, columns)``: False on padding; None if there is none.
-    ``first_position``: a scalar, the position id of each row's first token. ``prompt_length (batch,)``: the number of
+    ``first_position (batch,)``: the position id of each row's first token. ``prompt_length (batch,)``: the number of
     tokens in the first pass over the cache, None if unknown; ``prompt_columns``: the columns of that pass.
+    ``several_texts``: True if rows hold several texts each.
     """
 
     columns: int | Tensor = 0
@@ -29,6 +31,7 @@ class Past:
     first_position: Tensor | None = None
     prompt_length: Tensor | None = None
     prompt_columns: int = 0
+    several_texts: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -36,27 +39,47 @@ class Past:
         return isinstance(self.columns, int) and self.columns == 0
 
 
-def token_index(call: PassArguments, past: Past) -> tuple[Tensor, Tensor]:
-    """Return ``index (batch, seq)`` and ``column (seq,)`` of :class:`TokenPositions` for a pass.
+@dataclass(frozen=True, eq=False)
+class Located:
+    """The tokens of a pass: ``index (batch, seq)`` and ``column (seq,)`` as in :class:`TokenPositions`."""
 
-    Raises ValueError if one row holds many prompts.
+    index: Tensor
+    column: Tensor
+    several_texts: bool = False
+
+
+def locate(call: PassArguments, past: Past) -> Located:
+    """Return the indices and columns of a pass's tokens. Raises ValueError if they can't be determined.
+
+    If a row holds several texts, which don't see each other, each text's tokens are counted from 0.
     """
-    if call.packs_rows:
+    if call.packs_rows or past.several_texts:
         raise ValueError(
-            "can't determine the token positions in a pass that has many prompts in one row, as in generate_batch; "
-            "steer all tokens"
+            "can't determine the token positions in a pass that has many prompts in one row and a cache, as in "
+            "generate_batch; steer all tokens"
         )
     column = _columns(call, past)
+    seq = column.shape[0]
+    if seq > 1 and past.is_empty and call.mask is None:
+        texts = _texts_by_mask(call, column) if call.query_mask is not None else _texts_by_position_ids(call, column)
+        if texts is not None:
+            return texts
+    elif seq > 1 and (call.mask is not None or call.query_mask is None):
+        _check_ids_rise(call, past)
     found = (source(call, past, column) for source in _SOURCES)
-    return next(index for index in found if index is not None), column
+    return Located(next(index for index in found if index is not None), column)
 
 
 def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
-    """Return the position id of the first tokens, a scalar: 0 in most models, 1 in PaliGemma. None without ids."""
+    """Return the position id of each row's first token ``(batch,)``: 0 in most models, 1 in PaliGemma.
+
+    The caller's own ids may begin elsewhere in each row. None without ids.
+    """
     if call.position_ids is None:
         return None
     offset = call.position_ids.to(index.device).expand_as(index) - index
-    return torch.where(index >= 0, offset, 0).amax()
+    last = index.argmax(dim=1, keepdim=True)  # ids on padding show nothing
+    return offset.gather(1, last).squeeze(1)
 
 
 def _columns(call: PassArguments, past: Past) -> Tensor:
@@ -94,7 +117,7 @@ def _from_position_ids(call: PassArguments, past: Past, column: Tensor) -> Tenso
     """Use position ids as indices, minus the id of the first tokens."""
     if call.position_ids is None or _no_padding_before(call, past):
         return None
-    first = 0 if past.first_position is None else past.first_position.to(column.device)
+    first = 0 if past.first_position is None else past.first_position.to(column.device)[:, None]
     ids = call.position_ids.to(column.device).long()
     return _without_padding(ids.expand(_batch(call), column.shape[0]) - first, call, column)
 
@@ -114,6 +137,68 @@ def _from_count(call: PassArguments, past: Past, column: Tensor) -> Tensor:
     before = past.columns if past.is_token is None else past.is_token.sum(dim=1, keepdim=True).to(column.device)
     tokens = _is_token(call, column)
     return torch.where(tokens, before + tokens.cumsum(dim=1) - 1, -1)
+
+
+def _texts_by_position_ids(call: PassArguments, column: Tensor) -> Located | None:
+    """Return the indices in the texts of each row, each of which begins again at the row's first position id.
+
+    None for one text a row. Raises ValueError for other ids that don't count on by one.
+    """
+    ids = None if call.position_ids is None else call.position_ids.to(column.device)
+    if ids is None or not bool((breaks := ids.diff(dim=1) != 1).any()):
+        return None
+    if bool((breaks & (ids[:, 1:] != ids[:, :1])).any()):
+        raise ValueError(
+            "can't determine the token positions: the position_ids neither count on by one nor begin again at the "
+            "row's first id, as those of several texts in one row do. Pass an attention_mask that shows the padding, "
+            "or steer all tokens."
+        )
+    starts = functional.pad(torch.where(breaks, column[1:], 0), (1, 0)).cummax(dim=1).values
+    return Located((column - starts).expand(_batch(call), -1), column, several_texts=True)
+
+
+def _texts_by_mask(call: PassArguments, column: Tensor) -> Located | None:
+    """Count each token on from the last one that it sees before itself: a text begins where there is none.
+
+    None for a mask that doesn't reach over the whole pass.
+    """
+    assert call.query_mask is not None
+    batch, seq = _batch(call), column.shape[0]
+    visible = _visible(call.query_mask).to(column.device)  # (batch or 1, seq, keys)
+    if visible.shape[-1] < seq:
+        return None
+    before = visible[..., :seq] & (column < column[:, None])
+    begins = ~before.any(dim=-1)
+    nearest = seq - 1 - before.flip(-1).to(torch.uint8).argmax(dim=-1)
+    parent, index = torch.where(begins, column, nearest), (~begins).long()
+    for _ in range((seq - 1).bit_length()):  # each step doubles the distance to the parent
+        index, parent = index + index.gather(1, parent), parent.gather(1, parent)
+    tokens = _is_token(call, column)[: len(visible)]
+    # A column that no other one sees may be padding that sees itself, so that no row of the mask is empty.
+    texts = (begins & tokens & (before & tokens[..., None]).any(dim=1)).sum(dim=1)
+    index = torch.where(tokens, index, -1)
+    return Located(index.expand(batch, seq), column, several_texts=bool((texts > 1).any()))
+
+
+def _check_ids_rise(call: PassArguments, past: Past) -> None:
+    """Raise ValueError if the position ids of a row begin again, though the row is one text by its mask or cache."""
+    ids, now = call.position_ids, past.columns
+    if ids is None or isinstance(now, Tensor):
+        return
+    tokens = torch.ones_like(ids, dtype=torch.bool)
+    if call.mask is not None:
+        length = call.mask.shape[1]
+        shown = call.mask[:, now : now + ids.shape[1]] if length > ids.shape[1] else call.mask
+        if shown.shape[1] != ids.shape[1]:
+            return
+        tokens = shown.to(ids.device) != 0
+    before = torch.where(tokens, ids, ids.amin()).cummax(dim=1).values
+    if bool((tokens & (ids < before)).any()):
+        raise ValueError(
+            "can't determine the token positions: the position_ids begin again within a row, as for several texts in "
+            "one row, but its attention_mask or its cache make one text of it. Leave out both, as transformers needs "
+            "for packed texts, or steer all tokens."
+        )
 
 
 _Source: TypeAlias = Callable[[PassArguments, Past, Tensor], Tensor | None]

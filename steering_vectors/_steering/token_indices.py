@@ -83,6 +83,9 @@ class _Indices:
 
     def __call__(self, positions: TokenPositions) -> Tensor:
         from_start = is_one_of(positions.index, tuple(n for n in self.indices if n >= 0))
+        if not self.counts_from_end:
+            return from_start
+        _check_one_text(positions)
         return from_start | is_one_of(_from_end(positions), tuple(n for n in self.indices if n < 0))
 
 
@@ -104,6 +107,8 @@ class _Slice:
         return repr(slice(self.start, self.stop, self.step))
 
     def __call__(self, positions: TokenPositions) -> Tensor:
+        if self.counts_from_end:
+            _check_one_text(positions)
         index, from_end = positions.index, _from_end(positions)
         start = 0 if self.start is None else max(self.start, -index.shape[1])  # as Python clamps it
         counted = from_end - start if start < 0 else index - start
@@ -122,6 +127,7 @@ class _ColumnMask:
     counts_from_end = needs_prompt_length = False
 
     def __call__(self, positions: TokenPositions) -> Tensor:
+        _check_one_text(positions)
         device = positions.index.device
         if device not in self.copies:
             self.copies[device] = self.mask.to(device)
@@ -144,6 +150,14 @@ def _column_mask(mask: Tensor) -> _ColumnMask:
         raise ValueError("a mask of tokens must hold only 0 and 1; to select tokens by index, pass a list")
     rows = mask.detach().bool().reshape(-1, mask.shape[-1])
     return _ColumnMask(torch.nn.functional.pad(rows, (0, 1)))
+
+
+def _check_one_text(positions: TokenPositions) -> None:
+    if positions.several_texts:
+        raise ValueError(
+            "negative numbers and masks count columns of the pass, which mean nothing in rows that hold several texts: "
+            "steer by token indices from 0"
+        )
 
 
 def _from_end(positions: TokenPositions) -> Tensor:
