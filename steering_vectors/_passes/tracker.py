@@ -172,7 +172,6 @@ class PassTracker:
         given: dict[str, Any] | None = None
         if self._need > Need.PASSES:
             given = dict(zip(names, args, strict=False)) | kwargs
-            given.setdefault("use_cache", getattr(getattr(module, "config", None), "use_cache", None))
         current.enter(depth, given, names)
 
     def _exit(self, module: nn.Module, output: Any) -> None:
