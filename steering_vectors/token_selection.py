@@ -54,7 +54,10 @@ class TokenPositions:
 class Selector(Protocol):
     """Any callable from :class:`TokenPositions` to a bool mask or to weights ``(batch, seq)``.
 
-    A function or a lambda will do. A selector may have these attributes; without them, the safe case is assumed:
+    A function or a lambda will do. It runs once a pass. With weights that require grad, such as a learned gate, it runs
+    once for each layer, and the weights get their gradients even where they are 0.
+
+    A selector may have these attributes; without them, the safe case is assumed:
 
     ``rows``: the number of batch rows that it distinguishes, or 1 if it applies the same rule to each row. Training
     forms its own batches: inside such a steering it is refused for more than 1, and without the attribute it runs each

@@ -980,8 +980,9 @@ class TestMultiplier:
             torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
 
-def weights_of(*numbers: float, dtype: torch.dtype = torch.float32) -> Callable[[Any], Tensor]:
-    return lambda positions: torch.tensor(numbers, dtype=dtype).expand(positions.index.shape)
+def weights_of(*numbers: float, dtype: torch.dtype = torch.float32, learned: bool = False) -> Callable[[Any], Tensor]:
+    weights = torch.tensor(numbers, dtype=dtype, requires_grad=learned)
+    return lambda positions: weights.expand(positions.index.shape)
 
 
 class TestWeights:
@@ -1004,7 +1005,9 @@ class TestWeights:
 
     @pytest.mark.parametrize("operator", [*OPERATORS, double, nothing_but_nan], ids=shown)
     @pytest.mark.parametrize(
-        "tokens", [[1], torch.tensor([0, 1]), weights_of(0.0, 2.0, -0.0)], ids=["list", "mask", "weights"]
+        "tokens",
+        [[1], torch.tensor([0, 1]), weights_of(0.0, 2.0, -0.0), weights_of(0.0, 2.0, -0.0, learned=True)],
+        ids=["list", "mask", "weights", "learned weights"],
     )
     def test_tokens_that_are_left_out_stay_bit_for_bit(self, tokens: Any, operator: Any) -> None:
         toy = of_negative_zeros()
@@ -1021,6 +1024,54 @@ class TestWeights:
             toy(EMBEDS).sum().backward()
         assert weights.grad is not None
         torch.testing.assert_close(weights.grad, torch.full((3,), 2 * TOY_DIRECTION.sum()))
+
+    @pytest.mark.filterwarnings("ignore:the model ran, but .* selected none")
+    @pytest.mark.parametrize("tokens_are_learned", [False, True])
+    @pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [0.0, -1.5, 1.0]], ids=shown)
+    @pytest.mark.parametrize("multiplier_is_learned", [False, True])
+    @pytest.mark.parametrize("multiplier", [[2.0], [0.0], [0.0, 3.0], [0.0, 0.0]], ids=shown)
+    def test_zeros_that_are_learned_and_zeros_that_stay_have_the_gradients_of_a_product_by_hand(
+        self, multiplier: Any, multiplier_is_learned: bool, weights: Any, tokens_are_learned: bool
+    ) -> None:
+        found = []
+        for is_by_hand in (True, False):
+            direction, embeds = TOY_DIRECTION.clone().requires_grad_(), EMBEDS.clone().requires_grad_()
+            numbers = torch.tensor(multiplier, requires_grad=multiplier_is_learned)
+            gate = torch.tensor(weights, requires_grad=tokens_are_learned)
+            if is_by_hand:
+                steered = embeds + numbers[:, None, None] * gate[:, None] * direction
+            else:
+                context: Any = SteeringVector({0: direction}).apply(
+                    toy := Toy(layers=1),
+                    TOY_CONFIG,
+                    multiplier=numbers if len(multiplier) > 1 else numbers[0],
+                    tokens=lambda p, gate=gate: gate.expand(p.index.shape),
+                )
+                with context:
+                    steered = toy(embeds)
+            steered.square().sum().backward()
+            leaves = (direction, embeds, numbers, gate)
+            found.append([steered, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)])
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_a_selector_without_gradients_runs_once_a_pass_and_one_with_them_for_each_layer(self) -> None:
+        for learned, expected in ((False, 1), (True, 2)):
+            calls: list[int] = []
+            weights = torch.ones(3, requires_grad=learned)
+
+            def select(positions: Any, weights: Tensor = weights, calls: list[int] = calls) -> Tensor:
+                calls.append(1)
+                return weights.expand(positions.index.shape)
+
+            toy = Toy()
+            with toy_vector(0, 1).apply(toy, TOY_CONFIG, tokens=select):
+                run_toy(toy)
+            assert len(calls) == expected
+
+    def test_a_learned_gate_that_is_still_closed_is_no_silent_nothing(self) -> None:
+        with toy_vector().apply(toy := Toy(), TOY_CONFIG, tokens=weights_of(0.0, 0.0, 0.0, learned=True)):
+            run_toy(toy)
 
 
 PROMPT, SHORT = [21, 22, 23, 24, 25, 26, 27], [31, 32, 33]

@@ -185,3 +185,64 @@ def test_what_was_kept_for_running_again_is_let_go_with_the_graph() -> None:
         del inputs, loss
         gc.collect()
         assert kept() is None
+
+
+def by_hand(model: Any, gate: Tensor, direction: Tensor) -> Any:
+    """A hook that adds each token's gate, a ``(batch, seq)`` tensor, times the direction."""
+
+    def add(_m: nn.Module, _a: Any, output: Any) -> Any:
+        steered = first(output) + (gate.float()[..., None] * direction.float()).to(first(output).dtype)
+        return steered if isinstance(output, Tensor) else (steered, *output[1:])
+
+    return tiny.blocks(model)[1].register_forward_hook(add)
+
+
+GATES = {"zeros": torch.zeros(2, 7), "some zeros": torch.tensor([[0.0, 0.5, 0, -1, 2, 0, 0], [0.0] * 5 + [1, 0.25]])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numbers", GATES.values(), ids=GATES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_gate_learned_from_zero_gets_the_gradients_of_a_hook_by_hand(
+    architecture: str, numbers: Tensor, dtype: torch.dtype
+) -> None:
+    model: Any = tiny.build(architecture).to(dtype)
+    inputs, found = padded(*PROMPTS), []
+    for is_by_hand in (True, False):
+        model.zero_grad()
+        gate = numbers.clone().requires_grad_()
+        direction = vector(scale=3.0).layer_activations[1].clone().requires_grad_()
+        if is_by_hand:
+            hook = by_hand(model, gate, direction)
+            loss = loss_of(model, inputs).float()
+            hook.remove()
+        else:
+            with SteeringVector({1: direction}).apply(model, tokens=lambda p, gate=gate: gate.clone()):
+                loss = loss_of(model, inputs).float()
+        loss.backward()
+        assert gate.grad is not None
+        assert bool((gate.grad[inputs["attention_mask"] == 1] != 0).all())
+        found.append([loss.detach(), gate.grad, *gradients_of(model, direction)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_a_learned_gate_the_same_gradients(reentrant: bool) -> None:
+    model: Any = tiny.build("llama").train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable_checkpointing(model, reentrant=reentrant)
+        model.zero_grad()
+        gate = torch.zeros(2, 1, requires_grad=True)
+        steering = vector(scale=3.0)
+        steering.layer_activations[2] = steering.layer_activations[1].flip(0)
+        direction = steering.layer_activations[1].requires_grad_()
+        with steering.apply(model, tokens=lambda p, gate=gate: (gate * (p.index % 3)).exp() - 1):
+            (loss_of(model, padded(*PROMPTS)) + loss_of(model, padded(*PROMPTS[::-1]))).backward()
+        assert gate.grad is not None
+        assert bool((gate.grad != 0).all())
+        found.append([gate.grad, *gradients_of(model, direction)])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-3)

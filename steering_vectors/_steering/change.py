@@ -19,7 +19,8 @@ class Change:
     """One steering at one layer: activation → steered activation.
 
     ``weights_for`` returns the weights of an activation's tokens, in a shape that broadcasts to the activation. It
-    returns True to steer all tokens, and False to steer none. Without it, all tokens are steered.
+    returns True to steer all tokens, and False to steer none. Without it, all tokens are steered. Gradients flow to
+    weights that require them, where they are 0 too.
     ``rows_along`` lays out one row for each multiplier, ``(rows, n)``, along an activation's axes. ``applies`` gets the
     layer and returns True if the current pass is steered at all; with ``applies_to_compiled``, all passes of compiled
     code are. ``owner`` is the handle that the change belongs to. ``ran`` is True once the layer has run in a steered
@@ -73,20 +74,31 @@ class Change:
         delta = self._operated(activation, direction)
         if weights is not True and weights.dtype is not torch.bool:
             delta = weights.to(direction.dtype) * delta
-            weights = weights != 0
         if delta.dtype is not activation.dtype:
             # A narrow copy of the direction itself is cached, so that addition costs no more than an addition.
             narrow = activation.dtype
             delta = self._direction_for(activation, narrow) if delta is direction else delta.to(narrow)
-        steered = activation + delta
-        if self._multiplier.is_learned or self._multiplier.leaves_rows:
-            left = _only_gradients(activation, delta) if self._multiplier.is_learned else activation
-            steered = torch.where(self._is_zero(activation), left, steered)
-        # Unselected tokens stay the same bit for bit: adding zero would change a negative zero.
-        steered = steered if weights is True else torch.where(weights, steered, activation)
+        steered = self._added(activation, delta, weights if isinstance(weights, Tensor) else None)
         if self._may_overflow(activation):
             self._check_finite(steered, activation, self.layer)
         return steered
+
+    def _added(self, activation: Tensor, delta: Tensor, weights: Tensor | None) -> Tensor:
+        """Return the sum, or the activation bit for bit where the multiplier or a token's weight is 0.
+
+        Adding zero would change a negative zero. A multiplier or weight that is learned gets the sum's gradients at 0
+        too, unless another factor is 0 and stays so.
+        """
+        added = activation + delta
+        if self._multiplier.is_learned:
+            added = torch.where(self._is_zero(activation), _only_gradients(activation, delta), added)
+        if weights is not None and weights.requires_grad:
+            added = torch.where(weights != 0, added, _only_gradients(activation, delta))
+        if self._multiplier.leaves_rows:
+            added = torch.where(self._is_zero(activation), activation, added)
+        if weights is not None and not weights.requires_grad:
+            added = torch.where(weights if weights.dtype is torch.bool else weights != 0, added, activation)
+        return added
 
     def _may_overflow(self, activation: Tensor) -> bool:
         """Return True if the change may be too large, and looking at it takes no wait that isn't worth it."""
@@ -158,7 +170,7 @@ def _check_finite(steered: Tensor, activation: Tensor, layer: int) -> None:
 
 
 def _only_gradients(activation: Tensor, delta: Tensor) -> Tensor:
-    """Return ``activation`` bit for bit with the gradients of ``activation + delta``, to learn a multiplier from 0."""
+    """Return ``activation`` bit for bit with the gradients of ``activation + delta``, to learn a factor from 0."""
     return activation - torch.nan_to_num(delta.detach() - delta, nan=0.0)
 
 

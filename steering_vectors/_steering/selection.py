@@ -45,13 +45,20 @@ class Selection:
         return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
 
     def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
-        """Return the selection of a pass, and keep it for the pass's other layers."""
+        """Return the selection of a pass, and keep it for the pass's other layers.
+
+        Weights that carry gradients are computed for each layer: gradient checkpointing reruns layers one by one, and
+        each must build its part of the graph again.
+        """
         assert self._selector is not None
         weights = next(iter(current.weights.values()), None)
         if weights is None:
-            weights = _all_or_none(selected(self._selector, current.positions))
+            with torch.enable_grad():  # reentrant checkpointing runs a layer without gradients first
+                weights = _all_or_none(selected(self._selector, current.positions))
             self._note_selected(weights)
         if isinstance(weights, Tensor):
+            if weights.requires_grad:
+                return weights.to(device)
             current.weights[weights.device] = weights
             weights = weights.to(device)
         current.weights[device] = weights
@@ -77,14 +84,19 @@ class Selection:
     def _note_selected(self, weights: Tensor | bool) -> None:
         if isinstance(weights, bool) or weights.device.type == "cpu":
             self._any_selected = self._any_selected or weights is not False
+        elif weights.requires_grad:
+            self._any_selected = True
         else:
             some = (weights != 0).any()
             self._any_selected_on[weights.device] = some | self._any_selected_on.get(weights.device, some)
 
 
 def _all_or_none(weights: Tensor) -> Tensor | bool:
-    """Return True for all tokens and False for none, on the CPU only: reading other devices would wait for them."""
-    if weights.device.type != "cpu":
+    """Return True for all tokens and False for none, on the CPU only: reading other devices would wait for them.
+
+    Weights that carry gradients stay as they are, since a weight of 0 has a gradient too.
+    """
+    if weights.device.type != "cpu" or weights.requires_grad:
         return weights
     if weights.dtype is torch.bool and bool(weights.all()):
         return True
