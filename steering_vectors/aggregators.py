@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from steering_vectors._precision import wide
+from steering_vectors._precision import wide, without_autocast
 from steering_vectors._statistics import RunningMean, SecondMoment
 
 Aggregator: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -106,6 +106,7 @@ def accumulator_for(aggregator: Aggregator, hidden: int) -> Accumulator:
     return _KeptRows(aggregator)
 
 
+@without_autocast
 def aggregate(aggregator: Aggregator, positive: Tensor, negative: Tensor) -> Tensor:
     """Return the aggregator's direction for rows ``(n, hidden)``: ``(hidden,)`` in float32.
 
@@ -239,6 +240,7 @@ class _KeptRows:
         return aggregate(self._aggregator, *sides)
 
 
+@without_autocast
 def _direction_of_all(aggregator: StreamingAggregator, positive: Tensor, negative: Tensor) -> Tensor:
     """Return a streaming aggregator's direction for rows that are all available."""
     if positive.shape != negative.shape or positive.ndim != 2:

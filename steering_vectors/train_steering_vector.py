@@ -22,7 +22,7 @@ from steering_vectors._extraction import (
     rows_of_pairs,
 )
 from steering_vectors._models import anatomy_of, check_unsharded
-from steering_vectors._precision import wide
+from steering_vectors._precision import wide, without_autocast
 from steering_vectors._processes import Processes
 from steering_vectors._steering import TokenSelection, patches_of_this_thread
 from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
@@ -270,6 +270,7 @@ class _Accumulators:
         self._on_cpu = on_cpu
         self._by_layer: dict[int, tuple[int, Accumulator]] = {}
 
+    @without_autocast
     def add(self, part: LayerRows) -> None:
         rows = part.rows.to("cpu" if self._on_cpu else part.rows.device)
         rows = wide(rows)
@@ -281,6 +282,7 @@ class _Accumulators:
         for layer, (hidden, accumulator) in other._by_layer.items():
             self._at(layer, hidden).merge(accumulator)
 
+    @without_autocast
     def directions(self) -> dict[int, Tensor]:
         return {
             layer: as_direction(self._aggregator, accumulator.direction(), hidden)

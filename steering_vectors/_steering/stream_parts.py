@@ -100,7 +100,7 @@ class _Blend:
     """A block's input and output in a test pass, with the random outputs put in place of its modules' outputs."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._replaced: list[tuple[nn.Module, Tensor]] = []  # some are called twice
@@ -119,10 +119,11 @@ class _Blend:
         if given is None or activation.shape[-1] != given.shape[-1] or activation.numel() != given.numel():
             return None
         size = given.float().square().mean(dim=-1, keepdim=True).sqrt()  # tokens' sizes differ by a factor of a hundred
-        random = torch.randn(given.shape, generator=self._generator).to(given.device) * size
-        self._replaced.append((part, random.to(given.dtype)))
+        random = torch.randn(given.shape, generator=self._generator, device="cpu").to(given.device) * size
+        written = random.to(activation.dtype).to(given.dtype)  # as the stream gets it: autocast rounds some outputs
+        self._replaced.append((part, written))
         # A copy, since some models add to it in place.
-        return with_activation(output, random.to(given.dtype).to(activation.dtype, copy=True).reshape(activation.shape))
+        return with_activation(output, written.to(activation.dtype, copy=True).reshape(activation.shape))
 
     def end(self, block_output: Tensor) -> None:
         self._output = block_output

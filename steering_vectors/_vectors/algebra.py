@@ -73,7 +73,8 @@ def _along(activation: Tensor, direction: Tensor, layer: int) -> Tensor:
         width = activation.shape[-1] if activation.ndim else 0
         raise ValueError(f"the activations of layer {layer} have width {width}, but its direction has {len(direction)}")
     rows, exact = wide(activation), _exact(direction)
-    along: Tensor = rows @ (exact / exact.norm()).to(rows)
+    unit = (exact / exact.norm()).to(rows)
+    along: Tensor = (rows * unit).sum(dim=-1)  # autocast and TF32 would round a matrix product
     return along
 
 
