@@ -104,7 +104,8 @@ def _dominant_eigenvector(times: Callable[[Tensor], Tensor], near: Tensor) -> Te
     after a few steps, since the eigenvalues are too close for it.
     """
     # The start has a component in every direction, so that none is overlooked.
-    noise = torch.randn(near.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(near)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(near.shape, generator=generator, dtype=torch.float64, device="cpu").to(near)
     start = near / near.norm().clamp(min=torch.finfo(near.dtype).tiny) + 0.1 * noise / noise.norm()
     basis = [start / start.norm()]
     diagonal: list[float] = []
@@ -116,8 +117,10 @@ def _dominant_eigenvector(times: Callable[[Tensor], Tensor], near: Tensor) -> Te
         for _twice in range(2):  # a single subtraction leaves too much rounding error
             product = product - kept.T @ (kept @ product)
         rest = float(product.norm())
-        small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        small += torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), -1)  # eigh reads the lower half
+        small = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+        small += torch.diag(
+            torch.tensor(off_diagonal, dtype=torch.float64, device="cpu"), -1
+        )  # eigh reads the lower half
         values, vectors = torch.linalg.eigh(small)
         gap = float(values[-1] - values[-2]) if len(values) > 1 else float(values[-1])
         if len(values) > 1 and rest * abs(float(vectors[-1, -1])) <= _CONVERGED * gap:

@@ -148,7 +148,7 @@ def _rows(tensors: Any) -> Any:
     if isinstance(tensors, Sequence) and not isinstance(tensors, str):
         return list(tensors)
     try:
-        rows = torch.as_tensor(tensors)
+        rows = tensors if isinstance(tensors, Tensor) else torch.as_tensor(tensors, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"tensors must be a tensor, a sequence or a mapping, got {_shown(tensors)}") from error
     if not isinstance(tensors, Tensor) and not rows.is_floating_point():

@@ -49,7 +49,7 @@ class SteeringVector:
 
     ``layer_activations`` maps layer numbers to directions ``(hidden,)`` or ``(1, hidden)``, all of one width. Layer
     numbers count from 0; negative ones count from the model's end. Tensors are kept as they are, and numpy arrays and
-    lists are converted to tensors.
+    lists are converted to tensors on the CPU.
 
     ``metadata`` is a read-only mapping of strings that records the vector's origin. Training fills it, files keep it,
     and equality ignores it.
@@ -210,7 +210,8 @@ class SteeringVector:
         >>> SteeringVector({1: [3.0, 4.0]}).norms()
         {1: 5.0}
         """
-        return norms({layer: torch.as_tensor(direction) for layer, direction in self.layer_activations.items()})
+        on_cpu = {n: torch.as_tensor(direction, device="cpu") for n, direction in self.layer_activations.items()}
+        return norms(on_cpu)
 
     def __add__(self, other: object) -> "SteeringVector":
         """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""

@@ -430,7 +430,7 @@ def integer(value: object, what: str) -> int:
 
 def _rows_tensor(rows: Any) -> Tensor:
     try:
-        tensor = torch.as_tensor(rows).detach()
+        tensor = rows.detach() if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             "inputs must hold tensors, or lists of rows of one length: call the tokenizer with padding=True and "

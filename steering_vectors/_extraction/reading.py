@@ -113,13 +113,13 @@ class Reading:
     def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
         assert self._selector is not None
         length = len(encoded.input_ids)
-        places = torch.arange(length)
+        places = torch.arange(length, device="cpu")
         start = encoded.completion_start
         positions = TokenPositions(
             index=places[None],
             column=places,
-            input_ids=torch.tensor(encoded.input_ids)[None],
-            prompt_length=None if start is None else torch.tensor([start]),
+            input_ids=torch.tensor(encoded.input_ids, device="cpu")[None],
+            prompt_length=None if start is None else torch.tensor([start], device="cpu"),
             begins_sequence=True,
         )
         weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)

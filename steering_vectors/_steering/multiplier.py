@@ -40,7 +40,7 @@ class Multiplier:
 
     def is_zero(self, device: torch.device) -> Tensor:
         """Return True where the number is 0: a scalar tensor, or ``(rows,)``."""
-        return (torch.as_tensor(self.value) == 0).to(device)
+        return torch.as_tensor(self.value, device=device) == 0
 
     def __repr__(self) -> str:
         if not isinstance(self.value, Tensor):
@@ -81,6 +81,9 @@ def as_multiplier(given: Any) -> Multiplier:
 
 def _as_tensor(given: Any) -> Tensor:
     """Return the numbers as a tensor, with their gradients."""
-    if isinstance(given, Sequence) and any(isinstance(number, Tensor) and number.requires_grad for number in given):
-        return torch.stack([torch.as_tensor(number) for number in given])
-    return given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64)
+    if isinstance(given, Tensor):
+        return given
+    learned = [n for n in given if isinstance(n, Tensor) and n.requires_grad] if isinstance(given, Sequence) else []
+    if learned:
+        return torch.stack([torch.as_tensor(number, device=learned[0].device) for number in given])
+    return torch.as_tensor(given, dtype=torch.float64, device="cpu")

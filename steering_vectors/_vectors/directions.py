@@ -39,7 +39,7 @@ def layer_number(layer: Any) -> int:
 
 def checked_direction(value: Any, name: str) -> Tensor:
     try:
-        direction = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        direction = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor of numbers, got {value!r}") from error
     if not isinstance(value, Tensor) and not direction.is_floating_point() and not direction.is_complex():
