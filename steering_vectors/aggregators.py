@@ -58,6 +58,8 @@ class StreamingAggregator(Protocol):
 def mean_aggregator() -> Aggregator:
     """Average the differences, positive minus negative. This is the default.
 
+    The aggregator raises ValueError if the sides don't have the same number of rows.
+
     Source: contrastive activation addition, arXiv 2312.06681, equation 1.
 
     >>> mean_aggregator()(torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
@@ -72,7 +74,7 @@ def pca_aggregator() -> Aggregator:
     Centring would remove the part that all differences share, which is the direction wanted. Activations have norms in
     the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
 
-    The aggregator raises ValueError if all differences are zero.
+    The aggregator raises ValueError if all differences are zero, or if the sides don't have the same number of rows.
 
     Source: representation engineering, arXiv 2310.01405, section 3.1.
 
@@ -89,7 +91,7 @@ def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggr
     Activations have norms in the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
 
     Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``. The
-    aggregator raises ValueError if all differences are zero.
+    aggregator raises ValueError if all differences are zero, or if the sides don't have the same number of rows.
 
     >>> direction = logistic_aggregator({"C": 10.0})(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
     >>> direction.round()
@@ -190,8 +192,11 @@ class _PCAAccumulator:
 
     def merge(self, other: "_PCAAccumulator") -> None:
         self._moment.merge(other._moment)
+        for side, rows in self._waiting.items():
+            rows.update(other._waiting[side])
 
     def direction(self) -> Tensor:
+        _check_paired(self._waiting["positive"], self._waiting["negative"])
         component = self._moment.principal_component()
         if component is None:
             raise ValueError(_ALL_ALIKE)
@@ -203,6 +208,7 @@ class _Logistic:
     sklearn_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
+        _check_sides(positive, negative)
         half = (wide(positive) - wide(negative)) / 2  # centred on the pair's mean, the sides are half and -half
         if not bool(half.any()):
             raise ValueError(_ALL_ALIKE)
@@ -235,6 +241,7 @@ class _KeptRows:
             self._rows[side].update(rows)
 
     def direction(self) -> Tensor:
+        _check_paired(self._rows["positive"], self._rows["negative"])
         samples = sorted(self._rows["positive"])
         sides = (torch.stack([self._rows[side][n] for n in samples]) for side in ("positive", "negative"))
         return aggregate(self._aggregator, *sides)
@@ -243,15 +250,27 @@ class _KeptRows:
 @without_autocast
 def _direction_of_all(aggregator: StreamingAggregator, positive: Tensor, negative: Tensor) -> Tensor:
     """Return a streaming aggregator's direction for rows that are all available."""
-    if positive.shape != negative.shape or positive.ndim != 2:
-        raise ValueError(
-            f"the positive and negative rows must have the same shape (n, hidden), got {tuple(positive.shape)} and "
-            f"{tuple(negative.shape)}"
-        )
+    _check_sides(positive, negative)
     accumulator = aggregator.accumulator(positive.shape[-1])
     accumulator.add(positive, "positive", range(len(positive)))
     accumulator.add(negative, "negative", range(len(negative)))
     return accumulator.direction()
+
+
+def _check_sides(positive: Tensor, negative: Tensor) -> None:
+    """Raise ValueError unless both sides are rows ``(n, hidden)`` of the same number and width."""
+    if positive.shape != negative.shape or positive.ndim != 2:
+        raise ValueError(
+            f"the positive and negative rows must have the same shape (n, hidden), since row i of one side belongs to "
+            f"row i of the other, got {tuple(positive.shape)} and {tuple(negative.shape)}"
+        )
+
+
+def _check_paired(positive: Mapping[int, Tensor], negative: Mapping[int, Tensor]) -> None:
+    """Raise ValueError if some samples have a row on one side alone."""
+    alone = sorted(positive.keys() ^ negative.keys())
+    if alone:
+        raise ValueError(f"each sample must have a positive and a negative row, but sample {alone[0]} has only one")
 
 
 def _logistic_regression() -> Any:

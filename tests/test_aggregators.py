@@ -369,8 +369,24 @@ class TestAggregateActivations:
             aggregate_activations([torch.ones(1, 2)], {})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("aggregator", [mean_aggregator(), pca_aggregator()], ids=repr)
-@pytest.mark.parametrize("other", [(2, 4), (3, 1), (4,)], ids=str)
-def test_sides_of_other_shapes_are_refused_by_those_that_stream(aggregator: Any, other: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rows must have the same shape \(n, hidden\)"):
-        aggregator(torch.ones(3, 4), torch.ones(other))
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("other", [(2, 4), (1, 4), (0, 4), (3, 1), (4,)], ids=str)
+def test_sides_of_other_shapes_are_refused(name: str, other: tuple[int, ...]) -> None:
+    for one, two in (((3, 4), other), (other, (3, 4))):
+        with pytest.raises(ValueError, match=r"rows must have the same shape \(n, hidden\).*got \(") as error:
+            AGGREGATORS[name]()(torch.rand(one), torch.rand(two))
+        assert f"got {one} and {two}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name != "mean_aggregator"])
+@pytest.mark.parametrize("side", ["positive", "negative"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_accumulator_of_pairs_refuses_a_row_without_its_partner(name: str, side: Side, merged: bool) -> None:
+    rows, accumulator = sides(4), accumulator_for(AGGREGATORS[name](), HIDDEN)
+    deliver(accumulator, rows, [("positive", [0, 1]), ("negative", [0, 1])])
+    last = accumulator_for(AGGREGATORS[name](), HIDDEN) if merged else accumulator
+    deliver(last, rows, [(side, [3])])
+    if merged:
+        accumulator.merge(last)
+    with pytest.raises(ValueError, match="must have a positive and a negative row, but sample 3 has only one"):
+        accumulator.direction()
