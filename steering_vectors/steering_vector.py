@@ -20,6 +20,7 @@ from steering_vectors._steering import (
     one_selection,
     steering_of,
     warn_of_another_model,
+    warn_of_strength,
 )
 from steering_vectors._vectors import (
     Metadata,
@@ -34,6 +35,7 @@ from steering_vectors._vectors import (
     orthogonal,
     projections,
     read,
+    shares,
     united,
     write,
 )
@@ -130,8 +132,9 @@ class SteeringVector:
         The arguments are checked in this call and again on entering, before any hook is attached. Raises TypeError for
         arguments of the wrong type. Raises ValueError for a layer that the model doesn't have, a width that doesn't
         fit, numbers that aren't finite, and more than one selection of tokens. Warns with a UserWarning if the metadata
-        name another type of model or another depth. Warns with a RuntimeWarning on leaving if the model ran and one of
-        the layers was never steered.
+        name another type of model or another depth, and if addition would move the activations by more than their own
+        norm, in sum over the layers (:meth:`shares`). Warns with a RuntimeWarning on leaving if the model did not run
+        inside the block, or if it ran and one of the layers was not steered.
 
         >>> with vector.apply(model, multiplier=2.0, tokens=generated(inputs)):
         ...     output = model.generate(**inputs, max_new_tokens=4)
@@ -145,6 +148,7 @@ class SteeringVector:
 
         checked = steering()  # so that mistakes are raised here, before the block
         warn_of_another_model(self.metadata, checked.anatomy)
+        warn_of_strength(self.shares(), checked)
         return SteeringContext(steering, shown=repr(checked))
 
     def patch(
@@ -171,6 +175,7 @@ class SteeringVector:
             self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
         )
         warn_of_another_model(self.metadata, steering.anatomy)
+        warn_of_strength(self.shares(), steering)
         return attach(steering)
 
     patch_activations = patch
@@ -212,6 +217,18 @@ class SteeringVector:
         """
         on_cpu = {n: torch.as_tensor(direction, device="cpu") for n, direction in self.layer_activations.items()}
         return norms(on_cpu)
+
+    def shares(self) -> dict[int, float]:
+        """Return each direction's norm as a share of the norm of the activations at its layer.
+
+        Those are the median of what training read of the model. Added in sum over the layers, with the multiplier, a
+        tenth to a half is a usual strength, and more than 1 usually breaks the text. Layers for which the activations'
+        norm is unknown are left out: those of vectors that weren't trained, or were combined across models.
+
+        >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it")], layers=[1]).shares()
+        {1: ...}
+        """
+        return shares(self.layer_activations, self.metadata)
 
     def __add__(self, other: object) -> "SteeringVector":
         """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""

@@ -25,7 +25,7 @@ from steering_vectors._models import anatomy_of, check_unsharded
 from steering_vectors._precision import wide, without_autocast
 from steering_vectors._processes import Processes
 from steering_vectors._steering import TokenSelection, patches_of_this_thread
-from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
+from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_norms, of_template, without_addresses
 from steering_vectors.aggregators import (
     Accumulator,
     Aggregator,
@@ -151,11 +151,14 @@ def train_steering_vector(
             for rows in rows_of_pairs(extract, _PromptsOf(reading), training_samples, bar, processes, record):
                 accumulators.own.add(rows)
         with processes.together("the directions") as directions:
-            directions.own = _merged(aggregator, accumulators.by_rank).directions()
+            merged = _merged(aggregator, accumulators.by_rank)
+            directions.own = merged.directions()
     read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
     made = _of_call(model, repr(aggregator), read, layer_config)
     template = of_template(chat_template_of(tokenizer), chat_template_kwargs)
     metadata = {**of_model(anatomy), **template, **made, **record.entries(), **of_libraries()}
+    if layer_type == "decoder_block":  # else the rows aren't what the direction is added to in the end
+        metadata |= of_norms(merged.median_norms())
     return SteeringVector(directions.own, layer_type, metadata=metadata)
 
 
@@ -269,18 +272,21 @@ class _Accumulators:
         self._aggregator = aggregator
         self._on_cpu = on_cpu
         self._by_layer: dict[int, tuple[int, Accumulator]] = {}
+        self._norms: dict[int, list[Tensor]] = {}  # of the rows, by layer
 
     @without_autocast
     def add(self, part: LayerRows) -> None:
         rows = part.rows.to("cpu" if self._on_cpu else part.rows.device)
         rows = wide(rows)
         accumulator = self._at(part.layer, rows.shape[-1])
+        self._norms.setdefault(part.layer, []).append(rows.norm(dim=-1))
         for side, indices, samples in by_side(part):
             accumulator.add(rows[indices], side, samples)
 
     def merge(self, other: "_Accumulators") -> None:
         for layer, (hidden, accumulator) in other._by_layer.items():
             self._at(layer, hidden).merge(accumulator)
+            self._norms.setdefault(layer, []).extend(other._norms[layer])
 
     @without_autocast
     def directions(self) -> dict[int, Tensor]:
@@ -288,6 +294,10 @@ class _Accumulators:
             layer: as_direction(self._aggregator, accumulator.direction(), hidden)
             for layer, (hidden, accumulator) in sorted(self._by_layer.items())
         }
+
+    def median_norms(self) -> dict[int, float]:
+        """Return the median norm of the rows by layer."""
+        return {layer: float(torch.cat(norms).median()) for layer, norms in self._norms.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_aggregator": None}  # it may be impossible to send, and the other process has one

@@ -17,7 +17,7 @@ from steering_vectors._steering.attaching import changes_of, traced
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle, attach
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
-from steering_vectors._steering.plan import Steering, steering_of, warn_of_another_model
+from steering_vectors._steering.plan import Steering, steering_of, warn_of_another_model, warn_of_strength
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
 
@@ -42,5 +42,6 @@ __all__ = [
     "steering_of",
     "traced",
     "warn_of_another_model",
+    "warn_of_strength",
     "width_message",
 ]

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from steering_vectors._models import OUTPUT, Anatomy, anatomy_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
-from steering_vectors._vectors import checked_directions, type_and_depth
+from steering_vectors._vectors import checked_directions, in_ranges, type_and_depth
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
 from steering_vectors.token_selection import Selector
@@ -108,3 +109,26 @@ def warn_of_another_model(metadata: Mapping[str, str], anatomy: Anatomy) -> None
     ]
     if others:
         warnings.warn(f"the vector was made for another model: {'; '.join(others)}", UserWarning, stacklevel=3)
+
+
+def warn_of_strength(shares: Mapping[int, float], steering: Steering) -> None:
+    """Warn if additions move the activations by more than their norm; ``shares`` are those of the directions."""
+    multiplier = steering.multiplier
+    if multiplier.is_learned or type(steering.operator) is not type(addition_operator()):
+        return
+    largest = float(torch.as_tensor(multiplier.value).abs().max())
+    total = largest * sum(shares.values())
+    if total > _STRONGEST:
+        middle = sorted(shares)[len(shares) // 2]
+        one = f"steer one layer, as in vector[{middle}].apply(model), or " if len(shares) > 1 else ""
+        warnings.warn(
+            f"this steering adds {total:.3g} times the norm of the activations, in sum over layers "
+            f"{in_ranges(sorted(shares))} with multiplier {multiplier!r}, and text usually breaks beyond 1: {one}use a "
+            f"smaller multiplier; vector.shares() gives each layer's part",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# A sum of shares above which most models write no more sentences.
+_STRONGEST = 1.2

@@ -19,6 +19,7 @@ from steering_vectors._vectors.metadata import (
     type_and_depth,
     without_addresses,
 )
+from steering_vectors._vectors.shares import of_norms, shares
 
 __all__ = [
     "Metadata",
@@ -34,10 +35,12 @@ __all__ = [
     "norms",
     "of_libraries",
     "of_model",
+    "of_norms",
     "of_template",
     "orthogonal",
     "projections",
     "read",
+    "shares",
     "type_and_depth",
     "united",
     "without_addresses",

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from steering_vectors._models import Anatomy
+from steering_vectors._vectors.shares import of_mean_norms, without_norms
 from steering_vectors._version import __version__
 
 
@@ -123,7 +124,8 @@ def derived(operation: str, *sources: Mapping[str, str]) -> Metadata:
     """
     first, *others = sources
     common = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    return Metadata({**inherited(common), "derivation": operation.format(*map(_summary, sources))})
+    kept = {**without_norms(inherited(common)), **of_mean_norms(sources)}
+    return Metadata({**kept, "derivation": operation.format(*map(_summary, sources))})
 
 
 def inherited(metadata: Mapping[str, str]) -> Metadata:
