@@ -56,7 +56,7 @@ def read_activations(
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-    reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
+    reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
     rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
@@ -107,7 +107,7 @@ def residual_norms(
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, None, "decoder_block", layer_config, batch_size)
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-    reading = Reading(tokenize, -1, from_index(1), vocabulary=anatomy.vocabulary)
+    reading = Reading(tokenize, -1, from_index(1), anatomy=anatomy)
     read = (reading(text, name=f"text {number}") for number, text in enumerate(texts))
     norms: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
     with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:

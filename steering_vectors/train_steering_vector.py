@@ -126,9 +126,10 @@ def train_steering_vector(
 
     Raises TypeError for arguments of the wrong type. Raises ValueError for layers that the model doesn't have, for
     models that aren't decoder-only, and for samples that can't be read. Those are no samples at all, a sample that is
-    not a pair, an empty prompt, a position outside the prompt, a selection of no token, and chat messages without a
-    chat template or with content other than text. With ``process_group``, raises ValueError for a model that is sharded
-    over the processes, and RuntimeError if another process failed or was given other samples.
+    not a pair, an empty prompt, more tokens than the model has position embeddings for, a position outside the prompt,
+    a selection of no token, and chat messages without a chat template or with content other than text. With
+    ``process_group``, raises ValueError for a model that is sharded over the processes, and RuntimeError if another
+    process failed or was given other samples.
 
     Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
 
@@ -142,7 +143,7 @@ def train_steering_vector(
             tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
             anatomy = anatomy_of(model)
             extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-            reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
+            reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
             if process_group is not None:
                 check_unsharded(model)
             processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
@@ -194,7 +195,7 @@ def extract_activations(
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-    reading = Reading(tokenize, read_token_index, tokens, vocabulary=anatomy.vocabulary)
+    reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
     with torch.inference_mode(False):
         for part in rows_of_pairs(extract, _PromptsOf(reading), training_samples, tqdm_desc if show_progress else None):
             rows = part.rows.to("cpu") if move_to_cpu else part.rows

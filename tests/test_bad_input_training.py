@@ -171,6 +171,21 @@ class TestSamples:
         message = "^sample 0, negative side: expected a text, a list of chat messages or token ids, got"
         refused(function, TypeError, message, [("a", prompt)])
 
+    @pytest.mark.parametrize("prompt", ["c" * 129, list(range(5, 134)), "c" * 5000])
+    @pytest.mark.parametrize("where", [{}, {"read_token_index": 3}, {"tokens": from_index(1)}], ids=str)
+    def test_more_tokens_than_the_model_has_positions(
+        self, function: Callable[..., Any], prompt: Any, where: dict[str, Any]
+    ) -> None:
+        message = (
+            f"^sample 1, negative side: the prompt has {len(prompt)} tokens, but GPT2LMHeadModel has position "
+            f"embeddings for only 128: shorten it$"
+        )
+        with pytest.raises(ValueError, match=message):
+            function(tiny.shared("gpt2"), tiny.tokenizer(), [("a" * 128, "b" * 128), ("c" * 128, prompt)], **where)
+
+    def test_as_many_tokens_as_it_likes_where_positions_are_computed(self, function: Callable[..., Any]) -> None:
+        function(tiny.shared("llama"), tiny.tokenizer(), [("a" * 200, "b" * 200)])
+
 
 class TestReading:
     @pytest.mark.parametrize("index", [9, 100, -10])

@@ -1,6 +1,6 @@
 """Choose what is read: the layers of a model and the tokens of prompts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import index as as_index
 from typing import Any, TypeAlias
 
@@ -59,7 +59,7 @@ def extractor_for(
 
 
 class Reading:
-    """Tokenizes prompts and chooses the tokens to read."""
+    """Tokenizes prompts for the model with this anatomy, and chooses the tokens to read."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class Reading:
         read_token_index: ReadTokenIndex,
         tokens: TokenSelection | None,
         *,
-        vocabulary: int | None,
+        anatomy: Anatomy,
     ) -> None:
         if tokens is not None and not (isinstance(read_token_index, int) and read_token_index == -1):
             raise ValueError("read_token_index and tokens were given: choose one of them")
         self._tokenize = tokenize
         self._index = read_token_index
-        self._vocabulary = vocabulary
+        self._anatomy = anatomy
         self._selector = None if tokens is None else as_selector(tokens)
 
     def __call__(self, prompt: Prompt, own_index: int | None = None, *, name: str) -> ReadPrompt:
@@ -92,10 +92,7 @@ class Reading:
 
     def _read(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
         encoded = self._tokenize(prompt, find_completion=self._selector is not None)
-        outside = [n for n in encoded.input_ids if not 0 <= n < (self._vocabulary or n + 1)]
-        if outside:
-            known = f"the model has only {self._vocabulary} tokens, from 0"
-            raise ValueError(f"the prompt has the token id {outside[0]}, but {known}")
+        self._check_fits(encoded.input_ids)
         if self._selector is not None:
             if own_index is not None:
                 raise ValueError("the sample's read index and tokens were given: choose one of them")
@@ -109,6 +106,19 @@ class Reading:
         if not -length <= position < length:
             raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
         return ReadPrompt(encoded.input_ids, [position % length])
+
+    def _check_fits(self, input_ids: Sequence[int]) -> None:
+        """Raise ValueError for token ids that the model doesn't have, and for more tokens than it has positions."""
+        kind, vocabulary, most = type(self._anatomy.model).__name__, self._anatomy.vocabulary, self._anatomy.most_tokens
+        outside = [n for n in input_ids if not 0 <= n < (vocabulary or n + 1)]
+        if outside:
+            known = f"the model has only {vocabulary} tokens, from 0"
+            raise ValueError(f"the prompt has the token id {outside[0]}, but {known}")
+        if most is not None and len(input_ids) > most:
+            raise ValueError(
+                f"the prompt has {len(input_ids)} tokens, but {kind} has position embeddings for only {most}: "
+                f"shorten it"
+            )
 
     def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
         assert self._selector is not None

@@ -25,6 +25,9 @@ _BLOCK_LIST_NAMES = {"layers", "layer", "blocks", "block", "h"}
 _DECODER_NAMES = ("language_model", "text_model", "text_decoder", "decoder")
 # Model types whose activations are (seq, batch, hidden).
 _COLUMNS_FIRST = ("fsmt", "xlnet")
+_POSITION_COUNTS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+# Model types whose positions have a table of fixed size that is no nn.Embedding.
+_POSITIONS_IN_TENSORS = ("codegen", "ctrl", "gptj", "mpt", "reformer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +142,27 @@ class Anatomy:
     def vocabulary(self) -> int | None:
         """The number of token ids that the model has embeddings for; None if unknown."""
         return self._embeddings.num_embeddings if isinstance(self._embeddings, nn.Embedding) else None
+
+    @cached_property
+    def most_tokens(self) -> int | None:
+        """The number of tokens that the model has position embeddings for; None if it computes positions as needed.
+
+        Virtual tokens that PEFT puts before each prompt take some of the positions.
+        """
+        counts = (getattr(self.text_config, name, None) for name in _POSITION_COUNTS)
+        count = next((count for count in counts if isinstance(count, int)), None)
+        virtual = int(getattr(self._prompt_config, "num_virtual_tokens", 0)) if self.learns_prompts else 0
+        if count is None:
+            return None
+        if getattr(self.text_config, "model_type", None) in _POSITIONS_IN_TENSORS:
+            return count - virtual
+        for table in self.decoder.modules():
+            if isinstance(table, nn.Embedding) and table is not self._embeddings:
+                before = getattr(table, "offset", 0)  # rows before that of the first token
+                if table.num_embeddings == count + before:
+                    before += 0 if table.padding_idx is None else table.padding_idx + 1
+                    return table.num_embeddings - before - virtual
+        return None
 
     @cached_property
     def _embeddings(self) -> nn.Module | None:

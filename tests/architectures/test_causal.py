@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors import SteeringVector, ablate_everywhere, generated, record_activations
+from steering_vectors._models import anatomy_of
 from steering_vectors._steering.stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
 from tests.architectures.reading import check_reading
-from tests.architectures.tiny_models import causal_model_types, tiny_causal_model
+from tests.architectures.tiny_models import POSITIONS, causal_model_types, tiny_causal_model
 
 Note = Callable[[str, str, str], None]
 
@@ -124,6 +125,23 @@ def test_layers_are_those_of_hidden_states(model_type: str, note: Note) -> None:
     note(model_type, "layers", "as hidden_states" if any(matches) else HIDDEN_STATES_DIFFER[model_type])
     with pytest.raises(ValueError, match=f"layer {found.count} does not exist: the model has {found.count} layers"):
         SteeringVector({found.count: torch.ones(32)}).apply(model)
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in {*NOT_READ, *NO_TEXT}])
+def test_position_embeddings_end_where_it_is_said(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    most = anatomy_of(model).most_tokens
+    note(model_type, "most tokens", str(most))
+
+    def run(tokens: int) -> None:
+        ids = torch.full((1, tokens), 11)
+        with torch.no_grad():
+            model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    run(most or 2 * POSITIONS)
+    if most is not None:
+        with pytest.raises((IndexError, RuntimeError, ValueError)):
+            run(most + 1)
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
