@@ -271,6 +271,55 @@ def test_models_whose_columns_come_first_have_rows_too(columns: int) -> None:
                 torch.testing.assert_close(together[row], run(slice(row, row + 1))[0], atol=1e-4, rtol=1e-4)
 
 
+class ColumnsFirst(nn.Module):
+    """Someone's own model, whose blocks pass on ``(seq, batch, hidden)`` or, as usual, ``(batch, seq, hidden)``."""
+
+    def __init__(self, columns_first: bool) -> None:
+        super().__init__()
+        self.columns_first = columns_first
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Identity())])
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        hidden: Tensor = self.blocks[0](inputs_embeds.transpose(0, 1) if self.columns_first else inputs_embeds)
+        return hidden.transpose(0, 1) if self.columns_first else hidden
+
+
+@pytest.mark.parametrize("columns_first", [True, False])
+@pytest.mark.parametrize("tokens", [None, at([1])])
+def test_axes_of_other_people_s_models_are_seen_in_a_pass_or_refused(columns_first: bool, tokens: Any) -> None:
+    model, config = ColumnsFirst(columns_first), {"decoder_block": "blocks.{num}"}
+    chosen = torch.ones(4, dtype=torch.bool) if tokens is None else torch.arange(4) == 1
+    for seen_before in ((), ((2, 4),), ((2, 3), (1, 1))):
+        with vector(0).apply(model, config, multiplier=[1.0, -2.0], tokens=tokens):
+            for rows, columns in seen_before:
+                if (rows, columns) == (2, 4):
+                    hidden = torch.randn(2, 4, tiny.HIDDEN)
+                    moves = torch.tensor([1.0, -2.0])[:, None, None] * vector(0).layer_activations[0]
+                    torch.testing.assert_close(model(hidden), hidden + moves * chosen[:, None])
+                elif rows == 2:
+                    model(torch.randn(rows, columns, tiny.HIDDEN))
+            square = torch.randn(2, 2, tiny.HIDDEN)
+            if not seen_before:
+                with pytest.raises(ValueError, match="can't tell the rows from the columns in a pass of 2 rows and 2"):
+                    model(square)
+            else:
+                moves = torch.tensor([1.0, -2.0])[:, None, None] * vector(0).layer_activations[0]
+                torch.testing.assert_close(model(square), square + moves * chosen[:2, None])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "mamba"])
+def test_axes_of_models_of_transformers_are_known(architecture: str) -> None:
+    model, square = tiny.shared(architecture), torch.randint(5, 300, (4, 4))
+    multipliers = [1.0, 0.0, -2.0, 0.5]
+    with torch.no_grad():
+        with vector().apply(model, multiplier=multipliers):
+            together = model(square, use_cache=False).logits
+        for row, multiplier in enumerate(multipliers):
+            with vector().apply(model, multiplier=multiplier):
+                alone = model(square[row : row + 1], use_cache=False).logits
+            torch.testing.assert_close(together[row], alone[0], atol=2e-4, rtol=1e-3)
+
+
 def test_numbers_that_are_learned_may_be_in_a_list(model: PreTrainedModel) -> None:
     numbers = [torch.tensor(1.0, requires_grad=True), torch.tensor(0.5), 2.0]
     with vector().apply(model, multiplier=numbers):

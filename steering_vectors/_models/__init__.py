@@ -8,7 +8,7 @@ It knows nothing of directions, selectors or prompts.
 from steering_vectors._models.activations import activation_of, input_of, with_activation, with_input
 from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, every_module, parameters_of
 from steering_vectors._models.attention import Attention, MaskKinds
-from steering_vectors._models.axes import along_tokens, by_tokens, expand_rows
+from steering_vectors._models.axes import along_tokens, are_columns_first, by_tokens, expand_rows
 from steering_vectors._models.hooks import (
     INPUT,
     OUTPUT,
@@ -42,6 +42,7 @@ __all__ = [
     "activation_of",
     "along_tokens",
     "anatomy_of",
+    "are_columns_first",
     "attach_all",
     "attached",
     "by_tokens",

@@ -63,10 +63,18 @@ class Anatomy:
         """The config's ``is_encoder_decoder`` flag."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
-    @property
-    def columns_first(self) -> bool:
-        """True if activations are ``(seq, batch, hidden)``."""
-        return getattr(self.config, "model_type", None) in _COLUMNS_FIRST
+    @cached_property
+    def columns_first(self) -> bool | None:
+        """True if activations are ``(seq, batch, hidden)``, False if ``(batch, seq, hidden)``.
+
+        None for other people's classes, as of remote code, of which only a pass shows it.
+        """
+        if getattr(self.config, "model_type", None) in _COLUMNS_FIRST:
+            return True
+        known = [self.configured]
+        with suppress(ValueError):
+            known += self.blocks
+        return False if all(map(_is_of_transformers, known)) else None
 
     @property
     def takes_tokens_again(self) -> bool:
@@ -274,6 +282,14 @@ def every_module(model: nn.Module) -> list[nn.Module]:
                 found[child] = None
                 waiting.append(child)
     return list(found)
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    """Return True for a class of a model in transformers or one made from it, and for PyTorch's wrappers."""
+    kinds = type(module).__mro__
+    return kinds[0].__module__.startswith("torch.") or any(
+        c.__module__.startswith("transformers.models.") for c in kinds
+    )
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

@@ -53,6 +53,14 @@ def along_tokens(values: Tensor, activation: Tensor, *, columns_first: bool = Fa
     return values.reshape(*sizes, n)
 
 
+def are_columns_first(activation: Tensor, batch: int, seq: int) -> bool | None:
+    """Return True for an activation ``(seq, batch, …)``, False for another; None if the axes are equally long."""
+    axes = tuple(activation.shape[:2])
+    if activation.ndim != 3 or axes not in ((batch, seq), (seq, batch)) or (batch, seq) == (1, 1):
+        return False
+    return None if batch == seq else axes == (seq, batch)
+
+
 def by_tokens(activation: Tensor, batch: int, seq: int) -> Tensor:
     """Return ``activation`` as a view ``(batch, seq, hidden)``. Raises ValueError if it has no such view."""
     layout = _layout_of(activation, batch, seq)

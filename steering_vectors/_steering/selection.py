@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from steering_vectors._models import along_tokens, expand_rows
+from steering_vectors._models import along_tokens, are_columns_first, expand_rows
 from steering_vectors._passes import ForwardPass, PassTracker
 from steering_vectors.token_selection import Selector, selected
 
@@ -11,10 +11,11 @@ from steering_vectors.token_selection import Selector, selected
 class Selection:
     """The tokens that a steering selects in each pass, and the rows of its multipliers.
 
-    A ``selector`` of None means all tokens. With ``columns_first``, activations are ``(seq, batch, hidden)``.
+    A ``selector`` of None means all tokens. With ``columns_first``, activations are ``(seq, batch, hidden)``; if it is
+    None, the first pass shows it that has another number of rows than of columns.
     """
 
-    def __init__(self, tracker: PassTracker, selector: Selector | None, *, columns_first: bool) -> None:
+    def __init__(self, tracker: PassTracker, selector: Selector | None, *, columns_first: bool | None) -> None:
         self._tracker = tracker
         self._selector = selector
         self._columns_first = columns_first
@@ -40,9 +41,28 @@ class Selection:
         if isinstance(weights, bool):
             shape = current.positions.index.shape
             if activation.shape[:2] != shape:  # raises if the activation's tokens can't be identified
-                along_tokens(activation.new_empty(*shape, 1), activation, columns_first=self._columns_first)
+                self._along_tokens(activation.new_empty(*shape, 1), activation)
             return weights
-        return along_tokens(weights[..., None], activation, columns_first=self._columns_first)
+        return self._along_tokens(weights[..., None], activation)
+
+    def _along_tokens(self, values: Tensor, activation: Tensor) -> Tensor:
+        """Return ``values (batch, seq, n)`` shaped to broadcast to the activation.
+
+        Raises ValueError if it is unknown which axis is the batch's.
+        """
+        columns_first = self._columns_first
+        if columns_first is None:
+            batch, seq = values.shape[:2]
+            columns_first = are_columns_first(activation, batch, seq)
+            if columns_first is None:
+                raise ValueError(
+                    f"can't tell the rows from the columns in a pass of {batch} rows and {seq} columns through this "
+                    f"model, which isn't one of transformers: run it on another number of rows or columns first, or "
+                    f"steer all tokens, with the same multiplier for all rows"
+                )
+            if activation.ndim == 3 and batch != seq:
+                self._columns_first = columns_first
+        return along_tokens(values, activation, columns_first=columns_first)
 
     def _select(self, current: ForwardPass, device: torch.device) -> Tensor | bool:
         """Return the selection of a pass, and keep it for the pass's other layers.
@@ -66,11 +86,10 @@ class Selection:
 
     def rows_along(self, rows: Tensor, activation: Tensor) -> Tensor:
         """Return ``rows (rows, n)``, one for each multiplier, in a shape that broadcasts to ``activation``."""
-        if activation.ndim == 3 and not self._columns_first:
+        if activation.ndim == 3 and self._columns_first is False:
             return expand_rows(rows, activation.shape[0], "the multiplier")[:, None]
         batch, seq = self._current_pass().shape
-        expanded = expand_rows(rows, batch, "the multiplier")[:, None].expand(-1, seq, -1)
-        return along_tokens(expanded, activation, columns_first=self._columns_first)
+        return self._along_tokens(expand_rows(rows, batch, "the multiplier")[:, None].expand(-1, seq, -1), activation)
 
     def _current_pass(self) -> ForwardPass:
         current = self._tracker.current
