@@ -32,8 +32,7 @@ class TokenPositions:
     ``beside_another``: True if the pass begins a text right after another text's first pass, whose cache is in use.
     ``is_whole``: True if no cache is kept, so that the pass holds its rows from the first token to the last so far.
 
-    All tensors are on one device. A selector must not change them. Finding the positions waits for the device at most
-    once or twice per prompt, and not in a pass of one token.
+    All tensors are on one device. A selector must not change them.
 
     >>> positions = TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3))
     >>> from_index(1)(positions)

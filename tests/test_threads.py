@@ -76,7 +76,7 @@ def test_threads_at_once_have_their_own_multipliers(model: PreTrainedModel, toke
         assert torch.equal(got_answer, expected_answer)
 
 
-INPUTS_TO_PASS: dict[str, Any] = {"attention_mask": INPUTS["attention_mask"], "input_ids": INPUTS["input_ids"]}
+INPUTS_TO_PASS: dict[str, Any] = {**INPUTS, "use_cache": True}
 
 
 @pytest.mark.parametrize("tokens", [None, generated(INPUTS)], ids=repr)

@@ -56,7 +56,7 @@ def test_checkpointing_gives_the_same_gradients(
         steered = SteeringVector({1: direction}, layer_type)
         with steered.apply(model, tokens=tokens):
             # Two passes before a backward one, of other shapes and so with other tokens.
-            total = loss_of(model, padded(*PROMPTS)) + loss_of(model, padded(PROMPTS[1], PROMPTS[0][:5]))
+            total = loss_of(model, padded(*PROMPTS)) + loss_of(model, padded([*PROMPTS[0], 18, 19], PROMPTS[1]))
             total.backward()
         found.append(gradients_of(model, direction))
     assert len(runs) == 6  # with checkpoints each pass ran twice

@@ -41,8 +41,7 @@ class CacheMemory:
         """Return the positions of a pass's tokens. Raises ValueError if they can't be determined."""
         past = self._past(call)
         located = locate(call, past)
-        if past.is_empty:
-            past = _begun(call, past, located.index, located.several_texts)
+        past = _begun(call, past, located.index, located.several_texts)
         if self._need_prompt_length:
             past = replace(past, prompt_length=_prompt_length(call, located.index, past))
         note = self._note_of(call.cache)
@@ -67,9 +66,7 @@ class CacheMemory:
         if cache is None:
             return
         positions = positions_of_pass()
-        past = self._past(call)
-        if past.is_empty:
-            past = _begun(call, past, positions.index, positions.several_texts)
+        past = _begun(call, self._past(call), positions.index, positions.several_texts)
         if isinstance(past.columns, int):  # a static cache keeps count itself
             columns = past.columns + positions.index.shape[1]
             is_token = _tokens_of_cache(call, past, positions.index, columns)
@@ -83,16 +80,22 @@ class CacheMemory:
         note = self._note_of(call.cache)
         if note is not None and call.cached is None and _was_changed_in_place(note.contents, call.contents):
             note = None
-        if note is None:
-            return _unnoted(call)
-        past = note.past
+        past = _unnoted(call) if note is None else note.past
         if isinstance(call.cached, int):
             past = _cut(past, call.cached)
         elif call.cached is not None:
-            past = replace(past, columns=_static_columns(call), is_token=None)
-        if past.columns == 0:
+            past = replace(past, columns=self._static_columns(call, call.cached), is_token=None)
+        if isinstance(past.columns, int) and past.columns == 0:
             return Past()
-        return past if call.shape is None else _with_rows_of(call, past, note.contents)
+        return past if note is None else _with_rows_of(call, past, note.contents)
+
+    def _static_columns(self, call: PassArguments, cached: Tensor) -> int | Tensor:
+        """Return the columns of a static cache; to find a prompt's length, the host reads them once for each prompt."""
+        assert call.shape is not None
+        if not self._need_prompt_length or call.shape[1] == 1:
+            return cached
+        # A static cache of transformers 4 miscounts with padding, but generate passes the columns there.
+        return int(cached if call.columns is None else call.columns[0])
 
     def _has_begun_another(self) -> bool:
         """Return True if this thread has run the first pass over a cache, which is still in use, and no other since."""
@@ -115,8 +118,9 @@ class CacheMemory:
 def _unnoted(call: PassArguments) -> Past:
     """Return the past of a cache that no pass has been noted of. Raises ValueError if nothing shows its length."""
     if call.cached is not None:
-        return Past(_static_columns(call))
-    mask, seq = call.mask, 0 if call.shape is None else call.shape[1]
+        return Past(call.cached)
+    assert call.shape is not None
+    mask, seq = call.mask, call.shape[1]
     if mask is not None and mask.shape[1] > seq:
         return Past(mask.shape[1] - seq, is_token=mask[:, :-seq] != 0)
     raise ValueError(
@@ -127,19 +131,16 @@ def _unnoted(call: PassArguments) -> Past:
     )
 
 
-def _static_columns(call: PassArguments) -> int | Tensor:
-    """Return the number of columns in a cache; for several tokens the host reads it, once for each prompt."""
-    assert call.cached is not None
-    if isinstance(call.cached, int) or call.shape is None or call.shape[1] == 1:
-        return call.cached
-    # A static cache of transformers 4 miscounts with padding, but generate passes the columns there.
-    return int(call.cached if call.columns is None else call.columns[0])
-
-
 def _begun(call: PassArguments, past: Past, index: Tensor, several_texts: bool) -> Past:
-    """Return the past with the facts that a cache's first pass shows."""
-    first, columns = first_position(call, index), index.shape[1]
-    return replace(past, first_position=first, prompt_columns=columns, several_texts=several_texts)
+    """Return the past with the facts that a pass shows if it is a cache's first; else return it as it is."""
+    first, columns = past.first_position, index.shape[1]
+    if past.is_empty:
+        first = first_position(call, index)
+        return replace(past, first_position=first, prompt_columns=columns, several_texts=several_texts)
+    if isinstance(past.columns, int) or columns == 1 or (begun := first_position(call, index)) is None:
+        return past
+    before = torch.zeros_like(begun) if first is None else first
+    return replace(past, first_position=torch.where(past.columns.to(begun.device) == 0, begun, before))
 
 
 def _was_changed_in_place(before: Contents | None, now: Contents | None) -> bool:

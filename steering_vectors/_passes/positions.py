@@ -59,15 +59,25 @@ def locate(call: PassArguments, past: Past) -> Located:
             "generate_batch; steer all tokens"
         )
     column = _columns(call, past)
-    seq = column.shape[0]
-    if seq > 1 and past.is_empty and call.mask is None:
-        texts = _texts_by_mask(call, column) if call.query_mask is not None else _texts_by_position_ids(call, column)
-        if texts is not None:
-            return texts
-    elif seq > 1 and (call.mask is not None or call.query_mask is None):
+    by_mask = _texts_by_mask(call, column.device) if _shows_texts(call, past) else None
+    if past.is_empty and by_mask is not None:
+        index, texts = by_mask
+        return Located(index, column, several_texts=bool((texts > 1).any()))
+    if past.is_empty and call.mask is None and (texts_by_ids := _texts_by_position_ids(call, column)) is not None:
+        return Located(texts_by_ids, column, several_texts=True)
+    if not past.is_empty or call.mask is not None:
         _check_ids_rise(call, past)
     found = (source(call, past, column) for source in _SOURCES)
-    return Located(next(index for index in found if index is not None), column)
+    index = next(index for index in found if index is not None)
+    if by_mask is not None:  # a static cache, which the device knows to be empty or not
+        index = torch.where(column[0] == 0, by_mask[0], index)
+    return Located(index, column)
+
+
+def _shows_texts(call: PassArguments, past: Past) -> bool:
+    """Return True if a 4-D mask alone shows which tokens see each other, in a pass that may be a cache's first."""
+    may_be_first = past.is_empty or isinstance(past.columns, Tensor)
+    return may_be_first and call.mask is None and call.query_mask is not None and call.query_mask.shape[-2] > 1
 
 
 def first_position(call: PassArguments, index: Tensor) -> Tensor | None:
@@ -139,13 +149,13 @@ def _from_count(call: PassArguments, past: Past, column: Tensor) -> Tensor:
     return torch.where(tokens, before + tokens.cumsum(dim=1) - 1, -1)
 
 
-def _texts_by_position_ids(call: PassArguments, column: Tensor) -> Located | None:
+def _texts_by_position_ids(call: PassArguments, column: Tensor) -> Tensor | None:
     """Return the indices in the texts of each row, each of which begins again at the row's first position id.
 
-    None for one text a row. Raises ValueError for other ids that don't count on by one.
+    None for one text a row. Raises ValueError for other ids that don't count on by one. Waits for the device.
     """
     ids = None if call.position_ids is None else call.position_ids.to(column.device)
-    if ids is None or not bool((breaks := ids.diff(dim=1) != 1).any()):
+    if ids is None or ids.shape[1] == 1 or not bool((breaks := ids.diff(dim=1) != 1).any()):
         return None
     if bool((breaks & (ids[:, 1:] != ids[:, :1])).any()):
         raise ValueError(
@@ -154,17 +164,18 @@ def _texts_by_position_ids(call: PassArguments, column: Tensor) -> Located | Non
             "or steer all tokens."
         )
     starts = functional.pad(torch.where(breaks, column[1:], 0), (1, 0)).cummax(dim=1).values
-    return Located((column - starts).expand(_batch(call), -1), column, several_texts=True)
+    return (column - starts).expand(_batch(call), -1)
 
 
-def _texts_by_mask(call: PassArguments, column: Tensor) -> Located | None:
+def _texts_by_mask(call: PassArguments, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Count each token on from the last one that it sees before itself: a text begins where there is none.
 
-    None for a mask that doesn't reach over the whole pass.
+    Return the indices ``(batch, seq)``, and the number of texts in each row; None for a mask of fewer columns.
     """
     assert call.query_mask is not None
-    batch, seq = _batch(call), column.shape[0]
-    visible = _visible(call.query_mask).to(column.device)  # (batch or 1, seq, keys)
+    batch, seq = _batch(call), call.query_mask.shape[-2]
+    column = torch.arange(seq, device=device)
+    visible = _visible(call.query_mask).to(device)  # (batch or 1, seq, keys)
     if visible.shape[-1] < seq:
         return None
     before = visible[..., :seq] & (column < column[:, None])
@@ -176,14 +187,18 @@ def _texts_by_mask(call: PassArguments, column: Tensor) -> Located | None:
     tokens = _is_token(call, column)[: len(visible)]
     # A column that no other one sees may be padding that sees itself, so that no row of the mask is empty.
     texts = (begins & tokens & (before & tokens[..., None]).any(dim=1)).sum(dim=1)
-    index = torch.where(tokens, index, -1)
-    return Located(index.expand(batch, seq), column, several_texts=bool((texts > 1).any()))
+    return torch.where(tokens, index, -1).expand(batch, seq), texts
 
 
 def _check_ids_rise(call: PassArguments, past: Past) -> None:
     """Raise ValueError if the position ids of a row begin again, though the row is one text by its mask or cache."""
     ids, now = call.position_ids, past.columns
-    if ids is None or isinstance(now, Tensor):
+    if (
+        ids is None
+        or ids.shape[1] == 1
+        or isinstance(now, Tensor)
+        or (call.mask is None and call.query_mask is not None)
+    ):
         return
     tokens = torch.ones_like(ids, dtype=torch.bool)
     if call.mask is not None:
