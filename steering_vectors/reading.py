@@ -44,7 +44,7 @@ def read_activations(
 ) -> dict[int, Tensor]:
     """Return the activations of prompts, ``(n, hidden)`` in float32 or wider, by layer; row i is prompt i's.
 
-    ``prompts`` are texts, lists of chat messages, or lists of token ids. All other arguments, errors and guarantees are
+    ``prompts`` are texts, lists of chat messages, or token ids. All other arguments, errors and guarantees are
     those of :func:`train_steering_vector`. As there, ``batch_size`` counts pairs of prompts. A callable
     ``read_token_index`` gets an empty text for token ids. Rows are on the CPU, or with ``move_to_cpu=False`` on the
     device where the layer runs.

@@ -90,18 +90,23 @@ def train_steering_vector(
     ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
 
     ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, in any sequence or
-    iterator. A prompt is a text, a list of token ids, or a list of chat messages. An iterator is consumed in windows of
-    4,096 pairs.
+    iterator. A prompt is a text, a list of chat messages, or token ids: a list or a tensor, or what a tokenizer returns
+    for one prompt. An iterator is consumed in windows of 4,096 pairs.
 
     ``chat_template_kwargs`` are passed to the tokenizer's chat template, such as ``{"enable_thinking": False}``. The
     template renders chat messages up to the end of the last message's text if it is the assistant's. Otherwise, it
     renders them up to the header of the answer to come.
 
+    A text gets the special tokens that the tokenizer adds, once, also if it begins with them. A chat gets those of its
+    template alone, so that its tokens are the ones that ``apply_chat_template`` returns for ``generate``. Token ids are
+    taken as they are, without the padding that an ``attention_mask`` shows.
+
     ``layers`` are numbers from 0, or negative ones from the end; None trains all. ``layer_type`` and
     ``layer_config`` are those of :meth:`SteeringVector.apply`.
 
-    ``read_token_index`` is the token to read of each prompt, or a callable that returns it for the prompt's text. It
-    counts the prompt's tokens, without padding; negative numbers count from its end.
+    ``read_token_index`` is the token to read of each prompt, without padding; negative numbers count from its end. It
+    may be a callable that gets the prompt's text, as rendered by the template, and returns a token of
+    ``tokenizer(text)``, such as ``tokenizer(text).char_to_token(text.index("owl"))``.
 
     ``tokens`` selects tokens instead, as in :meth:`SteeringVector.apply`: the mean over them is read.
     ``from_index(1)`` selects all tokens but the first, whose norm is often a hundred times that of the others.
@@ -127,9 +132,9 @@ def train_steering_vector(
     Raises TypeError for arguments of the wrong type. Raises ValueError for layers that the model doesn't have, for
     models that aren't decoder-only, and for samples that can't be read. Those are no samples at all, a sample that is
     not a pair, an empty prompt, more tokens than the model has position embeddings for, a position outside the prompt,
-    a selection of no token, and chat messages without a chat template or with content other than text. With
-    ``process_group``, raises ValueError for a model that is sharded over the processes, and RuntimeError if another
-    process failed or was given other samples.
+    a selection of no token, and chat messages without a chat template, with content other than text, or with a last
+    text that the template leaves out. With ``process_group``, raises ValueError for a model that is sharded over the
+    processes, and RuntimeError if another process failed or was given other samples.
 
     Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
 
@@ -328,13 +333,17 @@ class _PromptsOf:
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:
     if isinstance(sample, SteeringVectorTrainingSample):
         return sample
-    if isinstance(sample, (tuple, list)) and len(sample) == 2 and not any(isinstance(s, Mapping) for s in sample):
+    messages = isinstance(sample, (tuple, list)) and any(map(_is_message, sample))
+    if isinstance(sample, (tuple, list)) and len(sample) == 2 and not messages:
         return SteeringVectorTrainingSample(sample[0], sample[1])
     got = type(sample).__name__
     if isinstance(sample, (tuple, list)):
-        got += f" of length {len(sample)}"
-        got += " that holds chat messages" if any(isinstance(side, Mapping) for side in sample) else ""
+        got += f" of length {len(sample)}" + (" that holds chat messages" if messages else "")
     raise TypeError(f"sample {number} must be a pair (positive, negative) or a SteeringVectorTrainingSample, got {got}")
+
+
+def _is_message(side: Any) -> bool:
+    return isinstance(side, Mapping) and "input_ids" not in side
 
 
 def _in_batches(rows: Mapping[int, Tensor], batch_size: int) -> list[Tensor]:

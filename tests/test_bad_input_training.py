@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,7 +165,7 @@ class TestSamples:
         message = f"^sample 1, negative side: the prompt has the token id {wrong}, but the model has only 320 tokens"
         refused(function, ValueError, message, [([1], [2]), ([1, 2], ids)])
 
-    @pytest.mark.parametrize("prompt", [np.array([5, 6]), torch.tensor([5, 6]), [5.0, 6.0], [True, False]], ids=str)
+    @pytest.mark.parametrize("prompt", [torch.tensor([5.0]), torch.tensor(5), [5.0, 6.0], [True, False]], ids=str)
     def test_what_is_no_prompt(self, function: Callable[..., Any], prompt: Any) -> None:
         message = "^sample 0, negative side: expected a text, a list of chat messages or token ids, got"
         refused(function, TypeError, message, [("a", prompt)])
@@ -185,6 +184,19 @@ class TestSamples:
 
     def test_as_many_tokens_as_it_likes_where_positions_are_computed(self, function: Callable[..., Any]) -> None:
         function(tiny.shared("llama"), tiny.tokenizer(), [("a" * 200, "b" * 200)])
+
+    def test_positions_that_a_text_s_own_special_tokens_may_move(self, function: Callable[..., Any]) -> None:
+        text, tokenizer = "<s>The owl", tiny.tokenizer(bos=True)
+        for index in (1, 5):
+            for sample in ((text, "x" * 9), SteeringVectorTrainingSample(text, "x" * 9, index, -1)):
+                message = (
+                    f"^sample 0, positive side: read_token_index {index} may count .* once or, .* twice: leave them"
+                )
+                where = {"read_token_index": index} if isinstance(sample, tuple) else {}
+                with pytest.raises(ValueError, match=message):
+                    function(tiny.shared("llama"), tokenizer, [sample], **where)
+        for index in (0, -3):
+            function(tiny.shared("llama"), tokenizer, [(text, "x" * 9)], read_token_index=index)
 
 
 class TestReading:

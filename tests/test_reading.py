@@ -8,6 +8,7 @@ import torch
 
 from steering_vectors import (
     SteeringVector,
+    SteeringVectorTrainingSample,
     completion,
     extract_activations,
     from_index,
@@ -102,3 +103,49 @@ def test_token_ids_may_be_an_array_librarys_numbers() -> None:
     got = read_activations(model, tiny.tokenizer(), [[np.int64(n) for n in ids], [torch.tensor(n) for n in ids]])
     expected = read_activations(model, tiny.tokenizer(), [ids, ids])
     assert all(torch.equal(got[layer], expected[layer]) for layer in expected)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("template", [tiny.CHATML, "<s>" + tiny.CHATML])
+def test_a_place_found_with_the_tokenizer_is_that_of_the_word(template: str, bos: bool) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer(bos=bos, chat_template=template)
+    chat = [{"role": "user", "content": "The owl is here"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for prompt, text, special in (
+        ("The owl is here", "The owl is here", True),
+        ("<s>The owl is here", "<s>The owl is here", False),
+        (chat, rendered, False),
+    ):
+        row = read_activations(
+            model,
+            tokenizer,
+            [prompt],
+            layers=1,
+            read_token_index=lambda text: tokenizer(text).char_to_token(text.index("owl")),
+        )[1][0]
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        place = tokenizer.convert_ids_to_tokens(ids).index("o")
+        assert tokenizer.decode(ids[place : place + 3]) == "owl"
+        torch.testing.assert_close(row, tiny.hidden_states(model, ids)[1][place], atol=1e-5, rtol=1e-5)
+
+
+def test_a_chat_is_read_on_the_tokens_that_generate_runs_on() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer(bos=True, chat_template=tiny.CHATML)
+    chat = [{"role": "user", "content": "How?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    expected = tiny.hidden_states(model, inputs["input_ids"][0].tolist())[1]
+    by_kind = [read_activations(model, tokenizer, [p], layers=1)[1][0] for p in (chat, inputs, inputs["input_ids"])]
+    for row in by_kind:
+        torch.testing.assert_close(row, expected[-1], atol=1e-5, rtol=1e-5)
+    mean = read_activations(model, tokenizer, [chat], layers=1, tokens=from_index(0))[1][0]
+    torch.testing.assert_close(mean, expected.mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("return_tensors", [None, "pt"])
+def test_pairs_may_be_what_the_tokenizer_returns(return_tensors: str | None) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    pair = tuple(tokenizer(text, return_tensors=return_tensors) for text in TEXTS[:2])
+    expected = train_steering_vector(model, tokenizer, [(TEXTS[0], TEXTS[1])], layers=[1])
+    for sample in (pair, list(pair), tuple(side["input_ids"] for side in pair), SteeringVectorTrainingSample(*pair)):
+        vector = train_steering_vector(model, tokenizer, [sample], layers=[1])
+        assert vector == expected

@@ -1,15 +1,19 @@
 """Texts and chat messages → token ids: templates as real models have them, on whichever transformers is installed."""
 
+import re
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 
 from steering_vectors._extraction.tokenizing import PromptTokenizer
 from tests import tiny
@@ -87,6 +91,7 @@ SMOLLM_3 = _TEXT + (
     "{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' + block }}{%- endif -%}"
 )
+MISTRAL_THINKING = MISTRAL.replace("text(m['content']) | trim", "text(m['content']).split('</think>')[-1] | trim")
 PLAIN = "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '\\n' }}{%- endfor -%}"
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -225,8 +230,29 @@ SPECIALS = [
 ]
 
 
+class WithoutLengths(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """A tokenizer whose offsets have no length, as those of Llama 3 had with tokenizers up to 0.20.0.
+
+    Special tokens kept theirs, and so did pieces of words, as the bytes of one character.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoded = super().__call__(*args, **kwargs)
+        if kwargs.get("return_offsets_mapping"):
+            spans = encoded["offset_mapping"]
+            starts = [start for start, _ in spans]
+            special = [token in self.all_special_ids for token in encoded["input_ids"]]
+            encoded["offset_mapping"] = [
+                (start, end if is_special or starts.count(start) > 1 else start)
+                for (start, end), is_special in zip(spans, special, strict=True)
+            ]
+        return encoded
+
+
 @cache
-def made(template: str, *, adds_bos: bool = False, joins: bool = False) -> PreTrainedTokenizerFast:
+def made(
+    template: str, *, adds_bos: bool = False, joins: bool = False, kind: type[Any] = PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes with the special tokens of all the templates; with ``joins`` its tokens are longer."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -242,9 +268,52 @@ def made(template: str, *, adds_bos: bool = False, joins: bool = False) -> PreTr
     )
     if adds_bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer: PreTrainedTokenizerFast = kind(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     tokenizer.chat_template = template
     return tokenizer
+
+
+# What a tokenizer puts before a text, and after it.
+ADDED = {
+    "nothing": ("", ""),
+    "BOS": ("<s>", ""),
+    "two tokens": ("[gMASK]<sop>", ""),
+    "BOS and EOS": ("<s>", "</s>"),
+    "EOS": ("", "</s>"),
+    "BOS twice": ("<s><s>", ""),
+}
+
+
+@cache
+def adding(name: str, *, has_bos: bool = True, trims: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes that adds these special tokens to each text; ``trims`` leaves spaces out of offsets."""
+    specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[gMASK]", "<sop>"]
+    vocabulary = {token: n for n, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(specials)
+    sides = [re.findall(r"<s>|</s>|\[gMASK\]|<sop>", side) for side in ADDED[name]]
+    template = processors.TemplateProcessing(
+        single=" ".join([*sides[0], "$A", *sides[1]]),
+        special_tokens=[(t, vocabulary[t]) for t in {*sides[0], *sides[1]}],
+    )
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trims), template])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>" if has_bos else None)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    tokenizer = copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids_of_chat(tokenizer: Any, messages: Any, **kwargs: Any) -> list[int]:
+    """What ``apply_chat_template`` hands to ``generate``, of a tokenizer or of a processor."""
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+    return list(ids if isinstance(ids[0], int) else ids[0])
 
 
 def answered(answer: Any, talk: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -293,6 +362,24 @@ class TestTheAssistantsTurn:
         )
         first_tokens = {next(n for n, (_, end) in enumerate(spans) if end > beginning) for beginning in beginnings}
         assert read.completion_start in first_tokens
+
+    @pytest.mark.parametrize("joins", [False, True], ids=["bytes", "long tokens"])
+    @pytest.mark.parametrize("answer", ["Great", "i", "Größe 你好 🙂", "\nGreat", "One.\nTwo."])
+    @pytest.mark.parametrize("name", STYLES)
+    def test_completion_is_found_by_offsets_without_length(self, name: str, answer: str, joins: bool) -> None:
+        style = STYLES[name]
+        reads = [
+            PromptTokenizer(made(style.template, joins=joins, kind=kind), style.kwargs)
+            for kind in (WithoutLengths, PreTrainedTokenizerFast)
+        ]
+        found, expected = (read(answered(answer), find_completion=True) for read in reads)
+        assert found == expected
+
+    @pytest.mark.parametrize("answer", ["Great", " Great", "\n", "é"])
+    def test_completion_is_found_by_offsets_without_spaces(self, answer: str) -> None:
+        tokenizer = adding("nothing", trims=True)
+        read = PromptTokenizer(with_template(tokenizer, tiny.CHATML))(answered(answer), find_completion=True)
+        assert decode(tokenizer, read.input_ids[read.completion_start :]) == answer
 
     @pytest.mark.parametrize("name", STYLES)
     def test_an_empty_answer_has_no_completion_but_its_empty_thought(self, name: str) -> None:
@@ -358,6 +445,38 @@ class TestTheAssistantsTurn:
         assert read.text == STYLES["DeepSeek R1"].history + "<|Assistant|>Great"
         assert decode(tokenizer, read.input_ids[read.completion_start :]) == "Great"
 
+    @pytest.mark.parametrize("find_completion", [False, True])
+    @pytest.mark.parametrize("thought", ["<think>It was long.</think>", "<think>\nIt was long.\n</think>\n\n"])
+    @pytest.mark.parametrize("template", [DEEPSEEK_R1, MISTRAL_THINKING], ids=["DeepSeek R1", "Mistral"])
+    def test_a_thought_that_the_template_strips_is_an_error(
+        self, template: str, thought: str, find_completion: bool
+    ) -> None:
+        tokenizer = made(template)
+        for said in (
+            thought,
+            [{"type": "text", "text": thought}],
+            [{"type": "text", "text": t} for t in (thought, "")],
+        ):
+            with pytest.raises(ValueError, match="lacks the text of the last assistant message.*finished thoughts"):
+                PromptTokenizer(tokenizer)(answered(said), find_completion=find_completion)
+        if not tiny.ON_TRANSFORMERS_4:
+            with pytest.raises(ValueError, match="final message does not appear"):
+                tokenizer.apply_chat_template(answered(thought), tokenize=False, continue_final_message=True)
+
+    @pytest.mark.parametrize(
+        ("template", "thought", "written"),
+        [
+            (DEEPSEEK_R1, "<think>It was", "<|Assistant|><think>It was"),
+            (tiny.QWEN_3, "<think>\nIt was", "<|im_start|>assistant\n<think>\n\n</think>\n\n<think>\nIt was"),
+            (tiny.QWEN_3, EMPTY_THOUGHT, f"<|im_start|>assistant\n{EMPTY_THOUGHT}"),
+            (tiny.QWEN_3, "<think>\nLong.\n</think>\n\n", "<|im_start|>assistant\n<think>\nLong.\n</think>\n\n"),
+            (GLM_4, "<think>Long.</think>", "<|assistant|>\n<think>Long.</think>"),
+        ],
+        ids=["unfinished", "unfinished beside an empty one", "empty", "kept", "rewritten"],
+    )
+    def test_a_thought_that_the_template_keeps_is_read(self, template: str, thought: str, written: str) -> None:
+        assert PromptTokenizer(made(template))(answered(thought)).text.rstrip().endswith(written.rstrip())
+
     @pytest.mark.parametrize("answer", ["fine", "assistant"])
     def test_the_role_header_of_a_template_without_generation_prompt_is_no_completion(self, answer: str) -> None:
         tokenizer = tiny.tokenizer(chat_template=PLAIN)
@@ -407,21 +526,154 @@ class TestOtherTurns:
         assert "Be brief." in read.text
 
 
+TOOLS = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' }}{%- if m['content'] -%}{{ m['content'] }}{%- endif -%}"
+    "{%- for c in m['tool_calls'] or [] -%}{{ '<call>' + c['function']['name'] + c['function']['arguments'] | tojson }}"
+    "{%- endfor -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "sky", "arguments": {"in": 1}}}]}
+CALLS = [CALL, {**CALL, "content": None}, {**CALL, "content": ""}, {**CALL, "content": "I look."}]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["no content", "None", "empty", "text"])
+class TestToolCalls:
+    def talk(self, call: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "Warm?"}, call, {"role": "tool", "name": "sky", "content": "22"}]
+
+    def test_in_the_history_are_read_as_the_template_writes_them(self, call: dict[str, Any]) -> None:
+        tokenizer = made(TOOLS)
+        read = PromptTokenizer(tokenizer)
+        assert read(self.talk(call)).input_ids == ids_of_chat(tokenizer, self.talk(call), add_generation_prompt=True)
+        answer = read(answered("Yes", self.talk(call)), find_completion=True)
+        assert f"{call.get('content') or ''}<call>sky" in answer.text
+        assert decode(tokenizer, answer.input_ids[answer.completion_start :]) == "Yes"
+
+    def test_a_last_message_is_read_to_the_end_of_its_text(self, call: dict[str, Any]) -> None:
+        read = PromptTokenizer(made(TOOLS))
+        if call.get("content"):
+            assert read(self.talk(call)[:2]).text.endswith("<|im_start|>assistant\nI look.")
+            return
+        with pytest.raises(
+            ValueError, match="the last message calls a tool and has no text: end the chat with the tool"
+        ):
+            read(self.talk(call)[:2])
+
+
+class TestTokenIds:
+    """Ids are taken exactly as they are, whatever holds them."""
+
+    IDS = (1, 7, 8, 1, 9)
+
+    @pytest.mark.parametrize("nested", [False, True])
+    @pytest.mark.parametrize(
+        "kind", [list, tuple, np.array, torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32)]
+    )
+    @pytest.mark.parametrize("holder", [None, dict, BatchEncoding, BatchFeature])
+    def test_in_lists_tensors_and_mappings(self, nested: bool, kind: Any, holder: Any) -> None:
+        ids = kind([list(self.IDS)] if nested else list(self.IDS))
+        prompt = (
+            ids
+            if holder is None
+            else holder({"input_ids": ids, "attention_mask": kind([[1] * 5] if nested else [1] * 5)})
+        )
+        read = PromptTokenizer(adding("BOS"))(prompt)
+        assert (read.input_ids, read.text, read.completion_start) == (list(self.IDS), "", None)
+        assert all(type(n) is int for n in read.input_ids)
+
+    @pytest.mark.parametrize("return_tensors", [None, "pt", "np"])
+    @pytest.mark.parametrize("return_dict", [True, False])
+    def test_are_what_apply_chat_template_returns(self, return_tensors: str | None, return_dict: bool) -> None:
+        tokenizer = with_template(adding("BOS"), tiny.CHATML)
+        prompt = tokenizer.apply_chat_template(
+            TALK, add_generation_prompt=True, return_dict=return_dict, return_tensors=return_tensors
+        )
+        read = PromptTokenizer(tokenizer)
+        assert read(prompt).input_ids == read(TALK).input_ids
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_that_a_mask_shows_is_no_token(self, side: str) -> None:
+        tokenizer = tiny.tokenizer(padding_side=side)
+        batch = tokenizer(["hi", "there"], padding=True, return_tensors="pt")
+        row = {name: values[:1] for name, values in batch.items()}
+        assert PromptTokenizer(tokenizer)(row).input_ids == tokenizer("hi")["input_ids"]
+
+    @pytest.mark.parametrize(
+        "rows", [[[5, 6], [7]], torch.tensor([[5, 6], [7, 8]]), {"input_ids": [[5], [6]]}], ids=str
+    )
+    def test_several_rows_are_refused(self, rows: Any) -> None:
+        with pytest.raises(ValueError, match="must be one row of token ids, got 2: give each as a prompt of its own"):
+            PromptTokenizer(tiny.tokenizer())(rows)
+
+    def test_images_beside_them_are_refused(self) -> None:
+        prompt = {"input_ids": [5], "attention_mask": [1], "pixel_values": torch.zeros(1, 3, 2, 2)}
+        with pytest.raises(ValueError, match="may hold only text, got token ids with pixel_values"):
+            PromptTokenizer(tiny.tokenizer())(prompt)
+
+    @pytest.mark.parametrize("mask", [[1], [[1, 1], [1, 1]], "11"], ids=str)
+    def test_a_mask_of_another_shape_is_refused(self, mask: Any) -> None:
+        with pytest.raises(ValueError, match="one"):
+            PromptTokenizer(tiny.tokenizer())({"input_ids": [5, 6], "attention_mask": mask})
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [torch.tensor([5.0]), torch.tensor([True]), torch.tensor(5), {"input_ids": "hi"}, {"ids": [5]}],
+        ids=str,
+    )
+    def test_other_tensors_and_mappings_are_no_prompts(self, prompt: Any) -> None:
+        with pytest.raises(TypeError, match="expected a text, a list of chat messages or token ids, got"):
+            PromptTokenizer(tiny.tokenizer())(prompt)
+
+    @pytest.mark.parametrize(
+        "prompt", [torch.tensor([], dtype=torch.long), [[]], {"input_ids": [5], "attention_mask": [0]}]
+    )
+    def test_none_at_all_are_an_empty_prompt(self, prompt: Any) -> None:
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            PromptTokenizer(tiny.tokenizer())(prompt)
+
+
 class TestBeginningOfSequence:
-    @pytest.mark.parametrize("ending", ["user", "assistant"])
     @pytest.mark.parametrize("adds_bos", [False, True])
     @pytest.mark.parametrize("name", STYLES)
-    def test_a_chat_has_one_where_template_or_tokenizer_has_one(self, name: str, adds_bos: bool, ending: str) -> None:
+    def test_a_chat_has_the_template_s_alone_as_in_transformers(self, name: str, adds_bos: bool) -> None:
         style = STYLES[name]
         tokenizer = made(style.template, adds_bos=adds_bos)
-        talk = TALK[-1:]  # Llama 2's template begins each question with one
-        messages = talk if ending == "user" else answered("Great", talk)
-        read = PromptTokenizer(tokenizer, style.kwargs)(messages, find_completion=True)
-        expected = int(adds_bos or "bos_token" in style.template)
-        assert read.input_ids.count(1) == expected
-        assert read.input_ids[:1] == [1] or expected == 0
-        if ending == "assistant":
-            assert decode(tokenizer, read.input_ids[read.completion_start :]).strip() == style.written("Great").strip()
+        read = PromptTokenizer(tokenizer, style.kwargs)
+        kwargs = {"add_generation_prompt": True, **(style.kwargs or {})}
+        assert read(TALK).input_ids == ids_of_chat(tokenizer, TALK, **kwargs)
+        answer = read(answered("Great"), find_completion=True)
+        assert answer.input_ids == tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        assert decode(tokenizer, answer.input_ids[answer.completion_start :]).strip() == style.written("Great").strip()
+        if not tiny.ON_TRANSFORMERS_4:
+            continued = ids_of_chat(tokenizer, answered("Great"), continue_final_message=True, **(style.kwargs or {}))
+            assert answer.input_ids == continued
+
+    @pytest.mark.parametrize("has_bos", [True, False])
+    @pytest.mark.parametrize("begins", ["", "<s>", "[gMASK]<sop>", "</s>"])
+    @pytest.mark.parametrize("name", ADDED)
+    def test_a_chat_is_tokenized_as_in_transformers_whatever_the_tokenizer_adds(
+        self, name: str, begins: str, has_bos: bool
+    ) -> None:
+        tokenizer = with_template(adding(name, has_bos=has_bos), begins + tiny.CHATML)
+        read = PromptTokenizer(tokenizer)
+        assert read(TALK).input_ids == ids_of_chat(tokenizer, TALK, add_generation_prompt=True)
+        answer = read(answered("Great"), find_completion=True)
+        assert decode(tokenizer, answer.input_ids[answer.completion_start :]) == "Great"
+        if not tiny.ON_TRANSFORMERS_4:
+            assert answer.input_ids == ids_of_chat(tokenizer, answered("Great"), continue_final_message=True)
+
+    @settings(deadline=None, max_examples=60)
+    @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), name=st.sampled_from(list(ADDED)))
+    def test_what_the_tokenizer_adds_stands_once_also_where_the_text_begins_with_it(self, text: str, name: str) -> None:
+        for tokenizer in (adding(name), adding(name, has_bos=False)):
+            read, (before, _) = PromptTokenizer(tokenizer), ADDED[name]
+            assert read(text).input_ids == tokenizer(text)["input_ids"]
+            assert read(before + text).input_ids == tokenizer(text)["input_ids"]
+
+    def test_a_part_of_what_the_tokenizer_adds_is_the_text_s_own(self) -> None:
+        tokenizer = adding("two tokens")
+        for text in ("<sop>hi", "[gMASK]hi", "<s>hi"):
+            assert PromptTokenizer(tokenizer)(text).input_ids == tokenizer(text)["input_ids"]
 
     @pytest.mark.parametrize("adds_bos", [False, True])
     def test_later_ones_are_the_templates_own(self, adds_bos: bool) -> None:
@@ -473,7 +725,54 @@ class Characters(PreTrainedTokenizer):  # type: ignore[misc]
         return "".join(tokens)
 
 
+class CharactersAfterBOS(Characters):
+    """The same, which puts BOS before each text."""
+
+    def build_inputs_with_special_tokens(self, ids: list[int], _more: list[int] | None = None) -> list[int]:
+        return [self.bos_token_id, *ids]
+
+
+class TestPlacesFoundWithTheTokenizer:
+    """``place_of`` leads from a token of ``tokenizer(text)`` to the same token of the prompt."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(text=st.text(max_size=12), written=st.booleans(), name=st.sampled_from(list(ADDED)))
+    def test_of_texts(self, text: str, written: bool, name: str) -> None:
+        tokenizer, text = adding(name), (ADDED[name][0] if written else "") + "a" + text
+        read, ids = PromptTokenizer(tokenizer)(text), tokenizer(text)["input_ids"]
+        assert [read.input_ids[read.place_of(n)] for n in range(len(ids))] == ids
+        assert [read.place_of(-n) for n in (1, 2)] == [-1, -2]
+
+    @pytest.mark.parametrize("begins", ["", "<s>", "[gMASK]<sop>"])
+    @pytest.mark.parametrize("name", ADDED)
+    def test_of_chats(self, name: str, begins: str) -> None:
+        tokenizer = with_template(adding(name), begins + tiny.CHATML)
+        for messages in (TALK, answered("Great")):
+            read = PromptTokenizer(tokenizer)(messages)
+            place = tokenizer(read.text).char_to_token(read.text.index("film"))
+            found = read.place_of(place)
+            assert decode(tokenizer, read.input_ids[found : found + 4]) == "film"
+
+    @pytest.mark.parametrize("name", ["BOS", "two tokens"])
+    def test_a_special_token_that_a_chat_does_not_get_is_refused(self, name: str) -> None:
+        read = PromptTokenizer(with_template(adding(name), tiny.CHATML))(TALK)
+        with pytest.raises(ValueError, match=r"token 0 of tokenizer\(text\) is a special token that .* choose another"):
+            read.place_of(0)
+        assert read.place_of(-1) == -1
+
+
 class TestSlowTokenizers:
+    @pytest.mark.parametrize("template", [tiny.CHATML, "<s>" + tiny.CHATML])
+    def test_special_tokens_are_those_of_transformers(self, template: str) -> None:
+        tokenizer = CharactersAfterBOS()
+        tokenizer.chat_template = template
+        read = PromptTokenizer(tokenizer)
+        assert read("hi").input_ids == read("<s>hi").input_ids == tokenizer("hi")["input_ids"]
+        assert read("hi").input_ids[:-2] == [tokenizer.bos_token_id]
+        assert read(TALK).input_ids == ids_of_chat(tokenizer, TALK, add_generation_prompt=True)
+        answer = read(answered("Great"), find_completion=True)
+        assert answer.completion_start == len(answer.input_ids) - len("Great")
+
     @pytest.mark.parametrize("answer", ["Great", "i", "a", " spaced "])
     def test_completion_is_found_without_offsets(self, answer: str) -> None:
         tokenizer = Characters()
@@ -521,6 +820,43 @@ class TestProcessors:
     def test_texts_go_to_its_tokenizer(self) -> None:
         processor = Processor(tiny.tokenizer(bos=True), None)
         assert PromptTokenizer(processor)("hi").input_ids == tiny.tokenizer(bos=True)("hi")["input_ids"]
+
+
+class RealProcessor(ProcessorMixin):  # type: ignore[misc]
+    """A processor of transformers itself, of texts alone."""
+
+    attributes = ("tokenizer",)
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask"]
+
+    def __call__(self, *args: Any, text: Any = None, **kwargs: Any) -> Any:
+        if tiny.ON_TRANSFORMERS_4:  # the base class can't be called there
+            return self.tokenizer(text, **kwargs)
+        return super().__call__(*args, text=text, **kwargs)
+
+
+class TestProcessorsOfTransformers:
+    @pytest.mark.parametrize("begins", ["", "<s>", "[gMASK]<sop>"])
+    @pytest.mark.parametrize("name", ADDED)
+    def test_a_chat_is_tokenized_as_the_processor_does(self, name: str, begins: str) -> None:
+        processor = RealProcessor(adding(name), chat_template=begins + tiny.CHATML)
+        read = PromptTokenizer(processor)
+        question = read(TALK)
+        assert question.input_ids == ids_of_chat(processor, TALK, add_generation_prompt=True)
+        place = processor.tokenizer(question.text).char_to_token(question.text.index("film"))
+        found = question.place_of(place)
+        assert decode(processor.tokenizer, question.input_ids[found : found + 4]) == "film"
+        answer = read(answered("Great"), find_completion=True)
+        completion = decode(processor.tokenizer, answer.input_ids[answer.completion_start :])
+        assert completion.removesuffix("</s>") == "Great"
+        if not tiny.ON_TRANSFORMERS_4:
+            assert answer.input_ids == ids_of_chat(processor, answered("Great"), continue_final_message=True)
 
 
 class TestTemplateArguments:

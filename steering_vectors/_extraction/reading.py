@@ -98,11 +98,20 @@ class Reading:
                 raise ValueError("the sample's read index and tokens were given: choose one of them")
             return self._mean_over_tokens(encoded)
         index: Any = self._index if own_index is None else own_index
-        if callable(index):
+        is_found = callable(index)
+        if is_found:
             index = index(encoded.text)
         if not is_whole_number(index):
             raise TypeError(f"read_token_index must be a whole number or a callable that returns one, got {index!r}")
         position, length = as_index(index), len(encoded.input_ids)
+        if is_found:
+            position = encoded.place_of(position)
+        elif isinstance(prompt, str) and position >= len(encoded.left_out) > 0:
+            raise ValueError(
+                f"read_token_index {position} may count the special tokens at the beginning of the text once or, as in "
+                f"tokenizer(text), twice: leave them out of the text, since the tokenizer adds them, or count from the "
+                f"end with a negative number"
+            )
         if not -length <= position < length:
             raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
         return ReadPrompt(encoded.input_ids, [position % length])

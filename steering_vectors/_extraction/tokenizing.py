@@ -1,17 +1,18 @@
 """Tokenize texts and chat messages, and find the beginning of the completion."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from operator import index as as_index
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
-from steering_vectors._arguments import is_whole_number
 from steering_vectors._extraction.packs import shared_prefix
+from steering_vectors._extraction.token_ids import given_token_ids
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any]
 
 # No text contains it and no template splits it. A space after it shows whether the template strips the text.
 _MARK = "\ue000steering-vectors\ue001"
@@ -20,11 +21,30 @@ _TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "continue_final_mess
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's token ids, its text, and the index of the completion's first token, if that is known."""
+    """A prompt's token ids, its text, and the index of the completion's first token, if that is known.
+
+    ``left_out`` are the special tokens with which ``tokenizer(text)`` begins before the tokens of ``input_ids``.
+    """
 
     input_ids: list[int]
     text: str
-    completion_start: int | None
+    completion_start: int | None = None
+    left_out: Sequence[int] = ()
+
+    def place_of(self, index: int) -> int:
+        """Return the place in ``input_ids`` of a token of ``tokenizer(text)``; negative numbers count from the end.
+
+        Raises ValueError for a special token that the prompt doesn't have.
+        """
+        count = len(self.left_out)
+        if index >= count:
+            return index - count
+        if index >= 0 and self.input_ids[:count] != list(self.left_out):
+            raise ValueError(
+                f"token {index} of tokenizer(text) is a special token that the tokenizer adds to texts but not to "
+                f"rendered chats: choose another token, from {count} on"
+            )
+        return index
 
 
 class PromptTokenizer:
@@ -46,6 +66,18 @@ class PromptTokenizer:
         if not getattr(tokenizer, "chat_template", None):
             self._template_owner = self._tokenizer
 
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before each text."""
+        return _before(self._ids("a", add_special_tokens=False), self._ids("a"))
+
+    @cached_property
+    def _processor_tokenizes(self) -> bool:
+        """True for a processor that tokenizes chats itself. Those of transformers 4.46 leave that to the tokenizer."""
+        if self._template_owner is self._tokenizer:
+            return False
+        return "return_dict" in inspect.signature(self._template_owner.apply_chat_template).parameters
+
     def __call__(self, prompt: Prompt, *, find_completion: bool = False) -> TokenizedPrompt:
         """Tokenize a prompt; with ``find_completion``, find the beginning of a chat's last assistant turn too.
 
@@ -55,9 +87,9 @@ class PromptTokenizer:
         if isinstance(prompt, str) and not prompt:  # some tokenizers would still put a token before it
             raise ValueError("the prompt is empty: it has no text")
         if isinstance(prompt, str):
-            encoded = TokenizedPrompt(self._ids_of_text(prompt), prompt, None)
-        elif is_token_ids(prompt):
-            encoded = TokenizedPrompt([as_index(n) for n in prompt], "", None)
+            encoded = self._text(prompt)
+        elif (ids := given_token_ids(prompt)) is not None:
+            encoded = TokenizedPrompt(ids, "")
         elif is_chat(prompt):
             encoded = self._chat(prompt, find_completion)
         else:
@@ -66,11 +98,15 @@ class PromptTokenizer:
             raise ValueError("the prompt is empty: it has no tokens")
         return encoded
 
-    def _ids_of_text(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text)["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        written = bos is not None and text.startswith(str(self._tokenizer.bos_token))
-        return ids[1:] if written and ids[:2] == [bos, bos] else ids
+    def _ids(self, text: str, **kwargs: bool) -> list[int]:
+        return list(self._tokenizer(text, **kwargs)["input_ids"])
+
+    def _text(self, text: str) -> TokenizedPrompt:
+        """Tokenize a text. If it begins with the special tokens that the tokenizer adds, they stand there once."""
+        ids, count = self._ids(text), len(self._prefix)
+        if count and ids[: 2 * count] == 2 * self._prefix:
+            return TokenizedPrompt(ids[count:], text, left_out=self._prefix)
+        return TokenizedPrompt(ids, text)
 
     def _chat(self, messages: Sequence[Message], find_completion: bool) -> TokenizedPrompt:
         _check_messages(messages)
@@ -79,15 +115,18 @@ class PromptTokenizer:
                 "the tokenizer has no chat template, so chat messages can't be rendered: give texts, or set "
                 "tokenizer.chat_template to the template that the model was trained with"
             )
-        if messages[-1]["role"] != "assistant":
-            text = self._render(messages, add_generation_prompt=True)
-            ids = self._ids_of_rendered(text)
-            return TokenizedPrompt(ids, text, len(ids))
+        last = messages[-1]
+        if last["role"] != "assistant":
+            encoded = self._rendered(self._render(messages, add_generation_prompt=True))
+            return replace(encoded, completion_start=len(encoded.input_ids))
+        if last.get("tool_calls") and not last.get("content"):
+            raise ValueError("the last message calls a tool and has no text: end the chat with the tool's message")
         text = self._render_unfinished(messages)
-        ids = self._ids_of_rendered(text)
+        encoded = self._rendered(text)
         if not find_completion:
-            return TokenizedPrompt(ids, text, None)
-        return TokenizedPrompt(ids, text, self._first_token_from(self._completion_character(messages, text), text, ids))
+            return encoded
+        start = self._first_token_from(self._completion_character(messages, text), encoded)
+        return replace(encoded, completion_start=start)
 
     def _render(self, messages: Sequence[Message], **template_kwargs: Any) -> str:
         """Render messages with the chat template. Raises ValueError with the template's message if it fails."""
@@ -105,9 +144,20 @@ class PromptTokenizer:
         """
         rendered = self._render([*messages[:-1], _with_text_appended(messages[-1], f"{_MARK} ")])
         before, mark, after = rendered.rpartition(_MARK)
-        if not mark:
-            raise ValueError("the chat template's output lacks the text of the last assistant message")
-        return before if after.startswith(" ") else before.rstrip()
+        text = before if after.startswith(" ") else before.rstrip()
+        if not mark or self._is_dropped(messages, text.rstrip()):
+            raise ValueError(
+                "the chat template's output lacks the text of the last assistant message, as it may leave out finished "
+                "thoughts: give the rendered text instead of the messages, or token ids"
+            )
+        return text
+
+    def _is_dropped(self, messages: Sequence[Message], text: str) -> bool:
+        """Return True if the last message has a text, and yet is rendered as if it had none."""
+        *history, last = messages
+        if text.endswith(_text_of(last).strip()):
+            return False
+        return text == self._render_unfinished([*history, _with_text(last, "")]).rstrip()
 
     def _completion_character(self, messages: Sequence[Message], text: str) -> int:
         """Return the index in ``text`` at which the last turn's text, or its thinking, begins after the role header."""
@@ -138,22 +188,34 @@ class PromptTokenizer:
         written = earlier.partition(_MARK)[0]
         yield from (before[:end] for end in range(len(before), 0, -1) if written.endswith(before[:end]))
 
-    def _ids_of_rendered(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and list(self._tokenizer(text)["input_ids"])[:1] == [bos]:
-            return [bos, *ids]  # the tokenizer begins every text with it, and the template leaves it out
-        return ids
+    def _rendered(self, text: str) -> TokenizedPrompt:
+        """Tokenize a rendered chat as ``apply_chat_template`` does.
 
-    def _first_token_from(self, character: int, text: str, ids: list[int]) -> int:
+        A tokenizer adds no special tokens to those of the template. A processor adds them unless BOS is among those.
+        """
+        bos = self._tokenizer.bos_token
+        if self._processor_tokenizes and not (bos is not None and text.startswith(str(bos))):
+            return TokenizedPrompt(self._ids(text), text)
+        return TokenizedPrompt(self._ids(text, add_special_tokens=False), text, left_out=self._prefix)
+
+    def _first_token_from(self, character: int, encoded: TokenizedPrompt) -> int:
         """Return the index of the first token with text from ``character`` on, or the number of tokens."""
-        added = len(ids) - len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        if getattr(self._tokenizer, "is_fast", False):
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = encoded["offset_mapping"]
-            return added + next((n for n, (_, end) in enumerate(spans) if end > character), len(spans))
-        before = self._tokenizer(text[:character], add_special_tokens=False)["input_ids"]
-        return added + shared_prefix(list(before), ids[added:])
+        is_fast = bool(getattr(self._tokenizer, "is_fast", False))
+        bare = self._tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=is_fast)
+        ids = list(bare["input_ids"])
+        added = len(_before(ids, encoded.input_ids))
+        if not is_fast:
+            before = self._ids(encoded.text[:character], add_special_tokens=False)
+            return added + shared_prefix(before, ids)
+        spans = bare["offset_mapping"]
+        starts = [start for start, _ in spans[1:]] + [len(encoded.text)]
+        reached = 0
+        for n, (start, end) in enumerate(spans):
+            # Tokenizers up to 0.20.0 give some words no length: they end where the next token begins.
+            reached = starts[n] if start == end == reached else end
+            if reached > character:
+                return added + n
+        return added + len(spans)
 
 
 def chat_template_of(tokenizer: Any) -> object:
@@ -167,20 +229,15 @@ def is_chat(prompt: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(m, Mapping) for m in prompt)
 
 
-def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
-    """Return True if ``prompt`` is a list or tuple of whole numbers, and not empty."""
-    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(map(is_whole_number, prompt))
-
-
 def _check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise ValueError("the prompt is empty: it has no messages")
     for message in messages:
-        if "role" not in message or message.get("content") is None:
+        content = message.get("content")
+        if "role" not in message or (content is None and not message.get("tool_calls")):
             empty = ", with content None" if "content" in message else ""
             raise ValueError(f"a chat message must have a role and a content, got the keys {sorted(message)}{empty}")
-        content = message["content"]
-        parts = [] if isinstance(content, str) else content
+        parts = [] if content is None or isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
             raise ValueError(f"a chat message's content must be a text or a list of parts, got {content!r}")
         kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
@@ -203,3 +260,14 @@ def _with_text_appended(message: Message, addition: str) -> dict[str, Any]:
         return _with_text(message, addition)
     *others, last = content
     return {**message, "content": [*others, {**last, "text": last["text"] + addition}]}
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _before(part: list[int], whole: list[int]) -> list[int]:
+    """Return what stands before ``part`` in ``whole``."""
+    places = (n for n in range(len(whole)) if whole[n : n + len(part)] == part)
+    return whole[: next(places, 0)]
