@@ -4,8 +4,12 @@ import inspect
 import math
 import operator
 from collections.abc import Callable
-from functools import partial
-from typing import Any, get_origin, get_type_hints
+from difflib import get_close_matches
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar, get_origin, get_type_hints
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def check_takes(function: object, arguments: int, what: str, example: str) -> None:
@@ -49,6 +53,39 @@ def _makes_callables(function: Callable[..., Any]) -> bool:
     if get_origin(made) is Callable:
         return True
     return isinstance(made, type) and any("__call__" in vars(base) for base in made.__mro__)
+
+
+def with_hints(**hints: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function so that a call with wrong arguments raises a TypeError that says what to write instead.
+
+    ``hints`` are by the name of an argument that the function doesn't have or, for ``missing``, of one that is missing.
+    Other unknown names get the nearest name of a parameter.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                unknown = [name for name in kwargs if name not in signature.parameters]
+                raise TypeError(f"{function.__name__}(): {error}{_hint(unknown, hints, signature)}") from None
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _hint(unknown: list[str], hints: dict[str, str], signature: inspect.Signature) -> str:
+    if not unknown:
+        return f"; {hints['missing']}" if "missing" in hints else ""
+    if unknown[0] in hints:
+        return f"; {hints[unknown[0]]}"
+    near = get_close_matches(unknown[0], list(signature.parameters), n=1)
+    return f"; did you mean {near[0]}=?" if near else ""
 
 
 def is_whole_number(value: object) -> bool:

@@ -13,13 +13,14 @@ from steering_vectors._steering import (
     parts_inside,
     width_message,
 )
-from steering_vectors._vectors import checked_direction
+from steering_vectors._vectors import checked_direction, in_ranges
 from steering_vectors.layer_matching import ModelLayerConfig, layers_of
 from steering_vectors.steering_operators import ablation_operator
+from steering_vectors.steering_vector import SteeringVector
 
 
 def ablate_everywhere(
-    model: nn.Module, direction: Tensor, *, layer_config: ModelLayerConfig | None = None
+    model: nn.Module, direction: Tensor | SteeringVector, *, layer_config: ModelLayerConfig | None = None
 ) -> SteeringContext:
     """Return a context manager, also a decorator, that removes ``direction`` from the residual stream everywhere.
 
@@ -34,7 +35,8 @@ def ablate_everywhere(
     UserWarning, where the model can't be run on tokens alone. In training mode, some blocks apply dropout to outputs
     that were ablated already.
 
-    ``direction`` has the shape ``(hidden,)``. ``layer_config`` is that of :meth:`SteeringVector.apply`.
+    ``direction`` has the shape ``(hidden,)``, or is a vector of one layer. ``layer_config`` is that of
+    :meth:`SteeringVector.apply`.
 
     Raises TypeError if ``model`` is not a module or ``direction`` not a tensor of numbers. Raises ValueError if the
     layers can't be identified, if the width doesn't fit, or if the direction is all zeros. Raises ValueError also for a
@@ -49,7 +51,7 @@ def ablate_everywhere(
     def steering() -> Steering:
         anatomy = anatomy_of(model)
         found = layers_of(anatomy, "decoder_block", layer_config)
-        ablated = checked_direction(direction, "the direction").reshape(-1)
+        ablated = checked_direction(_only_direction(direction), "the direction").reshape(-1)
         if not bool(ablated.detach().any()):
             raise ValueError("the direction is all zeros, so there is nothing to ablate: pass a nonzero direction")
         if anatomy.widths and ablated.shape[0] not in anatomy.widths:
@@ -74,3 +76,14 @@ def ablate_everywhere(
         return replace(made, places=[*made.places, *parts])
 
     return SteeringContext(with_parts, shown=repr(checked))
+
+
+def _only_direction(direction: Tensor | SteeringVector) -> Tensor:
+    if not isinstance(direction, SteeringVector):
+        return direction
+    if len(direction) != 1:
+        raise ValueError(
+            f"ablate_everywhere removes one direction, but the vector has those of layers {in_ranges(direction)}: "
+            f"choose one, as in vector[16]"
+        )
+    return next(iter(direction.layer_activations.values()))

@@ -97,6 +97,8 @@ def from_pretrained(
             raise ValueError(f"{repo_id_or_folder} is a folder, so it has no revision {revision!r}: leave revision out")
         return SteeringVector.load(os.path.join(repo_id_or_folder, FILE))
     repo_id = os.fspath(repo_id_or_folder)
+    if os.path.isfile(repo_id):
+        raise ValueError(f"{repo_id} is a file: load it with SteeringVector.load, or give its folder")
     try:
         return SteeringVector.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
     except HFValidationError as error:
@@ -116,6 +118,7 @@ def model_card(vector: SteeringVector, repo_id: str) -> str:
         base_model=base, library_name="steering-vectors", tags=["steering-vectors", "activation-steering"]
     ).to_yaml()
     layers = ", ".join(map(str, vector.layers))
+    chosen = f"[{vector.layers[len(vector) // 2]}]" if len(vector) > 1 else ""
     for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
     entries = {name: text for name, text in vector.metadata.items() if base or not name.startswith("base_model")}
     made = [f"| {words} | `{_in_code(entries[name])}` |" for name, words in _LABELS.items() if name in entries]
@@ -137,7 +140,7 @@ Added to a model's activations while it runs, times a multiplier, they change it
 from steering_vectors import SteeringVector
 
 vector = SteeringVector.from_pretrained({json.dumps(repo_id)})
-with vector.apply(model, multiplier=1.0):
+with vector{chosen}.apply(model, multiplier=1.0):
     output = model.generate(**inputs)
 ```
 

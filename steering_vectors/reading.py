@@ -58,7 +58,8 @@ def read_activations(
     extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
     reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}")
+        one = f": put it in a list, [{prompts!r}]" if isinstance(prompts, str) else ""
+        raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}{one}")
     rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
     numbered = enumerate(prompts)
     first = 0

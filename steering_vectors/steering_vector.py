@@ -8,8 +8,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._arguments import finite_number
+from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors._steering import (
+    CALL_HINTS,
     Numbers,
     Steering,
     SteeringContext,
@@ -19,8 +20,7 @@ from steering_vectors._steering import (
     attach,
     one_selection,
     steering_of,
-    warn_of_another_model,
-    warn_of_strength,
+    warn_of_doubts,
 )
 from steering_vectors._vectors import (
     Metadata,
@@ -35,7 +35,7 @@ from steering_vectors._vectors import (
     orthogonal,
     projections,
     read,
-    shares,
+    shares_of,
     united,
     write,
 )
@@ -85,6 +85,7 @@ class SteeringVector:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "metadata": Metadata(state.get("metadata", {}))})
 
+    @with_hints(**CALL_HINTS)
     def apply(
         self,
         model: nn.Module,
@@ -147,10 +148,10 @@ class SteeringVector:
             )
 
         checked = steering()  # so that mistakes are raised here, before the block
-        warn_of_another_model(self.metadata, checked.anatomy)
-        warn_of_strength(self.shares(), checked)
+        warn_of_doubts(self, checked)
         return SteeringContext(steering, shown=repr(checked))
 
+    @with_hints(**CALL_HINTS)
     def patch(
         self,
         model: nn.Module,
@@ -174,8 +175,7 @@ class SteeringVector:
         steering = steering_of(
             self, model, layer_config, operator, as_multiplier(multiplier), selector, this_thread_only
         )
-        warn_of_another_model(self.metadata, steering.anatomy)
-        warn_of_strength(self.shares(), steering)
+        warn_of_doubts(self, steering)
         return attach(steering)
 
     patch_activations = patch
@@ -228,7 +228,7 @@ class SteeringVector:
         >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it")], layers=[1]).shares()
         {1: ...}
         """
-        return shares(self.layer_activations, self.metadata)
+        return shares_of(self.layer_activations, self.metadata)
 
     def __add__(self, other: object) -> "SteeringVector":
         """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""
@@ -398,13 +398,12 @@ class SteeringVector:
         """Return the vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
         A slice means the layer numbers in it, without its stop. An open end means the lowest or highest layer of this
-        vector. Directions are shared, not copied. Raises LookupError for a layer that this vector lacks, and TypeError
-        for anything that is not a layer number.
+        vector. Negative numbers count from the end of the model, if the metadata record its depth. Directions are
+        shared, not copied. Raises LookupError for a layer that this vector lacks, and TypeError for anything that is
+        not a layer number.
         """
-        wanted = asked_layers(self.layers, layers)
-        missing = [layer for layer in wanted if layer not in self.layer_activations]
-        if missing or not wanted:
-            raise LookupError(f"this vector has no direction for layers {missing or layers}, only for {self.layers}")
+        depth = self.metadata.get("layers_of_model", "")
+        wanted = asked_layers(self.layers, layers, depth=int(depth) if depth.isdecimal() else None)
         return self._of_same_origin({layer: self.layer_activations[layer] for layer in wanted})
 
     # The signatures of torch.Tensor.to.
@@ -429,8 +428,7 @@ class SteeringVector:
         >>> SteeringVector({1: [3.0, 4.0]}).to(torch.bfloat16).layer_activations[1].dtype
         torch.bfloat16
         """
-        moved = {layer: direction.to(*args, **kwargs) for layer, direction in self.layer_activations.items()}
-        return self._of_same_origin(moved)
+        return self._of_same_origin({n: d.to(*args, **kwargs) for n, d in self.layer_activations.items()})
 
     def _of_same_origin(self, directions: dict[int, Tensor]) -> "SteeringVector":
         return replace(self, layer_activations=directions, metadata=inherited(self.metadata))

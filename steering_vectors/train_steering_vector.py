@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._arguments import check_takes
+from steering_vectors._arguments import check_takes, with_hints
 from steering_vectors._extraction import (
     SIDES,
     LayerRows,
@@ -20,6 +20,7 @@ from steering_vectors._extraction import (
     chat_template_of,
     extractor_for,
     rows_of_pairs,
+    sides_of,
 )
 from steering_vectors._models import anatomy_of, check_unsharded
 from steering_vectors._precision import wide, without_autocast
@@ -64,9 +65,23 @@ class SteeringVectorTrainingSample:
     read_negative_token_index: int | None = None
 
 
-TrainingSample: TypeAlias = SteeringVectorTrainingSample | tuple[Prompt, Prompt] | list[Prompt]
+TrainingSample: TypeAlias = (
+    SteeringVectorTrainingSample
+    | tuple[Prompt, Prompt]
+    | list[Prompt]
+    | Mapping[Literal["positive", "negative"], Prompt]
+)
 
 
+# What to write instead of arguments that are missing or that don't exist.
+_HINTS = {
+    "missing": "the arguments begin with model, tokenizer, training_samples",
+    "layer": "the argument is layers=",
+    "pairs": "the argument is training_samples=",
+}
+
+
+@with_hints(**_HINTS)
 def train_steering_vector(
     model: nn.Module,
     tokenizer: Any,
@@ -89,9 +104,10 @@ def train_steering_vector(
 
     ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
 
-    ``training_samples`` are pairs ``(positive, negative)`` or :class:`SteeringVectorTrainingSample`, in any sequence or
-    iterator. A prompt is a text, a list of chat messages, or token ids: a list or a tensor, or what a tokenizer returns
-    for one prompt. An iterator is consumed in windows of 4,096 pairs.
+    ``training_samples`` are pairs ``(positive, negative)``, rows with the keys ``positive`` and ``negative``, or
+    :class:`SteeringVectorTrainingSample`, in any sequence or iterator. A prompt is a text, a list of chat messages, or
+    token ids: a list or a tensor, or what a tokenizer returns for one prompt. An iterator is consumed in windows of
+    4,096 pairs.
 
     ``chat_template_kwargs`` are passed to the tokenizer's chat template, such as ``{"enable_thinking": False}``. The
     template renders chat messages up to the end of the last message's text if it is the assistant's. Otherwise, it
@@ -145,8 +161,7 @@ def train_steering_vector(
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         with processes.together("the rows") as accumulators:
             check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
-            tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-            anatomy = anatomy_of(model)
+            tokenize, anatomy = PromptTokenizer(tokenizer, chat_template_kwargs), anatomy_of(model)
             extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
             reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
             if process_group is not None:
@@ -160,11 +175,9 @@ def train_steering_vector(
             merged = _merged(aggregator, accumulators.by_rank)
             directions.own = merged.directions()
     read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
-    made = _of_call(model, repr(aggregator), read, layer_config)
-    template = of_template(chat_template_of(tokenizer), chat_template_kwargs)
-    metadata = {**of_model(anatomy), **template, **made, **record.entries(), **of_libraries()}
-    if layer_type == "decoder_block":  # else the rows aren't what the direction is added to in the end
-        metadata |= of_norms(merged.median_norms())
+    call = _of_call(model, repr(aggregator), read, layer_config)
+    call |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type)
+    metadata = {**of_model(anatomy), **call, **record.entries(), **of_libraries()}
     return SteeringVector(directions.own, layer_type, metadata=metadata)
 
 
@@ -301,9 +314,11 @@ class _Accumulators:
             for layer, (hidden, accumulator) in sorted(self._by_layer.items())
         }
 
-    def median_norms(self) -> dict[int, float]:
-        """Return the median norm of the rows by layer."""
-        return {layer: float(torch.cat(norms).median()) for layer, norms in self._norms.items()}
+    def norms_of_stream(self, layer_type: LayerType) -> dict[str, str]:
+        """Return the metadata entry for the median norm of the rows of each layer; none for parts of blocks."""
+        if layer_type != "decoder_block":
+            return {}
+        return of_norms({layer: float(torch.cat(norms).median()) for layer, norms in self._norms.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_aggregator": None}  # it may be impossible to send, and the other process has one
@@ -333,17 +348,7 @@ class _PromptsOf:
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:
     if isinstance(sample, SteeringVectorTrainingSample):
         return sample
-    messages = isinstance(sample, (tuple, list)) and any(map(_is_message, sample))
-    if isinstance(sample, (tuple, list)) and len(sample) == 2 and not messages:
-        return SteeringVectorTrainingSample(sample[0], sample[1])
-    got = type(sample).__name__
-    if isinstance(sample, (tuple, list)):
-        got += f" of length {len(sample)}" + (" that holds chat messages" if messages else "")
-    raise TypeError(f"sample {number} must be a pair (positive, negative) or a SteeringVectorTrainingSample, got {got}")
-
-
-def _is_message(side: Any) -> bool:
-    return isinstance(side, Mapping) and "input_ids" not in side
+    return SteeringVectorTrainingSample(*sides_of(sample, number))
 
 
 def _in_batches(rows: Mapping[int, Tensor], batch_size: int) -> list[Tensor]:

@@ -183,9 +183,8 @@ def test_a_steering_inside_is_added_afterwards_and_one_outside_is_ablated() -> N
     model, steered = tiny.shared("llama"), vector(2, scale=5.0)
     direction = steered.layer_activations[2]
     for outside in (False, True):
-        contexts: list[Any] = [ablate_everywhere(model, DIRECTION), steered.apply(model)]
-        if outside:
-            contexts = [steered.apply(model), ablate_everywhere(model, DIRECTION)]
+        ablation, addition = ablate_everywhere(model, DIRECTION), steered.apply(model)
+        contexts = (addition, ablation) if outside else (ablation, addition)
         with contexts[0], contexts[1], record_activations(model, layers=2) as outputs:
             logits(model)
         along = outputs[2][0] @ UNIT

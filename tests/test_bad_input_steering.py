@@ -460,7 +460,7 @@ class TestWhatMakesAThingInTheThingSPlace:
         "operator", [of_two(1, 2), OfTwo(1, 2), of_two_unknown, torch.add, nn.Bilinear(32, 32, 32)]
     )
     def test_what_is_called_already_is_taken(self, model: PreTrainedModel, operator: Any) -> None:
-        SteeringVector({1: torch.ones(32)}).apply(model, operator=operator)
+        SteeringVector({1: torch.ones(32)}).patch(model, operator=operator).remove()
 
     def test_one_without_annotations_shows_when_the_model_runs(self, model: PreTrainedModel) -> None:
         def halving(scale, offset):  # type: ignore[no-untyped-def]

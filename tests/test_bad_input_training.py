@@ -116,7 +116,6 @@ class TestSamples:
             (("one",), "tuple of length 1"),
             (("one", "two", "three"), "tuple of length 3"),
             ([], "list of length 0"),
-            ({"positive": "a", "negative": "b"}, "dict"),
             (None, "NoneType"),
             ([*chat("a"), *chat("b")], "list of length 2 that holds chat messages"),
         ],
@@ -283,9 +282,7 @@ class TestReading:
         refused(function, TypeError, message, tokens=lambda positions: positions.index.tolist())
 
     def test_the_completion_of_a_text(self, function: Callable[..., Any]) -> None:
-        message = (
-            r"^sample 0, positive side: completion\(\) can't tell where the prompt ends.*a chat sample in training"
-        )
+        message = r"^sample 0, positive side: tokens=completion\(\) needs to know where the prompt ends .*: give chat messages"
         refused(function, ValueError, message, tokens=completion())
 
     def test_the_completion_of_a_chat_that_ends_in_a_question(self, function: Callable[..., Any]) -> None:
@@ -303,9 +300,9 @@ class TestReading:
 class TestChats:
     def test_without_a_template(self, function: Callable[..., Any]) -> None:
         message = (
-            r"^sample 1, negative side: the tokenizer has no chat template.*give texts, or set tokenizer\.chat_template"
+            r"^sample 1, positive side: the tokenizer has no chat template.*give texts, or set tokenizer\.chat_template"
         )
-        refused(function, ValueError, message, [SAMPLES[0], ("x", chat("Hi"))])
+        refused(function, ValueError, message, [SAMPLES[0], (chat("x"), chat("Hi"))])
 
     @pytest.mark.parametrize("kind", ["image", "audio"])
     def test_with_other_content_than_text(self, function: Callable[..., Any], kind: str) -> None:
@@ -317,12 +314,12 @@ class TestChats:
     @pytest.mark.parametrize("messages", [[{"content": "Hi"}], [{"role": "user"}], [{}]])
     def test_with_messages_that_lack_role_or_content(self, function: Callable[..., Any], messages: Any) -> None:
         message = "^sample 0, positive side: a chat message must have a role and a content, got"
-        refused(function, ValueError, message, [(messages, "x")], tokenizer={"chat_template": tiny.CHATML})
+        refused(function, ValueError, message, [(messages, chat("x"))], tokenizer={"chat_template": tiny.CHATML})
 
     def test_that_the_template_refuses(self, function: Callable[..., Any]) -> None:
         template = "{{ raise_exception('System role not supported') }}"
         message = "^sample 0, positive side: .*System role not supported"
-        refused(function, ValueError, message, [(chat("Hi"), "x")], tokenizer={"chat_template": template})
+        refused(function, ValueError, message, [(chat("Hi"), chat("x"))], tokenizer={"chat_template": template})
 
     @pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "continue_final_message"])
     def test_with_template_arguments_that_are_ours(self, function: Callable[..., Any], name: str) -> None:

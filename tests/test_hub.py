@@ -82,7 +82,7 @@ class TestTheCard:
         inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
         names: dict[str, Any] = {"model": model, "inputs": inputs}
         exec(code, names)
-        with vector.apply(model):
+        with vector[2].apply(model):  # the snippet names one layer of several
             assert torch.equal(names["output"], model.generate(**inputs))
 
 

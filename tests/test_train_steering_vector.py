@@ -254,12 +254,6 @@ class TestSamples:
         assert_same(train_steering_vector(model, tiny.tokenizer(bos=bos), written), plain)
         assert_directions(plain, by_hand_ids(model, [[ids_of(text, bos=True) for text in pair] for pair in SMALL]))
 
-    def test_may_be_texts_on_one_side_and_chats_on_the_other(self) -> None:
-        model, tokenizer = tiny.shared("llama"), tiny.tokenizer(chat_template=tiny.CHATML)
-        vector = train_steering_vector(model, tokenizer, [([{"role": "user", "content": "Hi"}], "Hi")])
-        rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        assert_directions(vector, by_hand(model, [(rendered, "Hi")]))
-
 
 def by_hand_ids(model: Any, pairs: list[list[list[int]]]) -> dict[int, Tensor]:
     directions: dict[int, Tensor] = {}

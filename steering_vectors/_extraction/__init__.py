@@ -7,9 +7,10 @@ Directions are made of the rows elsewhere.
 
 from steering_vectors._extraction.extractor import LayerRows
 from steering_vectors._extraction.packs import shared_prefix
-from steering_vectors._extraction.pairs import SIDES, by_side, rows_of_pairs
+from steering_vectors._extraction.pairs import by_side, rows_of_pairs
 from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
+from steering_vectors._extraction.samples import SIDES, sides_of
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "extractor_for",
     "rows_of_pairs",
     "shared_prefix",
+    "sides_of",
 ]

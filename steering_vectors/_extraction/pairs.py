@@ -1,6 +1,6 @@
 """Walk over pairs of prompts, window by window, and yield their rows."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
@@ -11,11 +11,10 @@ from tqdm.auto import tqdm
 from steering_vectors._extraction.extractor import Extractor, LayerRows
 from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW
+from steering_vectors._extraction.samples import SIDES, check_samples
 from steering_vectors._processes import Processes
 from steering_vectors._vectors import TrainingRecord
 from steering_vectors.aggregators import Side
-
-SIDES: tuple[Side, Side] = ("positive", "negative")
 
 
 def rows_of_pairs(
@@ -32,8 +31,7 @@ def rows_of_pairs(
     positive side of sample n, and prompt 2n + 1 its negative side. The ``record`` gets the samples of all processes. A
     ``description`` turns the progress bar on.
     """
-    if isinstance(training_samples, (str, Mapping)) or not isinstance(training_samples, Iterable):
-        raise TypeError(f"training_samples must be pairs (positive, negative), got {type(training_samples).__name__}")
+    check_samples(training_samples)
     total = len(training_samples) if isinstance(training_samples, Sequence) else None
     samples = enumerate(training_samples)
     first = 0

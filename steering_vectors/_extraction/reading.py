@@ -134,6 +134,11 @@ class Reading:
         length = len(encoded.input_ids)
         places = torch.arange(length, device="cpu")
         start = encoded.completion_start
+        if start is None and getattr(self._selector, "needs_prompt_length", False):
+            raise ValueError(
+                f"tokens={self._selector!r} needs to know where the prompt ends and the completion begins, which only "
+                f"a chat shows: give chat messages instead of a text, or select tokens by their index"
+            )
         positions = TokenPositions(
             index=places[None],
             column=places,

@@ -93,7 +93,8 @@ class PromptTokenizer:
         elif is_chat(prompt):
             encoded = self._chat(prompt, find_completion)
         else:
-            raise TypeError(f"expected a text, a list of chat messages or token ids, got {type(prompt).__name__}")
+            one = ": put the message in a list" if isinstance(prompt, Mapping) and "role" in prompt else ""
+            raise TypeError(f"expected a text, a list of chat messages or token ids, got {type(prompt).__name__}{one}")
         if not encoded.input_ids:
             raise ValueError("the prompt is empty: it has no tokens")
         return encoded

@@ -17,11 +17,12 @@ from steering_vectors._steering.attaching import changes_of, traced
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle, attach
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
-from steering_vectors._steering.plan import Steering, steering_of, warn_of_another_model, warn_of_strength
+from steering_vectors._steering.plan import CALL_HINTS, Steering, steering_of, warn_of_doubts
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
 
 __all__ = [
+    "CALL_HINTS",
     "Numbers",
     "Steering",
     "SteeringContext",
@@ -41,7 +42,6 @@ __all__ = [
     "patches_of_this_thread",
     "steering_of",
     "traced",
-    "warn_of_another_model",
-    "warn_of_strength",
+    "warn_of_doubts",
     "width_message",
 ]

@@ -1,6 +1,6 @@
 """The multiplier of a direction: one number, or one for each row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -54,6 +54,10 @@ def as_multiplier(given: Any) -> Multiplier:
     Raises TypeError unless it is one number, or one for each row, and ValueError unless all are finite.
     """
     wanted = "multiplier must be one number, or a sequence or 1-D tensor with one number for each row"
+    if isinstance(given, Mapping):
+        raise TypeError(
+            f"{wanted}, got {type(given).__name__}; for one number for each layer, use vector.scaled({given!r})"
+        )
     if isinstance(given, (str, bytes)):
         raise TypeError(f"{wanted}, got {given!r}")
     try:

@@ -16,6 +16,11 @@ from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_l
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
 from steering_vectors.token_selection import Selector
 
+# What to write instead of arguments that apply and patch don't have.
+CALL_HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument is multiplier=") | dict.fromkeys(
+    ("layer", "layers"), "choose layers of the vector first, as in vector[16].apply(model)"
+)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
@@ -47,6 +52,9 @@ class Vector(Protocol):
 
     layer_activations: dict[int, Tensor]
     layer_type: LayerType
+    metadata: Mapping[str, str]
+
+    def shares(self) -> dict[int, float]: ...
 
 
 def steering_of(
@@ -99,35 +107,39 @@ def _check_tokens_can_be_located(anatomy: Anatomy) -> None:
         )
 
 
-def warn_of_another_model(metadata: Mapping[str, str], anatomy: Anatomy) -> None:
-    """Warn if the metadata name another type of model, or another number of layers. Names are not compared."""
+def warn_of_doubts(vector: Vector, steering: Steering) -> None:
+    """Warn if the vector was made for another model, or if the steering is probably too strong."""
+    for message in (_of_another_model(vector.metadata, steering.anatomy), _of_strength(vector.shares(), steering)):
+        if message:
+            warnings.warn(message, UserWarning, stacklevel=4)  # where apply or patch was called, which is decorated
+
+
+def _of_another_model(metadata: Mapping[str, str], anatomy: Anatomy) -> str | None:
+    """Return a message if the metadata name another type of model or number of layers. Names are not compared."""
     here = type_and_depth(anatomy)
     others = [
         f"{name} {metadata[name]!r}, here {here[name]!r}"
         for name in ("model_type", "layers_of_model")
         if name in metadata and name in here and metadata[name] != here[name]
     ]
-    if others:
-        warnings.warn(f"the vector was made for another model: {'; '.join(others)}", UserWarning, stacklevel=3)
+    return f"the vector was made for another model: {'; '.join(others)}" if others else None
 
 
-def warn_of_strength(shares: Mapping[int, float], steering: Steering) -> None:
-    """Warn if additions move the activations by more than their norm; ``shares`` are those of the directions."""
+def _of_strength(shares: Mapping[int, float], steering: Steering) -> str | None:
+    """Return a message if additions move the activations by more than their norm; ``shares`` are the directions'."""
     multiplier = steering.multiplier
     if multiplier.is_learned or type(steering.operator) is not type(addition_operator()):
-        return
-    largest = float(torch.as_tensor(multiplier.value).abs().max())
-    total = largest * sum(shares.values())
-    if total > _STRONGEST:
-        middle = sorted(shares)[len(shares) // 2]
-        one = f"steer one layer, as in vector[{middle}].apply(model), or " if len(shares) > 1 else ""
-        warnings.warn(
-            f"this steering adds {total:.3g} times the norm of the activations, in sum over layers "
-            f"{in_ranges(sorted(shares))} with multiplier {multiplier!r}, and text usually breaks beyond 1: {one}use a "
-            f"smaller multiplier; vector.shares() gives each layer's part",
-            UserWarning,
-            stacklevel=3,
-        )
+        return None
+    total = float(torch.as_tensor(multiplier.value).abs().max()) * sum(shares.values())
+    if total <= _STRONGEST:
+        return None
+    middle = sorted(shares)[len(shares) // 2]
+    one = f"steer one layer, as in vector[{middle}].apply(model), or " if len(shares) > 1 else ""
+    return (
+        f"this steering adds {total:.3g} times the norm of the activations, in sum over layers "
+        f"{in_ranges(sorted(shares))} with multiplier {multiplier!r}, and text usually breaks beyond 1: {one}use a "
+        f"smaller multiplier; vector.shares() gives each layer's part"
+    )
 
 
 # A sum of shares above which most models write no more sentences.

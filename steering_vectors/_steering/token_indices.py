@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steering_vectors._arguments import check_takes
+from steering_vectors._arguments import check_takes, is_whole_number
 from steering_vectors._models import expand_rows
 from steering_vectors.token_selection import (
     Selector,
@@ -42,9 +42,10 @@ def as_selector(tokens: TokenSelection) -> Selector:
         return _Slice(start, stop, step)
     if isinstance(tokens, Sequence) and not isinstance(tokens, str):
         return _Indices(tuple(integer(n, "token_indices") for n in tokens))
+    one = f": for one token, pass a list, [{tokens!r}]" if is_whole_number(tokens) else ""
     raise TypeError(
         f"tokens must be a selector such as generated(inputs), a list of token indices, a slice or a mask tensor, "
-        f"got {type(tokens).__name__}"
+        f"got {type(tokens).__name__}{one}"
     )
 
 

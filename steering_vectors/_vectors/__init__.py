@@ -19,7 +19,7 @@ from steering_vectors._vectors.metadata import (
     type_and_depth,
     without_addresses,
 )
-from steering_vectors._vectors.shares import of_norms, shares
+from steering_vectors._vectors.strength import of_norms, shares_of
 
 __all__ = [
     "Metadata",
@@ -40,7 +40,7 @@ __all__ = [
     "orthogonal",
     "projections",
     "read",
-    "shares",
+    "shares_of",
     "type_and_depth",
     "united",
     "without_addresses",

@@ -54,18 +54,34 @@ def checked_direction(value: Any, name: str) -> Tensor:
     return direction
 
 
-def asked_layers(layers: Sequence[int], asked: Any) -> list[int]:
-    """Return the layer numbers asked for, each once. ``asked`` is a number, several numbers, or a slice.
+def asked_layers(layers: Sequence[int], asked: Any, *, depth: int | None) -> list[int]:
+    """Return the layers asked for, each once. ``asked`` is a number, several numbers, or a slice.
 
     A slice means the numbers in it, without its stop. An open end means the lowest or the highest of ``layers``.
-    Raises TypeError for anything that is not a layer number.
+    Negative numbers that are not in ``layers`` count from the end of a model with ``depth`` blocks, if it is known.
+
+    Raises TypeError for anything that is not a layer number, and LookupError for numbers that are not in ``layers``.
     """
+
+    def from_end(layer: int) -> int:
+        return layer + depth if depth is not None and layer < 0 and layer not in layers else layer
+
     if isinstance(asked, slice):
-        start = min(layers, default=0) if asked.start is None else asked.start
-        stop = max(layers, default=-1) + 1 if asked.stop is None else asked.stop
-        return list(range(start, stop, 1 if asked.step is None else asked.step))
-    numbers = [asked] if is_whole_number(asked) else list(asked)
-    return [layer_number(layer) for layer in dict.fromkeys(numbers)]
+        start = min(layers, default=0) if asked.start is None else from_end(asked.start)
+        stop = max(layers, default=-1) + 1 if asked.stop is None else from_end(asked.stop)
+        wanted = list(range(start, stop, 1 if asked.step is None else asked.step))
+    else:
+        is_one = is_whole_number(asked) or isinstance(asked, (str, bytes)) or not isinstance(asked, Iterable)
+        numbers = [asked] if is_one else list(asked)
+        wanted = list(dict.fromkeys(from_end(layer_number(layer)) for layer in numbers))
+    missing = [layer for layer in wanted if layer not in layers]
+    if missing or not wanted:
+        unknown = ", and the depth of its model, from whose end negative numbers count, is unknown"
+        raise LookupError(
+            f"this vector has no direction for layers {in_ranges(missing) if missing else asked}, only for "
+            f"{in_ranges(layers)}{unknown if any(layer < 0 for layer in missing) else ''}"
+        )
+    return wanted
 
 
 def in_ranges(layers: Iterable[int]) -> str:

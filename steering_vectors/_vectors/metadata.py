@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from steering_vectors._models import Anatomy
-from steering_vectors._vectors.shares import of_mean_norms, without_norms
+from steering_vectors._vectors.strength import of_mean_norms, without_norms
 from steering_vectors._version import __version__
 
 

@@ -58,7 +58,9 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     safetensors file; the error says so if it is a pickle, a GGUF file or a numpy array.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}")
+        if os.path.isdir(path):
+            raise FileNotFoundError(f"{path} is a folder: load it with SteeringVector.from_pretrained")
+        raise FileNotFoundError(f"there is no file {path}; for a repository, use SteeringVector.from_pretrained")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size  # of the file that is open: another may take its name meanwhile
         if size > LARGEST_FILE:

@@ -33,7 +33,7 @@ def without_norms(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in metadata.items() if name != _ENTRY}
 
 
-def shares(directions: Directions, metadata: Mapping[str, str]) -> dict[int, float]:
+def shares_of(directions: Directions, metadata: Mapping[str, str]) -> dict[int, float]:
     """Return the directions' norms as shares of the activations' norms, for the layers where those are known."""
     known = _activation_norms(metadata)
     return {layer: norm / known[layer] for layer, norm in norms(directions).items() if known.get(layer, 0) > 0}
