@@ -245,7 +245,7 @@ class TestMemoryOfCaches:
         model, cache = Outer(), Cache(filled=True)
         with tracked(model) as tracker:
             with pytest.raises(
-                ValueError, match="the Cache doesn't say how many tokens it holds, and they were put in"
+                ValueError, match="the Cache doesn't say how many tokens it holds, and some were put in"
             ):
                 seen(model, tracker, ids(2, 1), torch.tensor([[1], [1]]), cache=cache)
             mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])

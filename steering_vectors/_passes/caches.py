@@ -30,7 +30,7 @@ class CacheMemory:
     """The known contents of each cache, kept for as long as the cache lives.
 
     A cache's length is always right if it has one. The other records are renewed after each pass. They follow rows that
-    were reordered, repeated or selected since, which are recognized by their contents.
+    were reordered, repeated or selected since, and copies of a cache; both are recognized by their contents.
     """
 
     def __init__(self, *, need_prompt_length: bool) -> None:
@@ -80,6 +80,7 @@ class CacheMemory:
         note = self._note_of(call.cache)
         if note is not None and call.cached is None and _was_changed_in_place(note.contents, call.contents):
             note = None
+        note = note or self._note_of_original(call)
         past = _unnoted(call) if note is None else note.past
         if isinstance(call.cached, int):
             past = _cut(past, call.cached)
@@ -88,6 +89,14 @@ class CacheMemory:
         if isinstance(past.columns, int) and past.columns == 0:
             return Past()
         return past if note is None else _with_rows_of(call, past, note.contents)
+
+    def _note_of_original(self, call: PassArguments) -> _Note | None:
+        """Return the note of the cache that the call's cache is a copy of; None for an empty cache or no copy."""
+        now = call.contents
+        if now is None or (isinstance(call.cached, int) and call.cached == 0):
+            return None
+        notes = list(self._notes.values())
+        return next((note for note in notes if note.contents is not None and now.is_copy_of(note.contents)), None)
 
     def _static_columns(self, call: PassArguments, cached: Tensor) -> int | Tensor:
         """Return the columns of a static cache; to find a prompt's length, the host reads them once for each prompt."""
@@ -125,7 +134,7 @@ def _unnoted(call: PassArguments) -> Past:
         return Past(mask.shape[1] - seq, is_token=mask[:, :-seq] != 0)
     raise ValueError(
         f"can't determine the token positions: the {type(call.cache).__name__} doesn't say how many tokens it holds, "
-        f"and they were put in while this steering wasn't attached, or into another cache that was copied or changed. "
+        f"and some were put in while this steering wasn't attached, or were copied before they were changed. "
         f"Run the model on the whole text inside the steering, pass an attention_mask that covers the cached tokens "
         f"too, or steer all tokens."
     )

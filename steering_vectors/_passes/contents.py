@@ -28,6 +28,14 @@ class Contents:
         """Return True if both are the same tensor, whether or not it was changed in place."""
         return (self.tensor.data_ptr(), self.tensor.shape) == (other.tensor.data_ptr(), other.tensor.shape)
 
+    def is_copy_of(self, other: "Contents") -> bool:
+        """Return True if both are equal, and neither was changed since it was looked at. Waits for the device."""
+        mine, its = self.tensor, other.tensor
+        if (mine.shape, mine.dtype, mine.device) != (its.shape, its.dtype, its.device):
+            return False
+        unchanged = all(part.version == _version(part.tensor) for part in (self, other))
+        return unchanged and torch.equal(mine, its)
+
     def rows_among(self, other: "Contents") -> tuple[Tensor, Tensor]:
         """Return the first row of ``other`` that each row equals ``(rows,)``, and a mask of the rows that equal one.
 
@@ -41,8 +49,7 @@ class Contents:
 def contents_of(cache: Any) -> Contents | None:
     """Return a part of a cache's contents; None if it is empty or of an unknown kind."""
     tensor = next((part for part in _parts(cache) if isinstance(part, Tensor) and part.ndim > 1 and part.numel()), None)
-    # Tensors made in inference mode don't count their changes.
-    return None if tensor is None else Contents(tensor, 0 if tensor.is_inference() else tensor._version)
+    return None if tensor is None else Contents(tensor, _version(tensor))
 
 
 def cached_columns(cache: Any) -> int | Tensor | None:
@@ -62,6 +69,11 @@ def cached_columns(cache: Any) -> int | Tensor | None:
     if isinstance(length, Tensor):
         return length.clone()  # the pass changes a static cache's counter in place
     return length if isinstance(length, int) else None
+
+
+def _version(tensor: Tensor) -> int:
+    """Return the number of a tensor's changes in place, which those made in inference mode don't count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _columns_of_tuples(cache: Sequence[Any]) -> int | None:
