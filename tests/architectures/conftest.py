@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-COLUMNS = ("layers", "adds", "generates", "text layers", "images", "reads", "ablates", "parts")
+COLUMNS = ("layers", "adds", "generates", "loops", "text layers", "images", "reads", "ablates", "parts")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

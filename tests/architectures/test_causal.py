@@ -1,5 +1,6 @@
 """Every decoder-only class of the installed transformers, built from a tiny config."""
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steering_vectors import SteeringVector, ablate_everywhere, generated, record_activations
+from steering_vectors import SteeringVector, ablate_everywhere, from_index, generated, record_activations
 from steering_vectors._models import anatomy_of
 from steering_vectors._steering.stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
@@ -192,6 +193,53 @@ def test_cached_generation_is_a_loop_steered_by_hand(model_type: str, note: Note
                 assert close(logits[row], expected)
     rows = "a padded batch" if len(batches) == 1 else "single rows"
     note(model_type, "generates", rows if faithful else f"{rows}, cached")
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_TEXT | NO_LAYERS.keys()])
+def test_a_loop_by_hand_steers_the_tokens_beyond_the_prompt(model_type: str, note: Note) -> None:
+    model = model_of(model_type)
+    vector = SteeringVector(directions(model, [0]))
+    text = [11, 12, 13, 14, 15, 16, 17]
+    if model_type in NO_SELECTION | dict.fromkeys(CACHED_DIFFERS | STREAMS_FIRST):
+        pytest.skip("its tokens or its cache are odd")
+    with by_hand(model, vector, model_type, first_column=5, cached=False), torch.no_grad():
+        expected = model(torch.tensor([text]), use_cache=False).logits[0]
+    checked = []
+    for cuts in ([7], [3, 1, 1, 1, 1], [1] * 7, [3, 2, 2]):
+        plain = by_pieces(model, text, cuts)
+        with torch.no_grad():
+            whole = model(torch.tensor([text]), use_cache=False).logits[0]
+        if plain is None or not close(plain, whole):
+            continue  # the model itself takes no such pieces, whoever steers it
+        with vector.apply(model, tokens=from_index(5)):
+            steered = by_pieces(model, text, cuts)
+        assert steered is not None
+        assert close(steered, expected), cuts
+        checked.append(str(len(cuts)))
+    note(model_type, "loops", f"in {', '.join(checked)}" if checked else "by generate only")
+
+
+def by_pieces(model: Any, text: list[int], cuts: list[int]) -> Tensor | None:
+    """The logits of a text that runs piece by piece over the model's own cache; None if the model can't."""
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in ("cache", "cache_params", "state", "past_key_values") if name in parameters), None)
+    logits, cache, start = [], None, 0
+    for length in cuts:
+        given = {} if cache is None else {name: cache}
+        try:
+            with torch.no_grad():
+                out = model(torch.tensor([text[start : start + length]]), use_cache=True, **given)
+        except ValueError as error:
+            if "can't determine the token positions" in str(error):
+                raise
+            return None
+        except (RuntimeError, TypeError, IndexError, AttributeError):
+            return None
+        cache, start = None if name is None else out.get(name), start + length
+        if cache is None and start < len(text):
+            return None
+        logits.append(out.logits[0])
+    return torch.cat(logits)
 
 
 def count_hooks(model: nn.Module) -> int:
