@@ -23,6 +23,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor.dtype))
 
 
+def autocast_devices() -> list[str]:
+    """Return the types of devices on which ``torch.autocast`` is enabled."""
+    return [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
+
+
 def without_autocast(function: Function) -> Function:
     """Return ``function`` wrapped to run outside ``torch.autocast``, which rounds products of float32.
 
@@ -32,9 +37,8 @@ def without_autocast(function: Function) -> Function:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            for device in _AUTOCAST_DEVICES:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for device in autocast_devices():
+                stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]

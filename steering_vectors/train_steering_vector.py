@@ -133,7 +133,8 @@ def train_steering_vector(
 
     ``batch_size`` limits a pass to the tokens of that many pairs, or to one pack. Packs are used where the model allows
     it. A pack usually holds up to 512 tokens, and the common beginnings of its prompts are computed only once. If
-    memory runs out, a pass is halved. Each row is the same as if its prompt were run alone, up to rounding.
+    memory runs out, a pass is halved. Each row is the same as if its prompt were run alone, up to rounding. In mixtures
+    of experts in half precision, rounding decides which experts run, so there each prompt is run alone.
 
     ``process_group``, such as ``torch.distributed.group.WORLD``, shares the work among processes. Each process of the
     group makes the same call, runs its share of the pairs, and returns the same vector. Without a group, each process

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -739,3 +740,96 @@ def scaled_rope(kind: str) -> PreTrainedModel:
         settings |= {"original_max_position_embeddings": 16} if kind == "longrope" else {}
         rope = {"rope_parameters": settings}
     return tiny.build("phi3" if kind == "longrope" else "llama", **rope, **overrides)
+
+
+def varied_prompts(count: int) -> list[list[int]]:
+    """Prompts of many lengths under two common beginnings."""
+    generator = torch.Generator().manual_seed(3)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist()
+
+    beginnings = [ids(12), ids(5)]
+    return [beginnings[number % 2] + ids(3 + number % 7) for number in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_decoders_pass_under_autocast_and_have_the_rows_of_each_prompt_alone(
+    architecture: str, dtype: torch.dtype
+) -> None:
+    model, prompts = tiny.shared(architecture), varied_prompts(12)
+    with torch.autocast("cpu", dtype):
+        rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), last(prompts), rows_per_pass=8))
+        for number, prompt in enumerate(prompts):
+            alone = states_of(model, prompt)[1][-1]
+            assert (rows[1, number] - alone).norm() <= 5e-2 * alone.norm()
+
+
+class TestMixturesOfExperts:
+    """Their routers make a jump of what rounding does: which experts a token is sent to."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_rows_in_half_precision_are_bit_for_bit_those_of_each_prompt_alone(self, dtype: torch.dtype) -> None:
+        model, prompts = tiny.build("mixtral").to(dtype), varied_prompts(12)
+        rows = rows_by_prompt(extract_rows(model, modules_of(model, [0, 1]), last(prompts), rows_per_pass=8))
+        for number, prompt in enumerate(prompts):
+            states = states_of(model, prompt)
+            for layer in (0, 1):
+                assert torch.equal(rows[layer, number], states[layer][-1])
+
+    def test_rows_under_autocast_are_those_of_each_prompt_alone_there(self) -> None:
+        model, prompts = tiny.build("mixtral"), varied_prompts(12)
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), last(prompts), rows_per_pass=8))
+            for number, prompt in enumerate(prompts):
+                assert torch.equal(rows[1, number], states_of(model, prompt)[1][-1])
+
+    @pytest.mark.parametrize(
+        ("architecture", "dtype", "is_alone"),
+        [
+            ("mixtral", torch.bfloat16, True),
+            ("mixtral", torch.float32, False),
+            ("llama", torch.bfloat16, False),
+        ],
+    )
+    def test_only_where_both_meet_does_each_prompt_run_alone(
+        self, architecture: str, dtype: torch.dtype, is_alone: bool
+    ) -> None:
+        model = tiny.build(architecture).to(dtype)
+        extractor = Extractor(model, modules_of(model, [1]), batch_size=4)
+        assert isinstance(extractor._ways[0], OneAtATime) is is_alone
+
+    def test_a_token_that_is_sent_to_another_expert_is_not_taken_for_one_that_sees_what_follows(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny.build("mixtral").bfloat16()
+        alone = read_model.ReadModel.alone
+
+        def rerouted(self: Any, input_ids: Any, positions: Any, **kwargs: Any) -> dict[int, Tensor]:
+            rows = alone(self, input_ids, positions, **kwargs)
+            rows[1][-1] += rows[1][-1].flip(0) * (len(input_ids) > 3)
+            return rows
+
+        monkeypatch.setattr(read_model.ReadModel, "alone", rerouted)
+        check_causal(model, modules_of(model, [1]), PROMPTS[0])
+        with pytest.raises(ValueError, match="is not a decoder-only"):
+            check_causal(model.float(), modules_of(model, [1]), PROMPTS[0])
+
+    @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="its masks are made otherwise")
+    @pytest.mark.parametrize("length", [2, 3, 12])
+    def test_one_whose_tokens_see_what_follows_is_refused(self, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny.build("mixtral", attn_implementation="eager").bfloat16()
+        for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+            monkeypatch.setattr(transformers.models.mixtral.modeling_mixtral, name, lambda **_kwargs: None)
+        with pytest.raises(ValueError, match="is not a decoder-only"):
+            check_causal(model, modules_of(model, [1]), PROMPTS[1][:length])
+
+    def test_a_model_that_is_cast_on_the_way_is_looked_at_again(self) -> None:
+        model, prompts = tiny.build("mixtral"), varied_prompts(4)
+        extractor = Extractor(model, modules_of(model, [1]), batch_size=4)
+        list(extractor(last(prompts)))
+        model.bfloat16()
+        rows = rows_by_prompt(extractor(last(prompts)))
+        for number, prompt in enumerate(prompts):
+            assert torch.equal(rows[1, number], states_of(model, prompt)[1][-1])

@@ -124,7 +124,7 @@ class Extractor:
         row, followed = _followed([ids[: min(_SHORT, sparse or _SHORT)] for ids in self._ids(prompts)])
         layer = self.layers[-1]
         alone, with_more = (
-            self._source.alone(ids, [len(row) - 1], stop_early=way.stop_early)[layer] for ids in (row, followed)
+            self._source.alone(ids, range(len(row)), stop_early=way.stop_early)[layer] for ids in (row, followed)
         )
         kind = type(self._model).__name__
         if not bool(alone.isfinite().all()):
@@ -132,7 +132,8 @@ class Extractor:
                 f"{kind} has NaN or infinite activations at layer {layer}: check its weights, and whether its dtype, "
                 f"{alone.dtype}, is wide enough"
             )
-        if not alike(with_more, alone):
+        # Where tokens that follow are seen, they change all others; rounding sends only some to other experts.
+        if not alike(with_more, alone, all_of_them=not self._source.rounding_decides):
             raise ValueError(
                 f"{kind} is not a decoder-only language model: an activation changes with the tokens that follow it. "
                 f"For a BERT-like model, set is_decoder=True in its config.{_FROM_END if self._perhaps_by_row else ''}"

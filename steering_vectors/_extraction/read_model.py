@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._models import Anatomy, Attention, by_tokens, kept_states, read_pass, stateful_modules
-from steering_vectors._precision import wide
+from steering_vectors._models import (
+    Anatomy,
+    Attention,
+    by_tokens,
+    has_experts,
+    kept_states,
+    read_pass,
+    stateful_modules,
+)
+from steering_vectors._precision import autocast_devices, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +39,13 @@ class ReadModel:
         self.layers = layers
         self.attention = Attention(anatomy.text_config)
         self._stateful = stateful_modules(anatomy.model)
+
+    @property
+    def rounding_decides(self) -> bool:
+        """True for a mixture of experts in half precision, where rounding may send a token to another expert."""
+        weights = (weight for weight in self.anatomy.model.parameters() if weight.is_floating_point())
+        is_half = bool(autocast_devices()) or any(weight.dtype.itemsize < 4 for weight in weights)
+        return is_half and has_experts(self.anatomy.model)
 
     def read(
         self, module: nn.Module, inputs: Mapping[str, Any], reads: "Reads", *, stop_early: bool

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steering_vectors._extraction.packs import Pack
-from steering_vectors._precision import wide
+from steering_vectors._precision import autocast_devices, wide
 
 # How far two results for the same token may be apart, as a share of their norm, by the model's dtype.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -100,11 +100,16 @@ def compared_nodes(pack: Pack, node: int) -> list[int]:
     return sorted({path[n] for n in (0, len(path) // 2, len(path) - 1, *most)})
 
 
-def alike(some: Tensor, other: Tensor) -> bool:
-    """Return True if two results ``(…, hidden)`` for the same tokens are equal up to rounding."""
-    rounding = _ROUNDING.get(some.dtype, 5e-2)
+def alike(some: Tensor, other: Tensor, *, all_of_them: bool = True) -> bool:
+    """Return True if two results ``(…, hidden)`` for the same tokens are equal up to rounding.
+
+    Without ``all_of_them``, a single token is enough. Under autocast, float32 is rounded as autocast's dtype is.
+    """
+    dtypes = [some.dtype, *map(torch.get_autocast_dtype, autocast_devices())]
+    rounding = max(_ROUNDING.get(dtype, 5e-2) for dtype in dtypes)
     apart = (wide(some) - wide(other)).norm(dim=-1)  # norms of float16 overflow
-    return bool((apart <= rounding * wide(other).norm(dim=-1)).all())
+    are_alike = apart <= rounding * wide(other).norm(dim=-1)
+    return bool(are_alike.all() if all_of_them else are_alike.any())
 
 
 def differ(some: Sequence[int], other: Sequence[int]) -> bool:

@@ -201,7 +201,7 @@ class Packed(Way):
 def find_ways(source: ReadModel, steered: Steered) -> list[Way]:
     """Return the ways to try, the cheapest first; the last one is the model itself, run as its user would run it."""
     model = source.anatomy.model
-    if steered.perhaps_by_row:
+    if steered.perhaps_by_row or source.rounding_decides:
         return [OneAtATime(source, model)]
     whole = [Rows(source, model), OneAtATime(source, model)]
     *wrappers, decoder = source.anatomy.pass_modules

@@ -24,6 +24,7 @@ from steering_vectors._models.hooks import (
 from steering_vectors._models.parts import part_path
 from steering_vectors._models.running import (
     check_unsharded,
+    has_experts,
     is_sharded,
     kept_states,
     read_pass,
@@ -50,6 +51,7 @@ __all__ = [
     "check_unsharded",
     "every_module",
     "expand_rows",
+    "has_experts",
     "has_hooks_of_users",
     "input_of",
     "is_sharded",

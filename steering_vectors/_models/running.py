@@ -66,6 +66,12 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(names & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Return True if the model is a mixture of experts: a router sends each token to a few of its experts."""
+    names = (f"{name.rpartition('.')[2]} {type(module).__name__}" for name, module in model.named_modules())
+    return any("expert" in name.lower() for name in names)
+
+
 def check_unsharded(model: nn.Module) -> None:
     """Raise ValueError if several processes hold the model together, each a part of it."""
     if is_sharded(model) or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
