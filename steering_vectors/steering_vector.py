@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._arguments import finite_number, with_hints
+from steering_vectors._arguments import with_hints
 from steering_vectors._steering import (
     CALL_HINTS,
     Numbers,
@@ -27,14 +27,17 @@ from steering_vectors._vectors import (
     are_equal,
     asked_layers,
     checked_directions,
+    checked_factor,
     cosines,
     derived,
     in_ranges,
     inherited,
     norms,
     orthogonal,
+    plain_number,
     projections,
     read,
+    scaled,
     shares_of,
     united,
     write,
@@ -242,23 +245,26 @@ class SteeringVector:
         """Return the difference at each layer that either vector has. Raises ValueError as addition does."""
         return self._combined(other, "{} - {}", torch.sub)
 
-    def __mul__(self, factor: float) -> "SteeringVector":
-        """Return the vector with each direction multiplied by a number.
+    def __mul__(self, factor: float | Tensor) -> "SteeringVector":
+        """Return the vector with each direction multiplied by a number; gradients flow to one that requires grad.
 
         >>> (2 * SteeringVector({1: [3.0, 4.0]})).layer_activations
         {1: tensor([6., 8.])}
         """
-        return NotImplemented if isinstance(factor, SteeringVector) else self.scaled(finite_number(factor, "a factor"))
+        return NotImplemented if isinstance(factor, SteeringVector) else self.scaled(checked_factor(factor, "a factor"))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> "SteeringVector":
-        """Return the vector with each direction divided by a number. Raises ZeroDivisionError for 0."""
-        number = finite_number(divisor, "a divisor")
-        if number == 0:
+    def __truediv__(self, divisor: float | Tensor) -> "SteeringVector":
+        """Return the vector with each direction divided by a number, as it is multiplied.
+
+        Raises ZeroDivisionError for 0.
+        """
+        number = checked_factor(divisor, "a divisor")
+        if plain_number(number) == 0:
             raise ZeroDivisionError("a steering vector can't be divided by 0")
         made = {layer: d / number for layer, d in checked_directions(self.layer_activations).items()}
-        return self._with(made, f"{{}} / {number:g}")
+        return self._with(made, f"{{}} / {plain_number(number):g}")
 
     def __neg__(self) -> "SteeringVector":
         return self._with({n: -direction for n, direction in checked_directions(self.layer_activations).items()}, "-{}")
@@ -376,12 +382,12 @@ class SteeringVector:
         made = {layer: unit_direction(d.cpu().double()).to(d) for layer, d in directions.items()}
         return self._with(made, "{} at norm 1")
 
-    def scaled(self, factor: float | Mapping[int, float]) -> "SteeringVector":
+    def scaled(self, factor: float | Tensor | Mapping[int, float | Tensor]) -> "SteeringVector":
         """Return the vector with each direction times ``factor``: one number, or a mapping with one for each layer.
 
         Layers in the mapping that this vector lacks are ignored, as :func:`~steering_vectors.residual_norms` returns
-        all layers of a model. Raises TypeError for other factors. Raises ValueError for a mapping that lacks one of
-        this vector's layers, and for numbers that aren't finite.
+        all layers of a model. Gradients flow to factors that require grad. Raises TypeError for other factors. Raises
+        ValueError for a mapping that lacks one of this vector's layers, and for numbers that aren't finite.
 
         >>> SteeringVector({1: [3.0, 4.0]}).scaled({0: 10.0, 1: 2.0}).norms()
         {1: 10.0}
@@ -390,9 +396,11 @@ class SteeringVector:
         missing = [layer for layer in self.layers if layer not in factors]
         if missing:
             raise ValueError(f"factor must have a number for each layer: it lacks {missing}, and has {list(factors)}")
-        numbers = {layer: finite_number(factors[layer], "a factor") for layer in self.layers}
-        made = {layer: numbers[layer] * d for layer, d in checked_directions(self.layer_activations).items()}
-        return self._with(made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{float(factor):g} * {{}}")
+        numbers = {layer: checked_factor(factors[layer], "a factor") for layer in self.layers}
+        made = {layer: scaled(d, numbers[layer]) for layer, d in checked_directions(self.layer_activations).items()}
+        return self._with(
+            made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{plain_number(factor):g} * {{}}"
+        )
 
     def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
         """Return the vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.

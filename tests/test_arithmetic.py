@@ -290,3 +290,42 @@ def test_devices_without_float64_are_computed_with_too(tmp_path: Path) -> None:
     assert torch.equal(found, plain.project({0: rows})[0])
     vector.save(tmp_path / "vector.safetensors")
     assert SteeringVector.load(tmp_path / "vector.safetensors") == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one number"])
+@pytest.mark.parametrize(
+    ("scale", "by_hand"),
+    [
+        (lambda v, f: v * f, lambda d, f: f * d),
+        (lambda v, f: f * v, lambda d, f: f * d),
+        (lambda v, f: v / f, lambda d, f: d / f),
+        (lambda v, f: v.scaled(f), lambda d, f: f * d),
+        (lambda v, f: v.scaled({0: f}), lambda d, f: f * d),
+        (lambda v, f: -(2 * (f * v)) + v, lambda d, f: d - 2 * f * d),
+    ],
+)
+def test_a_factor_that_is_learned_keeps_its_gradient(scale: Any, by_hand: Any, shape: Any, dtype: torch.dtype) -> None:
+    direction, found = torch.tensor([3.0, -4.0], dtype=dtype), []
+    for make in (
+        lambda f: scale(SteeringVector({0: direction}), f).layer_activations[0],
+        lambda f: by_hand(direction, f),
+    ):
+        factor = torch.full(shape, 1.5, requires_grad=True)
+        made = make(factor)
+        made.float().square().sum().backward()
+        assert factor.grad is not None
+        found.append((made.detach(), factor.grad))
+    (ours, our_gradient), (theirs, their_gradient) = found
+    assert ours.dtype is dtype
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-2, atol=1e-6)
+
+
+def test_a_learned_factor_is_recorded_by_its_number_and_must_be_finite() -> None:
+    vector = SteeringVector({0: [3.0, 4.0]})
+    assert (vector * torch.tensor(1.5, requires_grad=True)).metadata["derivation"] == "1.5 * a vector"
+    with pytest.raises(ValueError, match="a factor must be finite"):
+        vector.scaled(torch.tensor(torch.inf, requires_grad=True))
+    with pytest.raises(TypeError, match="a factor must be a number"):
+        vector.scaled(torch.ones(2, requires_grad=True))

@@ -6,7 +6,15 @@ One safetensors file holds both, and is treated as untrusted when it is read.
 """
 
 from steering_vectors._vectors.algebra import are_equal, cosines, norms, orthogonal, projections, united
-from steering_vectors._vectors.directions import asked_layers, checked_direction, checked_directions, in_ranges
+from steering_vectors._vectors.directions import (
+    asked_layers,
+    checked_direction,
+    checked_directions,
+    checked_factor,
+    in_ranges,
+    plain_number,
+    scaled,
+)
 from steering_vectors._vectors.format import read, write
 from steering_vectors._vectors.metadata import (
     Metadata,
@@ -28,6 +36,7 @@ __all__ = [
     "asked_layers",
     "checked_direction",
     "checked_directions",
+    "checked_factor",
     "cosines",
     "derived",
     "in_ranges",
@@ -38,8 +47,10 @@ __all__ = [
     "of_norms",
     "of_template",
     "orthogonal",
+    "plain_number",
     "projections",
     "read",
+    "scaled",
     "shares_of",
     "type_and_depth",
     "united",

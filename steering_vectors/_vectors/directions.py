@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering_vectors._arguments import is_whole_number
+from steering_vectors._arguments import finite_number, is_whole_number
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,6 +52,27 @@ def checked_direction(value: Any, name: str) -> Tensor:
     if not math.isfinite(direction.detach().sum()) and not bool(direction.isfinite().all()):
         raise ValueError(f"{name} has NaN or infinite numbers")
     return direction
+
+
+def checked_factor(value: Any, name: str) -> float | Tensor:
+    """Return a factor on directions: a finite number or, if the value requires grad, a scalar tensor with its gradient.
+
+    Raises TypeError unless the value is one number, and ValueError unless it is finite.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        finite_number(value.detach(), name)
+        return value.reshape(())
+    return finite_number(value, name)
+
+
+def plain_number(factor: Any) -> float:
+    """Return one number as a float, without its gradient."""
+    return float(factor.detach() if isinstance(factor, Tensor) else factor)
+
+
+def scaled(direction: Tensor, factor: float | Tensor) -> Tensor:
+    """Return the product in the direction's dtype, on its device."""
+    return (factor.to(direction.device) if isinstance(factor, Tensor) else factor) * direction
 
 
 def asked_layers(layers: Sequence[int], asked: Any, *, depth: int | None) -> list[int]:
