@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import steering_vectors
 from steering_vectors import (
     SteeringVector,
+    ablation_then_addition_operator,
     active_patches,
     at,
     completion,
@@ -58,7 +59,8 @@ def code_and_output(page: str) -> Iterator[tuple[str, str | None]]:
             yield "\n" * line + textwrap.dedent(block[3]), textwrap.dedent(following[3]) if prints else None
 
 
-def run_page(page: str) -> None:
+def run_page(page: str) -> dict[str, Any]:
+    """Run a page's code, check what it prints, and return its names."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for code, output in code_and_output(page):
         printed = StringIO()
@@ -67,6 +69,7 @@ def run_page(page: str) -> None:
         if output is not None:
             fits = doctest.OutputChecker().check_output(output, printed.getvalue(), _FREE_WORDING)
             assert fits, f"{page} says\n{output}\nand its code prints\n{printed.getvalue()}"
+    return namespace
 
 
 class Lens(nn.Module):
@@ -103,6 +106,22 @@ class Bridge:
         return self.tokenizer(text, return_tensors="pt")["input_ids"]
 
 
+class SparseAutoencoder(nn.Module):
+    """An autoencoder as SAELens has it: ``relu(h @ W_enc + b_enc)``, and ``f @ W_dec + b_dec``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(2000, tiny.HIDDEN), dim=1))
+        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone())
+        self.b_enc, self.b_dec = nn.Parameter(torch.randn(2000) / 4), nn.Parameter(torch.randn(tiny.HIDDEN))
+
+    def encode(self, activation: Tensor) -> Tensor:
+        return torch.relu(activation @ self.W_enc + self.b_enc)
+
+    def decode(self, features: Tensor) -> Tensor:
+        return features @ self.W_dec + self.b_dec
+
+
 def fake_modules() -> dict[str, Any]:
     """Packages that pages show and the tests do without."""
     return {
@@ -110,13 +129,7 @@ def fake_modules() -> dict[str, Any]:
         "transformer_lens.model_bridge": SimpleNamespace(
             TransformerBridge=SimpleNamespace(boot_transformers=lambda name: Bridge())
         ),
-        "sae_lens": SimpleNamespace(
-            SAE=SimpleNamespace(
-                from_pretrained=lambda release, sae_id: SimpleNamespace(
-                    W_dec=nn.Parameter(nn.functional.normalize(torch.randn(2000, tiny.HIDDEN), dim=1))
-                )
-            )
-        ),
+        "sae_lens": SimpleNamespace(SAE=SimpleNamespace(from_pretrained=lambda release, sae_id: SparseAutoencoder())),
     }
 
 
@@ -170,6 +183,33 @@ def test_the_page_runs_on_smollm2(page: str, smollm2: tuple[Any, Any], models: d
 @pytest.mark.parametrize("page", ON_TINY_MODELS)
 def test_the_page_runs_on_tiny_models(page: str) -> None:
     run_page(page)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("value", [0.0, 2.5])
+def test_a_clamped_feature_is_what_tools_for_sparse_autoencoders_mean_and_its_projection_another_thing(
+    value: float,
+) -> None:
+    page = run_page("howto/sae.rst")
+    model, sae, feature, inputs = (page[name] for name in ("model", "sae", "feature", "inputs"))
+
+    def recorded(**kwargs: Any) -> Tensor:
+        with page["vector"].apply(model, **kwargs), record_activations(model, layers=7) as records, torch.no_grad():
+            model(**inputs)
+        (activation,) = records[7]
+        return activation
+
+    plain = recorded(multiplier=0)
+    features = sae.encode(plain)
+    held = features.clone()
+    held[..., feature] = value
+    by_hand = sae.decode(held) + (plain - sae.decode(features))  # what isn't reconstructed stays
+    found = recorded(operator=page["clamped"](value))
+    torch.testing.assert_close(found, by_hand.detach(), atol=1e-4, rtol=1e-4)
+    projected = recorded(operator=ablation_then_addition_operator(), multiplier=value or 1e-6)
+    row = sae.W_dec[feature].detach()
+    torch.testing.assert_close(projected @ row, torch.full(projected.shape[:-1], value), atol=1e-4, rtol=1e-4)
+    assert (found - projected).norm(dim=-1).max() > 0.1
 
 
 SELECTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
