@@ -21,6 +21,7 @@ _LABELS = {  # of the metadata that the card shows
     "dtype": "dtype of the model",
     "method": "method",
     "read": "what was read",
+    "layer_config": "modules",
     "samples": "samples",
     "samples_hash": "SHA-256 of their token ids",
     "chat_template_hash": "SHA-256 of the chat template",

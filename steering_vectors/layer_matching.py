@@ -1,5 +1,6 @@
 """Find a model's modules by layer type and layer number."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -177,6 +178,44 @@ def guess_and_enhance_layer_config(
             except ValueError:
                 continue
     return config
+
+
+def written_config(
+    anatomy: Anatomy, layer_type: LayerType, layer_config: ModelLayerConfig | None, layers: Iterable[int]
+) -> str:
+    """Return JSON that names the modules of these layers, for :func:`read_config`.
+
+    It is empty if the model's own layers of the type are the same modules. A template is written as it is; for other
+    matchers, the names that they returned.
+    """
+    matcher = _checked_config(layer_config).get(layer_type)
+    if matcher is None:
+        return ""
+    matched, numbers = layers_of(anatomy, layer_type, layer_config), list(layers)
+    with suppress(ValueError):  # the model's own layers are not found
+        usual = layers_of(anatomy, layer_type).modules
+        if all(usual.get(number) is matched.modules[number] for number in numbers):
+            return ""
+    named: Any = matcher if isinstance(matcher, str) else {number: matched.names[number] for number in numbers}
+    return json.dumps({layer_type: named})
+
+
+def read_config(text: str, layer_type: LayerType) -> ModelLayerConfig | None:
+    """Return the ``layer_config`` that :func:`written_config` wrote, None for an empty text.
+
+    Raises ValueError for any other text.
+    """
+    if not text:
+        return None
+    try:
+        named = json.loads(text)[layer_type]
+        if isinstance(named, str) and "{num}" in named:
+            return {layer_type: named}
+        return {layer_type: _Names({int(number): str(name) for number, name in named.items()})}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"metadata['layer_config'] must be JSON such as '{{\"{layer_type}\": \"PATH.{{num}}\"}}', got {text[:60]!r}"
+        ) from error
 
 
 def check_layer_type(layer_type: object) -> None:

@@ -1,7 +1,7 @@
 """Steering vectors: directions by layer, their arithmetic, and their application to a model."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from steering_vectors._steering import (
     warn_of_doubts,
 )
 from steering_vectors._vectors import (
+    ByLayer,
     Metadata,
     are_equal,
     asked_layers,
@@ -32,7 +33,6 @@ from steering_vectors._vectors import (
     derived,
     in_ranges,
     inherited,
-    norms,
     orthogonal,
     plain_number,
     projections,
@@ -49,7 +49,7 @@ __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
 
 @dataclass(eq=False, repr=False)
-class SteeringVector:
+class SteeringVector(ByLayer):
     """Directions by layer number, and the type of layer whose output they change.
 
     ``layer_activations`` maps layer numbers to directions ``(hidden,)`` or ``(1, hidden)``, all of one width. Layer
@@ -57,7 +57,8 @@ class SteeringVector:
     lists are converted to tensors on the CPU.
 
     ``metadata`` is a read-only mapping of strings that records the vector's origin. Training fills it, files keep it,
-    and equality ignores it.
+    and equality ignores it, except for the entry ``layer_config``: it names the modules to steer, if the vector was
+    trained at others than the model's layers of its type.
 
     Raises TypeError for other values. Raises ValueError for other shapes, numbers that aren't finite, and an unknown
     layer type. The vector is checked when it is made, and again when it is applied or saved.
@@ -106,8 +107,9 @@ class SteeringVector:
         Hooks change the layers' outputs inside the block; the model's modules and weights stay as they are. Several
         steerings act in the order in which they are entered.
 
-        ``layer_config`` names the layers of models whose layers aren't found automatically. It maps a layer type to a
-        template such as ``"transformer.h.{num}"``, or to a callable ``(model, number) → name``.
+        ``layer_config`` names the layers of models whose layers aren't found automatically. It maps a layer type
+        to a template such as ``"transformer.h.{num}"``, or to a callable ``(model, number) → name``. By default, it is
+        the one that the vector was trained with, if that named other modules than the model's own layers.
 
         ``operator`` is called with the activation and the direction times ``multiplier``, and returns what is added to
         the activation. By default, that is the direction times ``multiplier``.
@@ -182,44 +184,6 @@ class SteeringVector:
         return attach(steering)
 
     patch_activations = patch
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers' numbers, ascending."""
-        return sorted(self.layer_activations)
-
-    def __contains__(self, layer: object) -> bool:
-        """Return True if the vector has a direction for this layer number.
-
-        >>> 1 in SteeringVector({1: [3.0, 4.0]})
-        True
-        """
-        return layer in self.layer_activations
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the layers' numbers, ascending."""
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        """Return the number of layers."""
-        return len(self.layer_activations)
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of the directions. Raises ValueError for a vector without directions."""
-        widths = [direction.shape[-1] for direction in self.layer_activations.values()]
-        if not widths:
-            raise ValueError("this steering vector has no directions, so it has no hidden_size")
-        return int(widths[0])
-
-    def norms(self) -> dict[int, float]:
-        """Return the Euclidean norm of each direction, by layer.
-
-        >>> SteeringVector({1: [3.0, 4.0]}).norms()
-        {1: 5.0}
-        """
-        on_cpu = {n: torch.as_tensor(direction, device="cpu") for n, direction in self.layer_activations.items()}
-        return norms(on_cpu)
 
     def shares(self) -> dict[int, float]:
         """Return each direction's norm as a share of the norm of the activations at its layer.
@@ -457,15 +421,19 @@ class SteeringVector:
             raise TypeError(f"expected a SteeringVector, got {type(other).__name__}")
         if self.layer_type != other.layer_type:
             raise ValueError(f"the vectors have different layer types: {self.layer_type!r} and {other.layer_type!r}")
+        sites = [vector.metadata.get("layer_config", "") for vector in (self, other)]
+        if sites[0] != sites[1]:
+            raise ValueError(f"the vectors belong to different modules: layer_config is {sites[0]!r} and {sites[1]!r}")
         widths = {vector.hidden_size for vector in (self, other) if vector.layer_activations}
         if len(widths) > 1:
             raise ValueError(f"the directions have different widths: {self.hidden_size} and {other.hidden_size}")
 
     def __eq__(self, other: object) -> bool:
-        """Return True if layer types, layers, values, dtypes and shapes are equal; devices may differ."""
+        """Return True if layers, their modules, values, dtypes and shapes are equal; devices may differ."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        return self.layer_type == other.layer_type and are_equal(self.layer_activations, other.layer_activations)
+        sites = ((v.layer_type, v.metadata.get("layer_config", "")) for v in (self, other))
+        return len(set(sites)) == 1 and are_equal(self.layer_activations, other.layer_activations)
 
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 

@@ -154,7 +154,8 @@ class SteeringTrace:
             try:
                 positions = current.positions
             except ValueError:  # several prompts in one row: all places count as tokens, and no text can be shown
-                self._passes[current.number] = _TracedPass(current.thread, None, None, torch.ones(current.shape) > 0)
+                every = torch.ones(current.shape, dtype=torch.bool, device="cpu")
+                self._passes[current.number] = _TracedPass(current.thread, None, None, every)
             else:
                 ids = None if positions.input_ids is None else positions.input_ids.detach().clone()
                 self._passes[current.number] = _TracedPass(current.thread, ids, positions.index, positions.index >= 0)

@@ -36,7 +36,7 @@ from steering_vectors.aggregators import (
     as_direction,
     mean_aggregator,
 )
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, written_config
 from steering_vectors.steering_vector import SteeringVector
 
 __all__ = [
@@ -175,9 +175,9 @@ def train_steering_vector(
         with processes.together("the directions") as directions:
             merged = _merged(aggregator, accumulators.by_rank)
             directions.own = merged.directions()
-    read = f"{read_token_index=}" if tokens is None else f"{tokens=}"
-    call = _of_call(model, repr(aggregator), read, layer_config)
-    call |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type)
+    site = written_config(anatomy, layer_type, layer_config, directions.own)
+    call = _of_call(model, aggregator, read_token_index, tokens, site)
+    call |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type, site)
     metadata = {**of_model(anatomy), **call, **record.entries(), **of_libraries()}
     return SteeringVector(directions.own, layer_type, metadata=metadata)
 
@@ -263,13 +263,19 @@ def aggregate_activations(
     return directions
 
 
-def _of_call(model: nn.Module, method: str, read: str, layer_config: ModelLayerConfig | None) -> dict[str, str]:
+def _of_call(
+    model: nn.Module,
+    aggregator: Aggregator,
+    read_token_index: ReadTokenIndex,
+    tokens: TokenSelection | None,
+    site: str,
+) -> dict[str, str]:
     """Return the metadata on a training's arguments, and on what steered the model meanwhile."""
     steered_by = ", ".join(map(repr, patches_of_this_thread(model)))
     entries = {
-        "method": method,
-        "read": read,
-        "layer_config": repr(layer_config) if layer_config else "",
+        "method": repr(aggregator),
+        "read": f"{read_token_index=}" if tokens is None else f"{tokens=}",
+        "layer_config": site,
         "steered_by": steered_by,
     }
     return {name: without_addresses(text) for name, text in entries.items() if text}
@@ -315,9 +321,9 @@ class _Accumulators:
             for layer, (hidden, accumulator) in sorted(self._by_layer.items())
         }
 
-    def norms_of_stream(self, layer_type: LayerType) -> dict[str, str]:
-        """Return the metadata entry for the median norm of the rows of each layer; none for parts of blocks."""
-        if layer_type != "decoder_block":
+    def norms_of_stream(self, layer_type: LayerType, site: str) -> dict[str, str]:
+        """Return the metadata entry for the median norm of the rows of each block; none for other modules."""
+        if layer_type != "decoder_block" or site:
             return {}
         return of_norms({layer: float(torch.cat(norms).median()) for layer, norms in self._norms.items()})
 

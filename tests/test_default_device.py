@@ -36,11 +36,9 @@ ROWS = torch.randn(40, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.ones_like(IDS)
 CREATES = {function.__name__ for function in _device_constructors()}
-# Made by somebody else at this moment.
-ELSEWHERE = {"tracing"}
 
 
-@pytest.mark.parametrize("module", [module for module in FILES if module not in ELSEWHERE])
+@pytest.mark.parametrize("module", FILES)
 def test_each_creation_of_a_tensor_names_its_device(module: str) -> None:
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     unnamed = [

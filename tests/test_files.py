@@ -601,8 +601,9 @@ class TestMetadataOfResults:
 
     def test_what_else_the_directions_depend_on_is_told(self) -> None:
         model, pairs = tiny.shared("llama"), [("a", "b")]
-        config: Any = {"decoder_block": "model.layers.{num}"}
-        assert train_steering_vector(model, tiny.tokenizer(), pairs, layer_config=config).metadata["layer_config"]
+        config: Any = {"decoder_block": "model.layers.{num}.mlp"}
+        made = train_steering_vector(model, tiny.tokenizer(), pairs, layer_config=config)
+        assert json.loads(made.metadata["layer_config"]) == config
         with SteeringVector({0: torch.ones(tiny.HIDDEN)}).apply(model):
             metadata = train_steering_vector(model, tiny.tokenizer(), pairs).metadata
         assert metadata["steered_by"].startswith("SteeringPatchHandle(layers=[0], multiplier=1.0")

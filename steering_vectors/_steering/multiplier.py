@@ -29,6 +29,11 @@ class Multiplier:
     changes_nothing: bool
     leaves_rows: bool
 
+    @property
+    def largest(self) -> float:
+        """The largest number without its sign."""
+        return float(self.value.abs().max()) if isinstance(self.value, Tensor) else abs(self.value)
+
     def times(self, direction: Tensor) -> Tensor:
         """Return the product ``(hidden,)`` or ``(rows, hidden)``. A row whose number is 0 gets the direction."""
         if not isinstance(self.value, Tensor) or not self.by_row:

@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from steering_vectors._models import OUTPUT, Anatomy, anatomy_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._vectors import checked_directions, in_ranges, type_and_depth
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of
+from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of, read_config
 from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
 from steering_vectors.token_selection import Selector
 
@@ -69,6 +68,7 @@ def steering_of(
     """Return the vector's steering of a model. Raises every error that can be found before the model runs."""
     check_layer_type(vector.layer_type)
     anatomy = anatomy_of(model)
+    layer_config = _config_for(anatomy, vector, layer_config)
     found = layers_of(anatomy, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_operator(operator)
@@ -92,6 +92,24 @@ def steering_of(
         raise ValueError(width_message(width, min(by_number), widths[0]))
     places = [(number, module, OUTPUT) for number, module in found.modules_of(sorted(by_number)).items()]
     return Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only)
+
+
+def _config_for(anatomy: Anatomy, vector: Vector, given: ModelLayerConfig | None) -> ModelLayerConfig | None:
+    """Return the given ``layer_config`` or, if it says nothing of the vector's layer type, the vector's own.
+
+    Raises ValueError if the model doesn't have the modules that the vector was trained at.
+    """
+    site = read_config(vector.metadata.get("layer_config", ""), vector.layer_type)
+    if site is None or not (given is None or (isinstance(given, Mapping) and vector.layer_type not in given)):
+        return given
+    try:
+        layers_of(anatomy, vector.layer_type, site)
+    except ValueError as error:
+        raise ValueError(
+            f"the vector was trained with layer_config={vector.metadata['layer_config']}, which names no module of "
+            f"{type(anatomy.model).__name__}: pass the layer_config that names its modules here"
+        ) from error
+    return site
 
 
 def _check_tokens_can_be_located(anatomy: Anatomy) -> None:
@@ -130,7 +148,7 @@ def _of_strength(shares: Mapping[int, float], steering: Steering) -> str | None:
     multiplier = steering.multiplier
     if multiplier.is_learned or type(steering.operator) is not type(addition_operator()):
         return None
-    total = float(torch.as_tensor(multiplier.value).abs().max()) * sum(shares.values())
+    total = multiplier.largest * sum(shares.values())
     if total <= _STRONGEST:
         return None
     middle = sorted(shares)[len(shares) // 2]

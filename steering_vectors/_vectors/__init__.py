@@ -5,7 +5,8 @@ The metadata of a vector record its origin.
 One safetensors file holds both, and is treated as untrusted when it is read.
 """
 
-from steering_vectors._vectors.algebra import are_equal, cosines, norms, orthogonal, projections, united
+from steering_vectors._vectors.algebra import are_equal, cosines, orthogonal, projections, united
+from steering_vectors._vectors.by_layer import ByLayer
 from steering_vectors._vectors.directions import (
     asked_layers,
     checked_direction,
@@ -30,6 +31,7 @@ from steering_vectors._vectors.metadata import (
 from steering_vectors._vectors.strength import of_norms, shares_of
 
 __all__ = [
+    "ByLayer",
     "Metadata",
     "TrainingRecord",
     "are_equal",
@@ -41,7 +43,6 @@ __all__ = [
     "derived",
     "in_ranges",
     "inherited",
-    "norms",
     "of_libraries",
     "of_model",
     "of_norms",

@@ -11,15 +11,16 @@ from torch import Tensor
 from steering_vectors._vectors.algebra import norms
 from steering_vectors._vectors.directions import checked_directions
 from steering_vectors._vectors.safetensors_file import load_tensors, save_tensors
-from steering_vectors.layer_matching import check_layer_type
+from steering_vectors.layer_matching import LayerType, check_layer_type, read_config
 
 FORMAT, VERSION = "steering-vectors", 1
 _CONVENTION = "the output of the layer, numbered from 0: hidden_states[layer + 1] of Hugging Face"
 
 
-def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_type: str, metadata: Any) -> None:
+def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_type: LayerType, metadata: Any) -> None:
     """Check directions and write them with their metadata to one safetensors file, atomically."""
     check_layer_type(layer_type)
+    read_config(metadata.get("layer_config", ""), layer_type)
     checked = checked_directions(directions)
     if not checked:
         raise ValueError("this steering vector has no directions: there is nothing to save")
@@ -66,6 +67,7 @@ def _checked(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[d
         )
     layer_type = metadata.get("layer_type", "")
     check_layer_type(layer_type[:60])
+    read_config(metadata.get("layer_config", ""), layer_type)  # type: ignore[arg-type]
     directions = checked_directions({_layer_of(name, layer_type): tensor for name, tensor in sorted(tensors.items())})
     if not directions:
         raise ValueError("the file has no directions")

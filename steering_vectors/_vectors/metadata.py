@@ -1,4 +1,8 @@
-"""Metadata of vectors: strings by name that record how a vector was made. No computation depends on them."""
+"""Metadata of vectors: strings by name that record how a vector was made.
+
+Only the entry ``layer_config`` has an effect: it names the modules that a vector was trained at, if they are others
+than the model's layers of the vector's type.
+"""
 
 import os
 import re
