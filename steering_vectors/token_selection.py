@@ -26,7 +26,8 @@ class TokenPositions:
     ``column`` ``(seq,)``, int64: the place in the padded row, including cached columns.
     ``input_ids`` ``(batch, seq)``: the token ids, or None if the pass got embeddings.
     ``prompt_length`` ``(batch,)``, int64: the number of own tokens before the completion, or None if that is unknown.
-    ``begins_sequence``: True if the pass is known to have no cached tokens before it.
+    ``begins_sequence``: True if the pass is known to have no cached tokens before it. It is False where only the device
+    knows that: in a pass of one token over a static cache.
     ``several_texts``: True if a row holds several texts, which don't see each other; each has indices from 0.
     ``beside_encoder``: True if the tokens are a decoder's, beside an encoder's.
     ``beside_another``: True if the pass begins a text right after another text's first pass, whose cache is in use.

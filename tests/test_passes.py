@@ -227,6 +227,11 @@ class TestPositions:
             positions = seen(model, tracker, ids(1, 3), cache=cache)
         assert positions.begins_sequence is begins
 
+    def test_a_step_over_a_static_cache_is_not_said_to_begin_a_sequence(self) -> None:
+        model = Outer()
+        with tracked(model) as tracker:
+            assert not seen(model, tracker, ids(1, 1), cache=Cache(torch.tensor(0))).begins_sequence
+
 
 class TestMemoryOfCaches:
     def test_what_was_fed_into_a_cache_that_does_not_tell_is_counted(self) -> None:

@@ -1296,6 +1296,17 @@ class TestLeftOver:
         count.remove()
         assert len(passes) == 1
 
+    def test_the_first_pass_over_another_prompt_raises_under_a_static_cache(self) -> None:
+        model = tiny.build("llama")  # generate keeps the cache on it
+        for _ in range(2):  # the second time it finds the first one's cache
+            with vector().apply(model, tokens=generated(padded(PROMPT))):
+                answer(model, padded(PROMPT), cache_implementation="static")
+            with (
+                pytest.raises(ValueError, match="made for another prompt than the one that the model now runs on"),
+                vector().apply(model, tokens=generated(padded(PROMPT))),
+            ):
+                answer(model, padded([*PROMPT[:-1], 99]), cache_implementation="static")
+
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_continuing_does_not_raise(self, model: PreTrainedModel, use_cache: bool) -> None:
         inputs = padded(PROMPT, SHORT)

@@ -13,8 +13,11 @@ VOCABULARY = 320
 HIDDEN = 32
 LAYERS = 3
 WINDOW = 6
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # There a cached Gemma-2 gives other logits than an uncached one beyond its window, whoever steers it.
-ON_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+ON_TRANSFORMERS_4 = VERSION < (5, 0)
+# There the chunks of a prompt are compiled, as one graph, also on CPUs.
+CHUNKS_ARE_ONE_GRAPH = VERSION == (4, 51)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -77,6 +80,8 @@ _MORE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 ARCHITECTURES = [name for name, (config, _) in _CONFIGS.items() if hasattr(transformers, config)]
+# Cached, they give other logits than uncached, whoever steers them.
+UNLIKE_UNCACHED = {"gemma2"} if (4, 46) < VERSION < (5, 0) else set()
 # Their states take padding in, whoever steers them.
 IGNORE_PADDING = {"rwkv"}
 # The states of this one can't be reordered, so that generate refuses beams.

@@ -111,9 +111,10 @@ def attached(attachments: Sequence[Attachment]) -> Generator[None, None, None]:
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``hook`` wrapped so that torch.compile calls it between two pieces of code and never compiles it."""
     apart: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    apart._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # disable(reason=…) came with PyTorch 2.7
+    # The error under fullgraph=True shows this name, in all versions of PyTorch; disable(reason=…) came with 2.8.
+    apart.__qualname__ = (
         "steering some of the tokens, or recording, runs outside compiled code: compile the model without "
-        "fullgraph=True, or steer all tokens"
+        "fullgraph=True (in generate, with compile_config=CompileConfig(fullgraph=False)), or steer all tokens"
     )
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ class _Uncompiled:
 
     def __enter__(self) -> None:
         with LOCK:
-            if self._blocks == 0 and hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+            if self._blocks == 0:
                 self._stance.enter_context(torch.compiler.set_stance("force_eager"))
             self._blocks += 1
 
