@@ -1,5 +1,6 @@
 """Attach hooks to modules so that copies, pickles and compiled code of the modules are as without them."""
 
+import copy
 import copyreg
 import functools
 import types
@@ -15,6 +16,12 @@ from steering_vectors._locks import LOCK
 
 # Attributes that a module has while this library changes its output, or its input.
 OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
+
+
+class Wrapper:
+    """A callable attribute of a module, wrapped by this library. Copies of the module get the ``function`` itself."""
+
+    function: Callable[..., Any]
 
 
 class Attachment(Protocol):
@@ -184,7 +191,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def mark(module: nn.Module) -> None:
     """Give a module the class of hooked modules. The lock must be held."""
-    if not _is_marked(module):
+    if _hooked_class_of(module) is None:
         base = type(module)
         if base not in _CLASSES:  # kept, so that code that was compiled for it can be used again
             _CLASSES[base] = _hooked_class(base)
@@ -193,21 +200,46 @@ def mark(module: nn.Module) -> None:
 
 def unmark(module: nn.Module) -> None:
     """Return a module to its own class, once nothing of this library is attached to it. The lock must be held."""
-    is_needed = any(_is_ours(hook) for hooks, *_ in _hooks_and_flags(module) for hook in hooks.values())
-    if _is_marked(module) and not is_needed and not module.__dict__.keys() & {OUTPUT, INPUT}:
-        module.__class__ = type(module).__bases__[0]
-        # Compiled code looks at the class again only if it knows of a change of the module's attributes.
-        module.__dict__[OUTPUT] = None
-        del module.__dict__[OUTPUT]
+    hooked = _hooked_class_of(module)
+    if hooked is None or _is_in_use(module):
+        return
+    (base,) = hooked.__bases__
+    if type(module) is hooked:
+        module.__class__ = base
+    else:  # other code has derived a class from it meanwhile, as parametrizations and FSDP do
+        for kind in type(module).__mro__:
+            if hooked in kind.__bases__:
+                kind.__bases__ = tuple(base if parent is hooked else parent for parent in kind.__bases__)
+    # Compiled code looks at the class again only if it knows of a change of the module's attributes.
+    module.__dict__[OUTPUT] = None
+    del module.__dict__[OUTPUT]
 
 
-def _is_marked(module: nn.Module) -> bool:
-    return "_is_hooked_by_steering_vectors" in type(module).__dict__
+def _is_in_use(module: nn.Module) -> bool:
+    hooks = (hook for hooks, *_ in _hooks_and_flags(module) for hook in hooks.values())
+    return (
+        not module.__dict__.keys().isdisjoint((OUTPUT, INPUT))
+        or any(_is_ours(hook) for hook in hooks)
+        or any(isinstance(value, Wrapper) for value in module.__dict__.values())
+    )
+
+
+def _hooked_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of hooked modules among a module's classes."""
+    return next((kind for kind in type(module).__mro__ if "_is_hooked_by_steering_vectors" in kind.__dict__), None)
 
 
 def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _reduced(_unhooked(self, base), protocol)
+        return _reduced(_unhooked(self, hooked, base), protocol, base)
+
+    def shallow(self: nn.Module) -> Any:
+        return copy.copy(_unhooked(self, hooked, base))
+
+    def deep(self: nn.Module, memo: dict[Any, Any]) -> Any:
+        # One twin for all references to the module, also for those inside it.
+        twin = memo.setdefault((hooked, id(self)), _unhooked(self, hooked, base))
+        return copy.deepcopy(twin, memo)
 
     def replicate(self: nn.Module) -> nn.Module:
         raise RuntimeError(
@@ -215,7 +247,7 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
             f"has attached: use DistributedDataParallel, run on one device, or leave the steering first"
         )
 
-    own = {
+    own: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -223,13 +255,23 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
         "_replicate_for_data_parallel": replicate,
         "_is_hooked_by_steering_vectors": True,
     }
-    return types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own))
+    copying = {"__copy__": shallow, "__deepcopy__": deep}  # methods that copy without __reduce_ex__
+    own |= {name: method for name, method in copying.items() if hasattr(base, name)}
+    hooked = types.new_class(base.__name__, (base,), exec_body=lambda namespace: namespace.update(own))
+    return hooked
 
 
-def _unhooked(module: nn.Module, base: type[nn.Module]) -> nn.Module:
-    """Return a module of the class ``base`` that shares all attributes with ``module`` except this library's hooks."""
-    twin = object.__new__(base)
-    twin.__dict__.update(module.__dict__)
+def _unhooked(module: nn.Module, hooked: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    """Return a module that shares all attributes with ``module`` except this library's hooks and wrappers.
+
+    It is of the class ``base``, or of the class that other code has derived from ``hooked``.
+    """
+    twin: nn.Module = object.__new__(base if type(module) is hooked else type(module))
+    for name, value in module.__dict__.items():
+        twin.__dict__[name] = value.function if isinstance(value, Wrapper) else value
+    for name in copyreg._slotnames(type(twin)):  # type: ignore[attr-defined]
+        if hasattr(module, name):
+            object.__setattr__(twin, name, getattr(module, name))
     for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         twin.__dict__[name] = module.__dict__[name].copy()
     for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
@@ -240,9 +282,9 @@ def _unhooked(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def _reduced(module: nn.Module, protocol: Any) -> Any:
-    """Return ``module.__reduce_ex__(protocol)`` in a form that pickle takes for an object of another class."""
-    reduced = module.__reduce_ex__(protocol)
+def _reduced(module: nn.Module, protocol: Any, base: type[nn.Module]) -> Any:
+    """Return what ``base`` reduces a module to, in a form that pickle takes for an object of another class."""
+    reduced = base.__reduce_ex__(module, protocol)
     if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
         return (copyreg._reconstructor, (type(module), object, None), *reduced[2:])  # type: ignore[attr-defined]
     return reduced

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from steering_vectors._locks import LOCK
-from steering_vectors._models import every_module
+from steering_vectors._models import Wrapper, every_module, mark, unmark
 
 Pass = TypeVar("Pass")
 
@@ -35,7 +35,7 @@ def checkpoint_attachments(model: nn.Module, tracker: Tracker[Any]) -> Iterator[
             yield _Attached(module, tracker)
 
 
-class _Checkpoints:
+class _Checkpoints(Wrapper):
     """A module's checkpointing function, which reruns each part in the pass that ran it first."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -54,13 +54,6 @@ class _Checkpoints:
                 return part(*args, **kwargs)
 
         return self.function(run, *args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        return _same, (self.function,)  # a copied or pickled model is not steered
-
-
-def _same(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 class _Attached:
@@ -81,6 +74,7 @@ class _Attached:
             if module is None or function is None or self.is_attached:
                 return
             if not isinstance(function, _Checkpoints):
+                mark(module)
                 function = _Checkpoints(function)
                 setattr(module, _FUNCTION, function)
             function.trackers = (*function.trackers, self._tracker)
@@ -88,11 +82,13 @@ class _Attached:
     def remove(self) -> None:
         with LOCK:
             module, function = self._module(), self._function()
-            if module is None or not isinstance(function, _Checkpoints):  # other code may have replaced it
+            if module is None:
                 return
-            function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self._tracker)
-            if not function.trackers:
-                setattr(module, _FUNCTION, function.function)
+            if isinstance(function, _Checkpoints):  # other code may have replaced it
+                function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self._tracker)
+                if not function.trackers:
+                    setattr(module, _FUNCTION, function.function)
+            unmark(module)
 
     def _function(self) -> Callable[..., Any] | None:
         module = self._module()

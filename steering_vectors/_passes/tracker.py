@@ -170,6 +170,11 @@ class PassTracker:
         if current is None:
             return
         given: dict[str, Any] | None = None
+        if self._need >= Need.POSITIONS and torch.compiler.is_compiling():
+            raise RuntimeError(
+                "torch.export keeps the operations of one pass, but a selection of tokens is made anew in each pass: "
+                "export the model outside the block, or steer all tokens"
+            )
         if self._need > Need.PASSES:
             given = dict(zip(names, args, strict=False)) | kwargs
         current.enter(depth, given, names)

@@ -141,7 +141,7 @@ class Change:
     def _scaled_for(self, device: torch.device, dtype: torch.dtype, shape: list[int]) -> Tensor:
         if self._is_live:
             return self._multiplier.times(wide(self._direction).to(device)).to(dtype).reshape(shape)
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_compiling():  # also in torch.export, whose tensors hold no numbers to be kept
             return self._scaled.to(device, dtype).reshape(shape)
         key = (device, dtype, len(shape))
         if key not in self._copies:
@@ -152,7 +152,7 @@ class Change:
     def _is_zero(self, activation: Tensor) -> Tensor:
         """Return a mask of the multipliers that are 0, broadcastable to ``activation``."""
         device = activation.device
-        if self._multiplier.is_learned or torch.compiler.is_dynamo_compiling():
+        if self._multiplier.is_learned or torch.compiler.is_compiling():
             is_zero = self._multiplier.is_zero(device)
         else:
             if device not in self._zeros:  # a decoding step must not copy from host to device
