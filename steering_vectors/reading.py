@@ -21,7 +21,6 @@ from steering_vectors._models import anatomy_of
 from steering_vectors._precision import wide
 from steering_vectors._steering import TokenSelection
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
-from steering_vectors.token_selection import from_index
 
 # The number of texts within which their order in the model's passes is free.
 _WINDOW = 256
@@ -98,7 +97,7 @@ def residual_norms(
     Scale a unit vector by these norms: ``vector.normalized().scaled(residual_norms(…))``. Its multiplier is then a
     fraction of the activations' size, comparable across models.
 
-    Raises as :func:`train_steering_vector`, and ValueError for a text of a single token.
+    Raises as :func:`train_steering_vector`, and ValueError if no text has more than one token.
 
     >>> sorted(residual_norms(model, tokenizer, ["I love it", "It rains"]))
     [0, 1]
@@ -108,22 +107,25 @@ def residual_norms(
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, None, "decoder_block", layer_config, batch_size)
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
-    reading = Reading(tokenize, -1, from_index(1), anatomy=anatomy)
+    reading = Reading(tokenize, -1, None, anatomy=anatomy)
     read = (reading(text, name=f"text {number}") for number, text in enumerate(texts))
     norms: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
+    count = 0
     with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
         while window := list(islice(read, _WINDOW)):
             for part in extract(list(_single_tokens(window))):
                 norms[part.layer].append(wide(part.rows).norm(dim=-1).cpu())
             bar.update(len(window))
+            count += len(window)
     if not norms[extract.layers[0]]:
-        raise ValueError("texts is empty: give at least one")
+        alone = "all texts have only one token, which is left out: give longer ones"
+        raise ValueError(alone if count else "texts is empty: give at least one")
     return {layer: _median(torch.cat(parts)) for layer, parts in norms.items()}
 
 
 def _single_tokens(texts: Iterable[ReadPrompt]) -> Iterator[ReadPrompt]:
-    """Yield a prompt for each token that is read, so that each has a row."""
-    return (ReadPrompt(text.input_ids, [position]) for text in texts for position in text.positions)
+    """Yield a prompt for each token but the first of each text, so that each has a row."""
+    return (ReadPrompt(text.input_ids, [n]) for text in texts for n in range(1, len(text.input_ids)))
 
 
 def _median(values: Tensor) -> float:

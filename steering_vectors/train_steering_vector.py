@@ -1,5 +1,6 @@
 """Train a steering vector from contrasting prompts, in one call or in two steps."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -161,24 +162,24 @@ def train_steering_vector(
     processes, record = Processes(process_group), TrainingRecord()
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         with processes.together("the rows") as accumulators:
-            check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
             tokenize, anatomy = PromptTokenizer(tokenizer, chat_template_kwargs), anatomy_of(model)
             extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-            reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
+            prompts = _PromptsOf(Reading(tokenize, read_token_index, tokens, anatomy=anatomy))
             if process_group is not None:
                 check_unsharded(model)
             processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
             accumulators.own = _Accumulators(aggregator, on_cpu=move_to_cpu or process_group is not None)
             bar = tqdm_desc if show_progress else None
-            for rows in rows_of_pairs(extract, _PromptsOf(reading), training_samples, bar, processes, record):
+            for rows in rows_of_pairs(extract, prompts, training_samples, bar, processes, record):
                 accumulators.own.add(rows)
         with processes.together("the directions") as directions:
             merged = _merged(aggregator, accumulators.by_rank)
             directions.own = merged.directions()
+    _warn_of_zeros(directions.own, prompts.first_pair, tokenizer)
     site = written_config(anatomy, layer_type, layer_config, directions.own)
     call = _of_call(model, aggregator, read_token_index, tokens, site)
     call |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type, site)
-    metadata = {**of_model(anatomy), **call, **record.entries(), **of_libraries()}
+    metadata = of_model(anatomy) | call | record.entries() | of_libraries()
     return SteeringVector(directions.own, layer_type, metadata=metadata)
 
 
@@ -295,6 +296,7 @@ class _Accumulators:
     """An accumulator for each layer, with the width of its rows."""
 
     def __init__(self, aggregator: Aggregator, *, on_cpu: bool = False) -> None:
+        check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
         self._aggregator = aggregator
         self._on_cpu = on_cpu
         self._by_layer: dict[int, tuple[int, Accumulator]] = {}
@@ -336,20 +338,37 @@ class _Accumulators:
         return self._by_layer[layer][1]
 
 
-@dataclass(frozen=True)
 class _PromptsOf:
     """The prompts of a sample, as ``reading`` reads them. Errors name the sample's number."""
 
-    reading: Reading
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.first_pair: list[ReadPrompt] = []
 
     def __call__(self, number: int, sample: Any) -> list[ReadPrompt]:
         pair = _as_sample(number, sample)
         texts = (pair.positive_str, pair.negative_str)
         indices = (pair.read_positive_token_index, pair.read_negative_token_index)
-        return [
+        prompts = [
             self.reading(text, index, name=f"sample {number}, {side} side")
             for side, text, index in zip(SIDES, texts, indices, strict=True)
         ]
+        self.first_pair = self.first_pair or prompts
+        return prompts
+
+
+def _warn_of_zeros(directions: Mapping[int, Tensor], pair: Sequence[ReadPrompt], tokenizer: Any) -> None:
+    """Warn if all directions are zeros, with the tokens that were read of the first pair."""
+    if any(bool(direction.any()) for direction in directions.values()):
+        return
+    decode = getattr(tokenizer, "decode", repr)
+    read = " and ".join(repr(decode([prompt.input_ids[place] for place in prompt.positions])) for prompt in pair)
+    warnings.warn(
+        f"all directions are zeros: both sides of the pairs read the same. Of the first pair, {read} was read. Does "
+        f"the chat template leave out what differs, or do the prompts differ only after the token that is read?",
+        UserWarning,
+        stacklevel=4,  # where train_steering_vector was called, which is decorated
+    )
 
 
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:

@@ -99,6 +99,20 @@ def test_arguments_of_training(call: Any, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("samples", "options", "read"),
+    [
+        (PAIRS, {"read_token_index": 0}, "'I' and 'I' was read"),
+        ([("yes", "yes"), ("no", "no")], {"layers": [0, 1]}, "'s' and 's' was read"),
+    ],
+)
+def test_sides_that_read_the_same(samples: Any, options: dict[str, Any], read: str) -> None:
+    samples = [(f"I {positive}", f"I {negative}") for positive, negative in samples]
+    with pytest.warns(UserWarning, match=f"all directions are zeros: .* {read}. Does the chat template") as told:
+        train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), samples, **{"layers": 1, **options})
+    assert told[0].filename == __file__
+
+
 def test_a_completion_of_texts() -> None:
     with pytest.raises(ValueError, match="where the prompt ends .* which only a chat shows: give chat messages"):
         train(PAIRS, tokens=completion())

@@ -42,7 +42,7 @@ def test_texts_may_come_in_several_windows_and_be_chats_or_token_ids(monkeypatch
         (None, TypeError, "texts must be a list or another iterable of texts or chats, got NoneType"),
         ([], ValueError, "texts is empty: give at least one"),
         (["fine", ""], ValueError, "^text 1: the prompt is empty"),
-        (["fine", "x"], ValueError, r"^text 1: tokens=from_index\(1\) selects none of the prompt's 1 tokens"),
+        (["y", "x"], ValueError, "all texts have only one token, which is left out: give longer ones"),
         ([3], TypeError, "^text 0: expected a text"),
     ],
     ids=str,
@@ -50,6 +50,11 @@ def test_texts_may_come_in_several_windows_and_be_chats_or_token_ids(monkeypatch
 def test_texts_that_can_not_be_read(texts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         residual_norms(tiny.shared("llama"), tiny.tokenizer(), texts)
+
+
+def test_a_text_of_one_token_adds_nothing() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    assert residual_norms(model, tokenizer, ["x", *TEXTS]) == residual_norms(model, tokenizer, TEXTS)
 
 
 def test_a_vector_times_the_norms_moves_the_stream_by_shares_of_it() -> None:

@@ -242,6 +242,7 @@ class TestSamples:
         assert taken == list(range(len(SAMPLES)))
         assert min(taken_at_pass) <= window
 
+    @pytest.mark.filterwarnings("ignore:all directions are zeros:UserWarning")
     def test_may_have_equal_sides(self) -> None:
         vector = train_steering_vector(tiny.shared("gpt2"), tiny.tokenizer(), [("same", "same")])
         assert all(torch.equal(direction, torch.zeros(tiny.HIDDEN)) for direction in vector.layer_activations.values())
