@@ -14,7 +14,7 @@ PIP_FLAGS = -qq --disable-pip-version-check
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py \
 	-o "norecursedirs=.* architectures build dist gpu"
 
-.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel fuzz docs lint types format clean
+.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -50,6 +50,16 @@ test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it 
 	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
 	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
 	@cp tests/wheel_smoke.py $(VENV_WHEEL)/ && cd $(VENV_WHEEL) && bin/python -W error::DeprecationWarning:steering_vectors wheel_smoke.py
+
+# Nothing is installed: it runs with the PyTorch and transformers that PYTHON has.
+test-gpu: export PYTHONPATH = .
+test-gpu: export DEVICE ?= cuda
+test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu: the same on a CPU, with PYTHON=…
+	@status=0; \
+	$(PYTHON) -m pytest tests/gpu -q -W ignore -W "error:the model ran:RuntimeWarning" || status=1; \
+	$(PYTHON) benchmarks/steering.py --device $(DEVICE) --rounds $(if $(filter cpu,$(DEVICE)),2,10) || status=1; \
+	$(PYTHON) benchmarks/training.py --device $(DEVICE) --only personas --personas 1000 || status=1; \
+	exit $$status
 
 fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against the loader of vectors
 	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py -k Fuzz -q --hypothesis-show-statistics

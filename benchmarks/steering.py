@@ -1,6 +1,6 @@
 """Time of a decoding step and of a prefill, steered at all layers, against unsteered, and the public library's hook.
 
-    python benchmarks/steering.py [--model FOLDER] [--rounds 30] [--compiled]
+    python benchmarks/steering.py [--model FOLDER] [--device cuda] [--rounds 30] [--compiled]
 
 A tiny random Llama always, the model in ``--model``, and on a GPU a random Llama of a billion weights in bfloat16. Each
 round runs every variant, in changing order; the ratios are medians over the rounds. ``--compiled`` times models that
@@ -193,6 +193,7 @@ def transfers(work: Callable[[], object]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
@@ -203,7 +204,7 @@ def main() -> None:
         measure(
             "the model", AutoModelForCausalLM.from_pretrained(options.model).eval(), options.rounds, options.compiled
         )
-    if torch.cuda.is_available():
+    if options.device == "cuda":
         measure("a billion", billion(), options.rounds, options.compiled)
 
 

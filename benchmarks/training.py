@@ -1,8 +1,10 @@
 """Time and memory of training, against a plain loop, the public library 0.12.2, and the bare decoder.
 
-    python benchmarks/training.py --model FOLDER [--caa FILE] [--public DIR] [--only NAME …]
+    python benchmarks/training.py [--model FOLDER] [--device cuda] [--caa FILE] [--public DIR] [--only NAME …]
 
-``--model`` is a folder with a causal language model and its tokenizer. ``--caa`` is a file of contrastive activation
+``--model`` is a folder with a causal language model and its tokenizer. Without it, a random Llama takes its place, of a
+billion weights in bfloat16 on a GPU and tiny on a CPU, whose tokens are bytes; it needs the folder of the project on
+PYTHONPATH, and runs no ``memory``. ``--caa`` is a file of contrastive activation
 addition's data (question, answer_matching_behavior, answer_not_matching_behavior); without it, questions of the same
 shape are made up. ``--public`` is where ``pip install --no-deps --target DIR steering-vectors==0.12.2`` put it.
 
@@ -99,7 +101,7 @@ def plain_loop(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch_s
     for start in range(0, len(pairs), batch_size):
         for side in (0, 1):
             texts = [pair[side] for pair in pairs[start : start + batch_size]]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(model.device)
             kept: dict[int, torch.Tensor] = {}
 
             def keep(_m: Any, _a: Any, output: Any, layer: int = 0, kept: dict[int, torch.Tensor] = kept) -> None:
@@ -134,7 +136,7 @@ def bare_decoder(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch
             width = max(map(len, group))
             rows = [pack.input_ids + [0] * (width - len(pack)) for pack in group]
             with torch.no_grad():
-                decoder(torch.tensor(rows), use_cache=False)
+                decoder(torch.tensor(rows, device=model.device), use_cache=False)
     finally:
         decoder.layers = blocks
 
@@ -142,6 +144,8 @@ def bare_decoder(model: Any, tokenizer: Any, pairs: Pairs, layers: Layers, batch
 def timed(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -169,7 +173,7 @@ def best_batch_size(function: Callable[..., Any], *args: Any) -> int:
 def agreement(some: SteeringVector, other: SteeringVector) -> float:
     """The lowest cosine between two vectors' directions."""
     pairs = [(some.layer_activations[n], other.layer_activations[n]) for n in some.layers]
-    return min(float(torch.cosine_similarity(a.double(), b.double(), dim=0)) for a, b in pairs)
+    return min(float(torch.cosine_similarity(a.double().cpu(), b.double().cpu(), dim=0)) for a, b in pairs)
 
 
 class Public:
@@ -205,6 +209,14 @@ def load(folder: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+
+
+def random_model(device: str) -> tuple[Any, Any]:
+    import steering
+
+    from tests import tiny
+
+    return steering.billion() if device == "cuda" else steering.tiny(), tiny.tokenizer(chat_template=tiny.CHATML)
 
 
 def peak_memory(folder: str, name: str, pairs: Pairs, batch_size: int) -> float:
@@ -269,7 +281,8 @@ def rows_only() -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--caa", type=Path)
     parser.add_argument("--public")
     parser.add_argument("--rounds", type=int, default=3)
@@ -285,7 +298,8 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model) if options.model else random_model(options.device)
+    model.to(options.device)
     middle = [len(model.model.layers) // 2]
     asked = choices(options.caa, tokenizer, options.pairs)
     if "choices" in options.only:
@@ -313,7 +327,7 @@ def compare(options: argparse.Namespace) -> None:
         pairs = personas(tokenizer, 192)
         share, seconds = share_of_verification(model, tokenizer, pairs, 2 * options.rounds + 1)
         print(f"verification, {len(pairs)} persona pairs: {100 * share:.1f} % of a training of {seconds:.2f} s")
-    if "memory" in options.only:
+    if "memory" in options.only and options.model:
         size = best_batch_size(plain_loop, model, tokenizer, asked, None)
         theirs, mine = (peak_memory(options.model, name, asked, size) for name in ("plain_loop", "ours"))
         print(
@@ -332,7 +346,7 @@ def faster(name: str, options: argparse.Namespace, model: Any, tokenizer: Any, p
         times, slow, fast = ratio(theirs, mine, 1 if name == "personas" else options.rounds)
         text = f"{name}, {len(pairs)} pairs, layers {layers or 'all'}: {times:.2f} x faster than {against} "
         text += f"({slow:.2f} s, ours {fast:.2f} s, batch size {size})"
-        if against == "plain loop" and len(pairs) <= options.pairs:
+        if against == "plain loop" and (len(pairs) <= options.pairs or not options.model):
             text += f", cosine {agreement(mine(), theirs()):.6f}"
         print(text, flush=True)
 
