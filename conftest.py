@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from steering_vectors import SteeringVector, generated
+from steering_vectors import SteeringVector, generated, train_steering_vector
 from tests import tiny
 
 torch.set_num_threads(1)  # two processes of tests share two cores
@@ -35,6 +35,8 @@ def example_names(request: pytest.FixtureRequest) -> None:
             folder=request.getfixturevalue("tmp_path"),
             model=model,
             tokenizer=tiny.tokenizer(),
+            SteeringVector=SteeringVector,
+            train_steering_vector=train_steering_vector,
             vector=SteeringVector({1: torch.ones(tiny.HIDDEN)}),
             inputs=inputs,
             generated=generated,

@@ -62,10 +62,10 @@ def test_tokens_and_shares_are_those_of_the_recorded_activations(
 @pytest.mark.parametrize("inside", [True, False])
 def test_steerings_may_be_entered_before_it_or_in_it(inside: bool) -> None:
     model = tiny.shared("llama")
-    contexts: list[Any] = [vector(0, 2).apply(model, tokens=generated(INPUTS)), trace_steering(model)]
-    with contexts[inside] as some, contexts[not inside] as other:
+    trace = trace_steering(model)
+    contexts: list[Any] = [vector(0, 2).apply(model, tokens=generated(INPUTS)), trace]
+    with contexts[inside], contexts[not inside]:
         answer(model, INPUTS)
-    trace = some or other
     # The prompt's last token and three of the answer, of two rows each.
     assert {layer: found.steered_tokens for layer, found in trace.summary().items()} == {0: 8, 2: 8}
     assert {found.runs for found in trace.summary().values()} == {4}

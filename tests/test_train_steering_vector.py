@@ -173,6 +173,7 @@ class TestDirections:
         vector = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), SMALL)
         assert not any(direction.requires_grad for direction in vector.layer_activations.values())
 
+    @pytest.mark.filterwarnings("ignore:all directions are zeros:UserWarning")
     def test_inside_a_steering_are_read_from_what_was_steered(self) -> None:
         model = tiny.shared("llama")
         ablate = SteeringVector({0: torch.ones(tiny.HIDDEN)})
