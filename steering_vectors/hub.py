@@ -145,6 +145,8 @@ with vector{chosen}.apply(model, multiplier=1.0):
     output = model.generate(**inputs)
 ```
 
+This needs version 1.0 or newer of the library.
+
 ## How it was made
 
 | | |

@@ -1,5 +1,6 @@
 """The README's code runs, and gives what the README says."""
 
+import ast
 import re
 import textwrap
 from pathlib import Path
@@ -23,14 +24,13 @@ def test_the_readme_runs_as_one_script(
     script = "\n".join(textwrap.dedent(block) for block in blocks)
     exec(compile(script, str(README), "exec"), {})
     printed = capsys.readouterr().out
-    assert printed.startswith("I think the hotel was a disaster")
-
-    inputs = tokenizer("I think the hotel was", return_tensors="pt")
-    unsteered = tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
-    assert unsteered.startswith("I think the hotel was a great idea")
+    (shown, *_) = re.findall(r"\.\. code-block:: text\n\n((?:    .*\n|\n)+)", README.read_text())
+    assert printed.startswith(textwrap.dedent(shown).rstrip())
 
 
-def test_the_readme_opens_with_eight_lines_of_code() -> None:
+def test_the_first_example_fits_a_narrow_window_with_one_statement_a_line() -> None:
     (first, *_) = re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README.read_text())
-    code = [line for line in first.splitlines() if line.strip()]
-    assert len(code) == 8
+    code = textwrap.dedent(first)
+    assert max(map(len, code.splitlines())) <= 80
+    statements = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
+    assert len({node.lineno for node in statements}) == len(statements)
