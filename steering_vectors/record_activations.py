@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steering_vectors._models import Hook, activation_of, attached
+from steering_vectors._models import Attached, Hook, activation_of
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 
@@ -47,5 +47,5 @@ def record_activations(
         records[number].append(activation.detach().clone() if clone_activations else activation)
 
     hooks = [Hook(module, partial(record, number)) for number, module in found.modules_of(numbers).items()]
-    with attached(hooks):
+    with Attached(hooks):
         yield records

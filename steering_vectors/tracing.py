@@ -5,7 +5,6 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,7 @@ from steering_vectors._extraction import shared_prefix
 from steering_vectors._models import along_tokens, anatomy_of, check_model
 from steering_vectors._passes import ForwardPass, Need, PassTracker
 from steering_vectors._precision import wide
-from steering_vectors._steering import changes_of, traced
+from steering_vectors._steering import AttachedTrace, changes_of
 
 
 def trace_steering(model: nn.Module) -> "SteeringTrace":
@@ -72,24 +71,32 @@ class SteeringTrace:
         self._notes: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
         self._passes: dict[int, _TracedPass] = {}
         self._modules: set[int] = set()
-        self._stack = ExitStack()
 
     def __enter__(self) -> "SteeringTrace":
         model = self._model()
         if model is None:
             raise RuntimeError("the model of this trace no longer exists: make a new trace with trace_steering(model)")
         self._tracker = PassTracker(anatomy_of(model).pass_modules, Need.POSITIONS)
-        self._stack.callback(self._tracker.stop)
-        self._tracker.start()
         self._modules = {id(module) for module in model.modules()}
-        self._stack.enter_context(traced(self._note))
+        note = weakref.WeakMethod(self._note)  # a trace that is no longer used must not be kept by what it attached
+        self._tracker.start([AttachedTrace(lambda *steered: (noted := note()) and noted(*steered))])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stack.close()
-        self._modules.clear()
+        self._stop()
+
+    def __del__(self) -> None:
+        self._stop()  # after an interrupt while the block was left
+
+    def _stop(self) -> None:
+        if self._tracker is not None:
+            try:
+                self._tracker.stop()
+            except BaseException:  # an interrupt: what it left undone is done now
+                self._tracker.stop()
+                raise
 
     def summary(self) -> dict[int, LayerSummary]:
         """Return the summary of each layer that was steered and ran, by the layer's number."""

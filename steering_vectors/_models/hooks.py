@@ -5,14 +5,13 @@ import copyreg
 import functools
 import types
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from steering_vectors._locks import LOCK
+from steering_vectors._locks import locked
 
 # Attributes that a module has while this library changes its output, or its input.
 OUTPUT, INPUT = "_steering_vectors", "_steering_vectors_input"
@@ -70,21 +69,21 @@ class Hook:
         module = self._module()
         return module is not None and any(self._function is hook for hook in self._hooks_of(module).values())
 
+    @locked
     def attach(self) -> None:
-        with LOCK:
-            module = self._module()
-            if module is not None and not self.is_attached:
-                mark(module)
-                register = module.register_forward_pre_hook if self._before else module.register_forward_hook
-                register(self._function, **self._options)
+        module = self._module()
+        if module is not None and not self.is_attached:
+            mark(module)
+            register = module.register_forward_pre_hook if self._before else module.register_forward_hook
+            register(self._function, **self._options)
 
+    @locked
     def remove(self) -> None:
-        with LOCK:
-            module = self._module()
-            if module is None:
-                return
-            _drop(module, lambda hook: hook is self._function)
-            unmark(module)
+        module = self._module()
+        if module is None:
+            return
+        _drop(module, lambda hook: hook is self._function)
+        unmark(module)
 
     def _hooks_of(self, module: nn.Module) -> dict[int, Callable[..., Any]]:
         return module._forward_pre_hooks if self._before else module._forward_hooks
@@ -105,14 +104,21 @@ def remove_all(attachments: Iterable[Attachment]) -> None:
         attachment.remove()
 
 
-@contextmanager
-def attached(attachments: Sequence[Attachment]) -> Generator[None, None, None]:
-    """Attach all inside the block."""
-    try:
-        attach_all(attachments)
-        yield
-    finally:
-        remove_all(attachments)
+class Attached:
+    """A block in which all attachments are attached."""
+
+    def __init__(self, attachments: Sequence[Attachment]) -> None:
+        self._attachments = attachments
+
+    def __enter__(self) -> None:
+        attach_all(self._attachments)
+
+    def __exit__(self, *_error: object) -> None:
+        remove_all(self._attachments)
+        self._attachments = ()
+
+    def __del__(self) -> None:
+        remove_all(self._attachments)  # after an interrupt while the block was left
 
 
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +176,7 @@ def _drop(module: nn.Module, is_unwanted: Callable[[Callable[..., Any]], bool]) 
     """Remove hooks from a module, or from an attribute-for-attribute copy of one."""
     for hooks, *flags in _hooks_and_flags(module):
         for number in [number for number, hook in hooks.items() if is_unwanted(hook)]:
-            for found in (hooks, *flags):
+            for found in (*flags, hooks):  # the hook last, so that a removal that was interrupted can be repeated
                 found.pop(number, None)
 
 
@@ -201,24 +207,30 @@ def mark(module: nn.Module) -> None:
 def unmark(module: nn.Module) -> None:
     """Return a module to its own class, once nothing of this library is attached to it. The lock must be held."""
     hooked = _hooked_class_of(module)
-    if hooked is None or _is_in_use(module):
-        return
+    if hooked is not None and not _is_in_use(module):
+        # Compiled code looks at the class again only if it knows of a change of the module's attributes.
+        module.__dict__[OUTPUT] = None
+        _leave_out(hooked, module)
+    if module.__dict__.get(OUTPUT, module) is None:
+        del module.__dict__[OUTPUT]
+
+
+def _leave_out(hooked: type[nn.Module], module: nn.Module) -> None:
+    """Take the class of hooked modules out of a module's classes."""
     (base,) = hooked.__bases__
     if type(module) is hooked:
         module.__class__ = base
-    else:  # other code has derived a class from it meanwhile, as parametrizations and FSDP do
-        for kind in type(module).__mro__:
-            if hooked in kind.__bases__:
-                kind.__bases__ = tuple(base if parent is hooked else parent for parent in kind.__bases__)
-    # Compiled code looks at the class again only if it knows of a change of the module's attributes.
-    module.__dict__[OUTPUT] = None
-    del module.__dict__[OUTPUT]
+        return
+    # Other code has derived a class from it meanwhile, as parametrizations and FSDP do.
+    for kind in type(module).__mro__:
+        if hooked in kind.__bases__:
+            kind.__bases__ = tuple(base if parent is hooked else parent for parent in kind.__bases__)
 
 
 def _is_in_use(module: nn.Module) -> bool:
     hooks = (hook for hooks, *_ in _hooks_and_flags(module) for hook in hooks.values())
     return (
-        not module.__dict__.keys().isdisjoint((OUTPUT, INPUT))
+        any(module.__dict__.get(name) is not None for name in (OUTPUT, INPUT))
         or any(_is_ours(hook) for hook in hooks)
         or any(isinstance(value, Wrapper) for value in module.__dict__.values())
     )

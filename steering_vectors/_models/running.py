@@ -6,22 +6,23 @@ import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steering_vectors._locks import LOCK
+from steering_vectors._locks import locked
 from steering_vectors._models.activations import activation_of
 from steering_vectors._models.anatomy import parameters_of
-from steering_vectors._models.hooks import Hook, attached
+from steering_vectors._models.hooks import Attached, Hook
 
 
 class _AllRead(BaseException):
     """A signal that ends a pass once all its layers have been read."""
 
 
+@torch.no_grad()
 def read_pass(
     modules: Sequence[nn.Module],
     layers: Mapping[int, nn.Module],
@@ -50,7 +51,7 @@ def read_pass(
             raise _AllRead
 
     hooks = [Hook(part, partial(note, layer)) for layer, part in layers.items()]
-    with suppress(_AllRead), attached(hooks), _evaluation(modules[0]), torch.no_grad(), _UNCOMPILED:
+    with suppress(_AllRead), Attached([*hooks, _Evaluation(modules[0]), _Uncompiled()]):
         _call_once(modules, inputs)
     if missing := sorted(layers.keys() - found.keys()):
         raise RuntimeError(
@@ -135,47 +136,56 @@ def _public_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
 
 
-# Modules to return to training mode → the number of passes that need them in evaluation mode. Threads may share one.
-_EVALUATED: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+# Modules to return to training mode → the passes that need them in evaluation mode. Threads may share a model.
+_EVALUATED: "weakref.WeakKeyDictionary[nn.Module, set[_Evaluation]]" = weakref.WeakKeyDictionary()
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Generator[None, None, None]:
-    """Put the model in evaluation mode inside the block, and restore each module's mode on exit."""
-    with LOCK:
-        training = [module for module in model.modules() if module.training or module in _EVALUATED]
-        for module in training:
-            _EVALUATED[module] = _EVALUATED.get(module, 0) + 1
-            module.training = False
-    try:
-        yield
-    finally:
-        with LOCK:
-            for module in training:
-                _EVALUATED[module] -= 1
-                if not _EVALUATED[module]:
-                    del _EVALUATED[module]
+class _Evaluation:
+    """The evaluation mode of a model; an attachment. Removing it restores each module's mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+
+    @property
+    def is_attached(self) -> bool:
+        return any(self in passes for passes in _EVALUATED.values())
+
+    @locked
+    def attach(self) -> None:
+        for module in self._modules:
+            if module.training or module in _EVALUATED:
+                _EVALUATED.setdefault(module, set()).add(self)
+                module.training = False
+
+    @locked
+    def remove(self) -> None:
+        for module in self._modules:
+            passes = _EVALUATED.get(module)
+            if passes is not None:
+                passes.discard(self)
+                if not passes:
                     module.training = True
+                    del _EVALUATED[module]
 
 
 class _Uncompiled:
-    """A block in which compiled code doesn't run. PyTorch's stance applies to all threads, so they share one."""
+    """A time in which compiled code doesn't run; an attachment. PyTorch's stance applies to all threads."""
 
-    def __init__(self) -> None:
-        self._blocks = 0
-        self._stance = ExitStack()
+    _passes: ClassVar[set["_Uncompiled"]] = set()
+    _stance: ClassVar[ExitStack] = ExitStack()
 
-    def __enter__(self) -> None:
-        with LOCK:
-            if self._blocks == 0:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._blocks += 1
+    @property
+    def is_attached(self) -> bool:
+        return self in self._passes
 
-    def __exit__(self, *_error: object) -> None:
-        with LOCK:
-            self._blocks -= 1
-            if self._blocks == 0:
-                self._stance.close()
+    @locked
+    def attach(self) -> None:
+        if not self._passes:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._passes.add(self)
 
-
-_UNCOMPILED = _Uncompiled()
+    @locked
+    def remove(self) -> None:
+        self._passes.discard(self)
+        if not self._passes:
+            self._stance.close()

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from steering_vectors._locks import LOCK
+from steering_vectors._locks import locked
 from steering_vectors._models import Wrapper, every_module, mark, unmark
 
 Pass = TypeVar("Pass")
@@ -68,27 +68,27 @@ class _Attached:
         function = self._function()
         return isinstance(function, _Checkpoints) and self._tracker in function.trackers
 
+    @locked
     def attach(self) -> None:
-        with LOCK:
-            module, function = self._module(), self._function()
-            if module is None or function is None or self.is_attached:
-                return
-            if not isinstance(function, _Checkpoints):
-                mark(module)
-                function = _Checkpoints(function)
-                setattr(module, _FUNCTION, function)
-            function.trackers = (*function.trackers, self._tracker)
+        module, function = self._module(), self._function()
+        if module is None or function is None or self.is_attached:
+            return
+        if not isinstance(function, _Checkpoints):
+            mark(module)
+            function = _Checkpoints(function)
+            setattr(module, _FUNCTION, function)
+        function.trackers = (*function.trackers, self._tracker)
 
+    @locked
     def remove(self) -> None:
-        with LOCK:
-            module, function = self._module(), self._function()
-            if module is None:
-                return
-            if isinstance(function, _Checkpoints):  # other code may have replaced it
-                function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self._tracker)
-                if not function.trackers:
-                    setattr(module, _FUNCTION, function.function)
-            unmark(module)
+        module, function = self._module(), self._function()
+        if module is None:
+            return
+        if isinstance(function, _Checkpoints):  # other code may have replaced it
+            function.trackers = tuple(tracker for tracker in function.trackers if tracker is not self._tracker)
+            if not function.trackers:
+                setattr(module, _FUNCTION, function.function)
+        unmark(module)
 
     def _function(self) -> Callable[..., Any] | None:
         module = self._module()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steering_vectors._locks import LOCK
+from steering_vectors._locks import locked
 from steering_vectors._models import Attachment, Hook, attach_all, parameters_of, remove_all
 from steering_vectors._passes.caches import CacheMemory
 from steering_vectors._passes.checkpointing import checkpoint_attachments
@@ -50,6 +50,7 @@ class PassTracker:
         self._memory = CacheMemory(need_prompt_length=need >= Need.PROMPT_LENGTH) if need >= Need.POSITIONS else None
         self._modules = [weakref.ref(module) for module in modules]
         self._stacks: dict[object, list[ForwardPass]] = {}  # each thread's passes, outermost first
+        self._thread = threading.local()  # this thread's, which are looked up for each layer
         self._hooks: list[Attachment] = [
             hook for depth, module in enumerate(modules) for hook in self._hooks_on(depth, module)
         ]
@@ -64,14 +65,18 @@ class PassTracker:
         # Known before any is attached.
         self._hooks = [*self._hooks, *attachments]
         self._attachments = [*self._attachments, *attachments]
-        attach_all(self._attachments)
-        self.is_on = True
+        try:
+            attach_all(self._attachments)
+            self.is_on = True
+        except BaseException:
+            self.stop()
+            raise
 
+    @locked
     def stop(self) -> None:
         """Follow no more passes. A second call does nothing, and finishes a first one that was interrupted."""
-        with LOCK:
-            self.is_on = False
-            self._detach_if_idle()
+        self.is_on = False
+        self._detach_if_idle()
 
     @property
     def is_attached(self) -> bool:
@@ -81,7 +86,7 @@ class PassTracker:
     @property
     def current(self) -> ForwardPass | None:
         """The pass that this thread is in; None between passes."""
-        stack = self._stacks.get(this_thread())
+        stack: list[ForwardPass] | None = getattr(self._thread, "stack", None)
         return stack[-1] if stack else None
 
     @property
@@ -99,33 +104,44 @@ class PassTracker:
             yield
             return
         thread = this_thread()
-        with LOCK:
-            attach_all(self._attachments)
-            self._stacks.setdefault(thread, []).append(earlier)
-            earlier.reruns += 1
+        self._resume(thread, earlier)
         try:
             yield
         finally:
-            with LOCK:
-                earlier.reruns -= 1
-                self._end(thread, earlier)
-                if not self.is_on:
-                    self._detach_if_idle()
+            self._suspend(thread, earlier)
 
+    @locked
+    def _resume(self, thread: object, earlier: ForwardPass) -> None:
+        attach_all(self._attachments)
+        self._stack_of(thread).append(earlier)
+        earlier.reruns += 1
+
+    @locked
+    def _suspend(self, thread: object, earlier: ForwardPass) -> None:
+        earlier.reruns -= 1
+        self._end(thread, earlier)
+        if not self.is_on:
+            self._detach_if_idle()
+
+    @locked
     def _begin(self, module: nn.Module) -> ForwardPass | None:
         """Put this thread into a new pass; return None if the tracker is off."""
-        with LOCK:
-            if not self.is_on:
-                self._detach_if_idle()
-                return None
-            stack = self._stacks.setdefault(this_thread(), [])
-            if stack:  # a pass in which this one runs, or one that an interrupt has ended
-                calls = calls_in_progress(threading.get_ident())
-                stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
-            current = ForwardPass(module, self._memory)
-            stack.append(current)
-            self.begun += 1
-            return current
+        if not self.is_on:
+            self._detach_if_idle()
+            return None
+        stack = self._stack_of(this_thread())
+        if stack:  # a pass in which this one runs, or one that an interrupt has ended
+            calls = calls_in_progress(threading.get_ident())
+            stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
+        current = ForwardPass(module, self._memory)
+        stack.append(current)
+        self.begun += 1
+        return current
+
+    def _stack_of(self, thread: object) -> list[ForwardPass]:
+        """Return the passes of a thread, which is this one, to add another."""
+        self._thread.stack = self._stacks.setdefault(thread, [])
+        return self._thread.stack  # type: ignore[no-any-return]
 
     def _end(self, thread: object, current: ForwardPass) -> None:
         """Take a thread out of a pass, and out of those that began inside it. The lock must be held."""
@@ -186,16 +202,20 @@ class PassTracker:
         if current is None:
             return
         current.leave()
-        with LOCK:
-            self._end(thread, current)
-            if output is None:  # the pass raised: PyTorch is iterating over the hooks, so none can be removed
-                return
-            self.completed += 1
-            if self._when_completed is not None:
-                self._when_completed(current)
-            if not self.is_on:
-                self._detach_if_idle()
-        current.remember(output)
+        self._complete(thread, current, raised=output is None)
+        if output is not None:
+            current.remember(output)
+
+    @locked
+    def _complete(self, thread: object, current: ForwardPass, *, raised: bool) -> None:
+        self._end(thread, current)
+        if raised:  # PyTorch is iterating over the hooks, so none can be removed
+            return
+        self.completed += 1
+        if self._when_completed is not None:
+            self._when_completed(current)
+        if not self.is_on:
+            self._detach_if_idle()
 
 
 def _still_running(stack: Sequence[ForwardPass], calls: Sequence[nn.Module]) -> list[ForwardPass]:

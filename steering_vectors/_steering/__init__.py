@@ -13,7 +13,7 @@ from steering_vectors._steering.active import (
     may_be_steered_by_row,
     patches_of_this_thread,
 )
-from steering_vectors._steering.attaching import changes_of, traced
+from steering_vectors._steering.attaching import AttachedTrace, changes_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle, attach
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
@@ -23,6 +23,7 @@ from steering_vectors._steering.token_indices import TokenSelection, as_selector
 
 __all__ = [
     "CALL_HINTS",
+    "AttachedTrace",
     "Numbers",
     "Steering",
     "SteeringContext",
@@ -41,7 +42,6 @@ __all__ = [
     "parts_inside",
     "patches_of_this_thread",
     "steering_of",
-    "traced",
     "warn_of_doubts",
     "width_message",
 ]

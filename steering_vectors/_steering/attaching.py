@@ -1,13 +1,12 @@
 """Attach changes to modules; one hook per module runs all of its changes."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from steering_vectors._locks import LOCK
+from steering_vectors._locks import locked
 from steering_vectors._models import (
     INPUT,
     OUTPUT,
@@ -26,18 +25,26 @@ Trace: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
 _traces: tuple[Trace, ...] = ()
 
 
-@contextmanager
-def traced(trace: Trace) -> Iterator[None]:
-    """Call ``trace`` for each steering of a module's output inside the block."""
-    global _traces  # noqa: PLW0603  # compiled code depends on it, and is recompiled when it changes
-    uncompiled = never_compiled(trace)
-    with LOCK:
-        _traces = (*_traces, uncompiled)
-    try:
-        yield
-    finally:
-        with LOCK:
-            _traces = tuple(other for other in _traces if other is not uncompiled)
+class AttachedTrace:
+    """A function that is called for each steering of a module's output; an attachment."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = never_compiled(trace)
+
+    @property
+    def is_attached(self) -> bool:
+        return any(self._trace is other for other in _traces)
+
+    @locked
+    def attach(self) -> None:
+        global _traces  # noqa: PLW0603  # compiled code depends on it, and is recompiled when it changes
+        if not self.is_attached:
+            _traces = (*_traces, self._trace)
+
+    @locked
+    def remove(self) -> None:
+        global _traces  # noqa: PLW0603
+        _traces = tuple(other for other in _traces if other is not self._trace)
 
 
 class _Changes:
@@ -65,30 +72,30 @@ class AttachedChange:
         changes: _Changes | None = None if module is None else module.__dict__.get(self._place)
         return changes is not None and self._change in changes.all and changes.hook.is_attached
 
+    @locked
     def attach(self) -> None:
-        with LOCK:
-            module = self._module()
-            if module is None:
-                return
-            changes = module.__dict__.get(self._place)
-            if changes is None or not changes.hook.is_attached:  # other code may have removed the hook
-                changes = module.__dict__[self._place] = _Changes(_hook_of(module, self._place))
-                changes.hook.attach()
-            if self._change not in changes.all:
-                changes.all = (*changes.all, self._change)
+        module = self._module()
+        if module is None:
+            return
+        changes = module.__dict__.get(self._place)
+        if changes is None or not changes.hook.is_attached:  # other code may have removed the hook
+            changes = module.__dict__[self._place] = _Changes(_hook_of(module, self._place))
+            changes.hook.attach()
+        if self._change not in changes.all:
+            changes.all = (*changes.all, self._change)
 
+    @locked
     def remove(self) -> None:
-        with LOCK:
-            module = self._module()
-            if module is None:
-                return
-            changes = module.__dict__.get(self._place)
-            if changes is not None:
-                changes.all = tuple(change for change in changes.all if change is not self._change)
-                if not changes.all:
-                    changes.hook.remove()
-                    del module.__dict__[self._place]
-            unmark(module)
+        module = self._module()
+        if module is None:
+            return
+        changes = module.__dict__.get(self._place)
+        if changes is not None:
+            changes.all = tuple(change for change in changes.all if change is not self._change)
+            if not changes.all:
+                changes.hook.remove()
+                del module.__dict__[self._place]
+        unmark(module)
 
 
 def changes_of(module: nn.Module, place: str = OUTPUT) -> tuple[Change, ...]:

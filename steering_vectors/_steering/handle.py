@@ -202,7 +202,12 @@ _NOTHING_RAN = (
 
 def attach(steering: Steering) -> SteeringPatchHandle:
     """Attach a steering and return its handle. If it can't be attached, nothing is left behind."""
-    return SteeringPatchHandle(steering)._attach()
+    handle = SteeringPatchHandle(steering)
+    try:
+        return handle._attach()
+    except BaseException:  # an interrupt may come after the steering is attached and before anyone has the handle
+        handle._tracker.stop()
+        raise
 
 
 def _need_of(steering: Steering) -> Need:
@@ -239,6 +244,7 @@ class SteeringContext:
         try:
             handle._attach()
         except BaseException:
+            handle._tracker.stop()
             self._handles.remove(handle)
             raise
         return handle

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._models import (
+    Attached,
     Hook,
     activation_of,
     anatomy_of,
-    attached,
     input_of,
     kept_states,
     read_pass,
@@ -75,7 +75,7 @@ def _adding(model: nn.Module, blocks: Sequence[nn.Module], depth: int) -> Iterat
     ids = torch.arange(1, _TOKENS + 1, device=device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     try:
-        with attached(hooks), kept_states(stateful_modules(model)):
+        with Attached(hooks), kept_states(stateful_modules(model)):
             read_pass(anatomy_of(model).pass_modules, {}, inputs, activation_of, stop_early=False)
     except Exception as error:  # a model that can't be run this way may raise anything
         warnings.warn(
