@@ -313,9 +313,8 @@ PACKED_ON_TRANSFORMERS_5 = {
 }
 PACKED_ON_TRANSFORMERS_4 = {
     *("llama", "gpt_neox", "qwen2", "gptj", "mixtral", "stablelm", "phi"),
-    "falcon",
-    "mistral",
-    "gemma2",
+    *("falcon", "mistral", "gemma2"),
+    *(("opt", "qwen3") if tiny.VERSION > (4, 46) else ()),
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 import re
 import threading
@@ -1229,7 +1230,10 @@ class TestGenerate:
                 expected = answer(model, inputs, use_cache=False)
                 assert torch.equal(answer(model, inputs, prompt_lookup_num_tokens=3), expected)
 
-    @pytest.mark.parametrize("architecture", sorted({"llama", "gpt2", "mistral", "gemma3"} & set(tiny.ARCHITECTURES)))
+    # Gemma 3 of transformers 4 makes a cache that generate doesn't take again.
+    @pytest.mark.parametrize(
+        "architecture", ["gpt2", "llama", "mistral", *([] if tiny.ON_TRANSFORMERS_4 else ["gemma3"])]
+    )
     def test_turns_of_a_chat_on_one_cache_are_steered_as_without(self, architecture: str) -> None:
         """Each turn's answer, and of the earlier ones what was steered then."""
         model, ids, cache, by_hand = tiny.shared(architecture), list(PROMPT), {}, []
@@ -1738,7 +1742,9 @@ def recorded_with(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
     return records[1][0]
 
 
-OLD_CACHE_ARGUMENTS: dict[str, Any] = {"batch_size": 1, "max_batch_size": 1} if tiny.ON_TRANSFORMERS_4 else {}
+OLD_CACHE_ARGUMENTS: dict[str, Any] = {
+    name: 1 for name in ("batch_size", "max_batch_size") if name in inspect.signature(StaticCache.__init__).parameters
+}
 
 
 def at_columns(first: int, count: int) -> dict[str, Tensor]:
