@@ -51,8 +51,9 @@ test-wheel: $(VENV)/.installed ## build the wheel, install it alone, and run it 
 	@$(VENV_WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
 	@cp tests/wheel_smoke.py $(VENV_WHEEL)/ && cd $(VENV_WHEEL) && bin/python -W error::DeprecationWarning:steering_vectors wheel_smoke.py
 
-# Nothing is installed: it runs with the PyTorch and transformers that PYTHON has.
+# Nothing is installed: it runs with the PyTorch and transformers that PYTHON has. What it runs on the CPU is tiny.
 test-gpu: export PYTHONPATH = .
+test-gpu: export OMP_NUM_THREADS = 1
 test-gpu: export DEVICE ?= cuda
 test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu: the same on a CPU, with PYTHON=…
 	@status=0; \
