@@ -48,9 +48,9 @@ each_selection = pytest.mark.parametrize("selection", SELECTIONS)
 on_gpus = pytest.mark.skipif(DEVICE != "cuda", reason="a GPU's own")
 
 
-def vector_for(model: Any, *layers: int) -> SteeringVector:
+def vector_for(model: Any, *layers: int, scale: float = 1.0) -> SteeringVector:
     generator = torch.Generator().manual_seed(0)
-    return SteeringVector({n: torch.randn(model.config.hidden_size, generator=generator) for n in layers})
+    return SteeringVector({n: scale * torch.randn(model.config.hidden_size, generator=generator) for n in layers})
 
 
 @cache
@@ -286,10 +286,12 @@ class TestLargeModel:
 
     def test_generates_steered_as_by_hand(self, model: Any, at_most: AtMost) -> None:
         inputs = padded(*PROMPTS)
-        vector = vector_for(model, *range(4))
+        # Not much longer than the stream, which would vanish beside it in the last norm.
+        vector = vector_for(model, *LAYERS, scale=0.2)
         with vector.apply(model, tokens=generated(inputs)):
             rows, logits = generate(model, inputs)
         expected = logits_by_hand(model, tiny.blocks(model), inputs, rows, vector.layer_activations, WIDTH - 1)
+        assert gap(logits_by_hand(model, tiny.blocks(model), inputs, rows, {}, 0), expected) > 1
         # More layers and more logits, so a larger worst one.
         at_most("large model, cached = by hand", "bfloat16", gap(logits, expected), 2 * LOGITS["bfloat16"])
 
