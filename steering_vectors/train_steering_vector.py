@@ -162,13 +162,13 @@ def train_steering_vector(
     processes, record = Processes(process_group), TrainingRecord()
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         with processes.together("the rows") as accumulators:
+            accumulators.own = _Accumulators(aggregator, on_cpu=move_to_cpu or process_group is not None)
             tokenize, anatomy = PromptTokenizer(tokenizer, chat_template_kwargs), anatomy_of(model)
             extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
             prompts = _PromptsOf(Reading(tokenize, read_token_index, tokens, anatomy=anatomy))
             if process_group is not None:
                 check_unsharded(model)
             processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
-            accumulators.own = _Accumulators(aggregator, on_cpu=move_to_cpu or process_group is not None)
             bar = tqdm_desc if show_progress else None
             for rows in rows_of_pairs(extract, prompts, training_samples, bar, processes, record):
                 accumulators.own.add(rows)

@@ -28,7 +28,7 @@ class Attachment(Protocol):
 
     @property
     def is_attached(self) -> bool:
-        """True if it is still where it was attached, even if other code has removed hooks."""
+        """True unless it was never attached, or removed, by other code too. It is with a module that is gone."""
 
     def attach(self) -> None: ...
     def remove(self) -> None: ...
@@ -67,7 +67,7 @@ class Hook:
     @property
     def is_attached(self) -> bool:
         module = self._module()
-        return module is not None and any(self._function is hook for hook in self._hooks_of(module).values())
+        return module is None or any(self._function is hook for hook in self._hooks_of(module).values())
 
     @locked
     def attach(self) -> None:

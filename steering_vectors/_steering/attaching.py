@@ -69,7 +69,9 @@ class AttachedChange:
     @property
     def is_attached(self) -> bool:
         module = self._module()
-        changes: _Changes | None = None if module is None else module.__dict__.get(self._place)
+        if module is None:
+            return True
+        changes: _Changes | None = module.__dict__.get(self._place)
         return changes is not None and self._change in changes.all and changes.hook.is_attached
 
     @locked
