@@ -173,7 +173,6 @@ class TestDirections:
         vector = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), SMALL)
         assert not any(direction.requires_grad for direction in vector.layer_activations.values())
 
-    @pytest.mark.filterwarnings("ignore:all directions are zeros:UserWarning")
     def test_inside_a_steering_are_read_from_what_was_steered(self) -> None:
         model = tiny.shared("llama")
         ablate = SteeringVector({0: torch.ones(tiny.HIDDEN)})
@@ -243,7 +242,6 @@ class TestSamples:
         assert taken == list(range(len(SAMPLES)))
         assert min(taken_at_pass) <= window
 
-    @pytest.mark.filterwarnings("ignore:all directions are zeros:UserWarning")
     def test_may_have_equal_sides(self) -> None:
         vector = train_steering_vector(tiny.shared("gpt2"), tiny.tokenizer(), [("same", "same")])
         assert all(torch.equal(direction, torch.zeros(tiny.HIDDEN)) for direction in vector.layer_activations.values())
