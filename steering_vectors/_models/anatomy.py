@@ -221,16 +221,15 @@ _parameters_of = lru_cache(maxsize=256)(_kinds)
 
 
 def _inner_decoders(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the submodules with blocks that a module names as its decoder, and the only one that has a config."""
+    """Yield the submodules with blocks that a module names as its decoder, or the model inside a wrapper."""
     get_decoder = getattr(module, "get_decoder", None)
     found = [getattr(module, name, None) for name in _DECODER_NAMES]
     if callable(get_decoder):
         with suppress(AttributeError, NotImplementedError):
             found.append(get_decoder())
     found.append(getattr(module, "base_model", None))
-    with_config = [child for child in module.children() if hasattr(child, "config") and any(_block_lists(child))]
-    if len(with_config) == 1:  # as in a wrapper that adds a value head
-        found += with_config
+    if not hasattr(module, "base_model"):  # no model of transformers, but perhaps a wrapper that adds a value head
+        found += [child for child in module.children() if hasattr(child, "base_model")]
     for inner in found:
         if (
             isinstance(inner, nn.Module)
