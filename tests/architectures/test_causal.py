@@ -200,8 +200,8 @@ def test_a_loop_by_hand_steers_the_tokens_beyond_the_prompt(model_type: str, not
     model = model_of(model_type)
     vector = SteeringVector(directions(model, [0]))
     text = [11, 12, 13, 14, 15, 16, 17]
-    if model_type in NO_SELECTION | dict.fromkeys(CACHED_DIFFERS | STREAMS_FIRST):
-        pytest.skip("its tokens or its cache are odd")
+    if model_type in NO_SELECTION | dict.fromkeys(CACHED_DIFFERS | STREAMS_FIRST | {"deepseek_v32"}):
+        pytest.skip("its tokens or its cache are odd, or rounding decides which tokens it attends to")
     with by_hand(model, vector, model_type, first_column=5, cached=False), torch.no_grad():
         expected = model(torch.tensor([text]), use_cache=False).logits[0]
     checked = []
