@@ -12,9 +12,9 @@ OLDEST = torch==2.6.0 transformers==4.46.3
 BETWEEN = torch==2.7.1 transformers==4.51.3
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py \
-	-o "norecursedirs=.* architectures build dist gpu"
+	-o "norecursedirs=.* architectures build dist gpu soak"
 
-.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz docs lint types format clean
+.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -64,6 +64,9 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 
 fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against the loader of vectors
 	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py -k Fuzz -q --hypothesis-show-statistics
+
+soak: $(VENV)/.installed ## 20,000 passes, or SOAK_PASSES=…, of threads that enter and leave steerings of one model
+	@SOAK_PASSES=$${SOAK_PASSES:-20000} $(VENV)/bin/python -m pytest tests/soak -q
 
 docs: $(VENV)/.installed ## the documentation, into docs/_build/html
 	@$(VENV)/bin/sphinx-build -n -W -q -b html docs docs/_build/html

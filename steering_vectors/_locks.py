@@ -1,8 +1,13 @@
-"""One lock for all that several threads change: the hooks of modules, and the passes that run."""
+"""One lock for all that several threads change, which no forked process inherits taken."""
 
+import functools
 import os
 import threading
-from contextlib import ContextDecorator
+from collections.abc import Callable
+from contextlib import ContextDecorator, nullcontext
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Reentrant, since a finalizer or a signal handler may take it again in the thread that holds it. Nothing waits for
 # anything else while it holds the lock, so a fork waits for it briefly and never inherits it from another thread.
@@ -24,3 +29,14 @@ class _Locked(ContextDecorator):
 
 
 locked = _Locked()
+
+
+class computed_once(functools.cached_property[T]):  # noqa: N801  # used like the class that it is made from
+    """A cached property without a lock.
+
+    On Python 3.10 and 3.11, all cached properties of a class share a lock, which a forked process may inherit taken.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        super().__init__(function)
+        self.lock = nullcontext()

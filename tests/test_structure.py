@@ -323,4 +323,4 @@ PRIVATE_WORDS = re.compile(r"\b(told|makes? of|stands? for|taken? off|takes off)
 
 def _is_property(node: ast.FunctionDef) -> bool:
     names = {getattr(decorator, "id", getattr(decorator, "attr", "")) for decorator in node.decorator_list}
-    return bool(names & {"property", "cached_property"})
+    return bool(names & {"property", "computed_once"})

@@ -1,9 +1,14 @@
 """One model in several threads: whose passes a steering changes."""
 
+import itertools
+import os
+import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TextIteratorStreamer
 
-from steering_vectors import active_patches, from_index, generated
+from steering_vectors import (
+    ablate_everywhere,
+    active_patches,
+    from_index,
+    generated,
+    read_activations,
+    trace_steering,
+    train_steering_vector,
+)
+from steering_vectors._passes import tracker
 from tests import tiny
 from tests.test_steering import answer, logits, padded, unchanged, vector
 
@@ -249,3 +263,252 @@ def test_one_context_entered_by_two_threads_is_each_one_s_own(model: PreTrainedM
 
     _, got = in_threads(entered_last, entered_first)
     assert torch.equal(got, expected)
+
+
+# Passes in whose midst another thread enters or leaves
+
+
+class Held:
+    """A pass in a thread of its own, held before one of its blocks until it is released."""
+
+    def __init__(self, model: Any, block: int, **kwargs: Any) -> None:
+        self.is_held, self._release = threading.Event(), threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self._thread: int | None = None
+        self._hook = tiny.blocks(model)[block].register_forward_pre_hook(self._hold)
+        self._pass = self._pool.submit(self._run, model, kwargs)
+        assert self.is_held.wait(20) or self._pass.result(0) is None
+
+    def _run(self, model: Any, kwargs: dict[str, Any]) -> Tensor:
+        self._thread = threading.get_ident()
+        return logits(model, **kwargs)
+
+    def _hold(self, *_: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self.is_held.set()
+            assert self._release.wait(20)
+
+    def result(self) -> Tensor:
+        self._release.set()
+        out: Tensor = self._pass.result(60)
+        self._hook.remove()
+        self._pool.shutdown()
+        return out
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "all tokens": {},
+    "a selection": {"tokens": from_index(1)},
+    "row multipliers": {"multiplier": [2.0, -1.0]},
+    "row multipliers, a selection": {"multiplier": [2.0, -1.0], "tokens": generated(INPUTS)},
+}
+
+
+@pytest.mark.parametrize("block", range(tiny.LAYERS))
+@pytest.mark.parametrize("this_thread_only", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:.*this_thread_only=True:RuntimeWarning")
+class TestAPassInTheMidst:
+    def test_stays_unsteered_where_another_thread_enters(
+        self, model: PreTrainedModel, way: str, this_thread_only: bool, block: int
+    ) -> None:
+        plain = logits(model, **INPUTS_TO_PASS)
+        context = vector(0, 1, 2, scale=3.0).apply(model, this_thread_only=this_thread_only, **WAYS[way])
+        held = Held(model, block, **INPUTS_TO_PASS)
+        with context:
+            assert torch.equal(held.result(), plain)
+            assert not torch.equal(logits(model, **INPUTS_TO_PASS), plain)
+        assert torch.equal(logits(model, **INPUTS_TO_PASS), plain)
+
+    def test_stays_steered_where_another_thread_leaves(
+        self, model: PreTrainedModel, way: str, this_thread_only: bool, block: int
+    ) -> None:
+        plain = logits(model, **INPUTS_TO_PASS)
+        context = vector(0, 1, 2, scale=3.0).apply(model, this_thread_only=this_thread_only, **WAYS[way])
+        with context:
+            expected = plain if this_thread_only else logits(model, **INPUTS_TO_PASS)
+            held = Held(model, block, **INPUTS_TO_PASS)
+        assert torch.equal(logits(model, **INPUTS_TO_PASS), plain)
+        assert torch.equal(held.result(), expected)
+
+    def test_of_one_thread_keeps_its_own_while_another_s_comes_and_goes(
+        self, model: PreTrainedModel, way: str, this_thread_only: bool, block: int
+    ) -> None:
+        own = vector(0, 1, seed=5, scale=2.0)
+        with own.apply(model):
+            expected = logits(model, **INPUTS_TO_PASS)
+        with own.apply(model):
+            held = Held(model, block, **INPUTS_TO_PASS)
+            in_threads(lambda: enter_and_leave(model, this_thread_only, WAYS[way]))
+            assert torch.equal(held.result(), expected)
+
+
+def enter_and_leave(model: Any, this_thread_only: bool, way: dict[str, Any]) -> None:
+    with vector(0, 1, 2, seed=7).apply(model, this_thread_only=this_thread_only, **way):
+        logits(model, **INPUTS_TO_PASS)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_one_context_entered_by_three_threads_that_leave_in_any_order(
+    model: PreTrainedModel, order: tuple[int, ...]
+) -> None:
+    context = vector(scale=3.0).apply(model, this_thread_only=True)
+    with vector(scale=3.0).apply(model):
+        steered = logits(model)
+    plain = logits(model)
+    entered = threading.Barrier(3, timeout=20)
+    turns = [threading.Event() for _ in order]
+
+    def run(number: int) -> list[Tensor]:
+        with context:
+            entered.wait()
+            place = order.index(number)
+            if place > 0:
+                assert turns[order[place - 1]].wait(20)
+            inside = logits(model)
+        after = logits(model)
+        turns[number].set()
+        return [inside, after]
+
+    for inside, after in in_threads(*(lambda n=n: run(n) for n in range(3))):  # type: ignore[misc]
+        assert torch.equal(inside, steered)
+        assert torch.equal(after, plain)
+
+
+def test_a_pass_that_begins_while_another_thread_is_entering_does_not_spoil_that_entry(model: PreTrainedModel) -> None:
+    """After each hook that a thread attaches, another thread runs a pass."""
+    with vector(0, 1, 2, scale=3.0).apply(model, tokens=from_index(1)):
+        steered = logits(model)
+    plain = logits(model)
+    passes = []
+
+    def attach_slowly(attachments: Any) -> None:
+        for attachment in attachments:
+            attachment.attach()
+            passes.extend(in_threads(lambda: logits(model)))
+
+    context = vector(0, 1, 2, scale=3.0).apply(model, tokens=from_index(1), this_thread_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "attach_all", attach_slowly)
+        context.__enter__()
+    assert len(passes) > 3
+    assert all(torch.equal(one, plain) for one in passes)
+    assert torch.equal(logits(model), steered)
+    context.__exit__(None, None, None)
+
+
+# Other work beside another thread's own steering
+
+SAMPLES = [("good", "bad"), ("a longer text", "short")]
+
+
+def beside_a_steering(model: Any, work: Callable[[], Any], **kwargs: Any) -> Any:
+    """What the work gives while another thread is inside a steering of its own."""
+    entered, done = threading.Event(), threading.Event()
+
+    def steer() -> None:
+        with vector(0, 1, scale=3.0).apply(model, this_thread_only=True, **kwargs):
+            logits(model, **INPUTS_TO_PASS)
+            entered.set()
+            assert done.wait(60)
+
+    def run() -> Any:
+        assert entered.wait(20)
+        try:
+            return work()
+        finally:
+            done.set()
+
+    return in_threads(steer, run)[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_reading_and_ablation_are_not_touched_by_another_thread_s_own_steering(
+    model: PreTrainedModel, way: str
+) -> None:
+    tokenizer = tiny.tokenizer()
+
+    def ablated() -> Tensor:
+        with ablate_everywhere(model, torch.ones(tiny.HIDDEN)):
+            return logits(model)
+
+    trained = train_steering_vector(model, tokenizer, SAMPLES)
+    got = beside_a_steering(model, lambda: train_steering_vector(model, tokenizer, SAMPLES), **WAYS[way])
+    assert got == trained
+    assert got.metadata == trained.metadata
+    rows = read_activations(model, tokenizer, ["some text", "more"])
+    read = beside_a_steering(model, lambda: read_activations(model, tokenizer, ["some text", "more"]), **WAYS[way])
+    assert all(torch.equal(read[layer], rows[layer]) for layer in rows)
+    expected = ablated()
+    assert torch.equal(beside_a_steering(model, ablated, **WAYS[way]), expected)
+
+
+def test_a_trace_is_read_while_another_thread_runs(model: PreTrainedModel) -> None:
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            with vector(0, 1, 2).apply(model, tokens=from_index(1), this_thread_only=True):
+                logits(model)
+
+    def read() -> None:
+        try:
+            for _ in range(100):
+                trace.summary()
+                str(trace)
+                repr(active_patches(model))
+        finally:
+            stop.set()
+
+    with short_switch_interval(), trace_steering(model) as trace:
+        in_threads(run, read)
+    assert set(trace.summary()) == {0, 1, 2}
+
+
+@contextmanager
+def short_switch_interval() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_forked_while_another_thread_enters_and_leaves(model: PreTrainedModel) -> None:
+    with vector(0, 1).apply(model, tokens=from_index(1)):
+        steered = logits(model)
+    stop = threading.Event()
+
+    def enter_and_leave_in_a_loop() -> None:
+        while not stop.is_set():
+            with vector(2).apply(model, this_thread_only=True):
+                pass
+
+    def child() -> int:
+
+        signal.alarm(20)  # waiting for a lock ends the child
+        with vector(0, 1).apply(model, tokens=from_index(1), this_thread_only=True):
+            return 0 if torch.equal(logits(model), steered) else 3
+
+    def fork() -> list[int]:
+        codes = []
+        try:
+            for _ in range(50):
+                number = os.fork()
+                if number == 0:
+                    code = 2
+                    try:
+                        code = child()
+                    finally:
+                        os._exit(code)
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
+        finally:
+            stop.set()
+        return codes
+
+    with short_switch_interval():
+        _, codes = in_threads(enter_and_leave_in_a_loop, fork)
+    assert codes == [0] * 50

@@ -7,11 +7,12 @@ that walk.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from steering_vectors._locks import computed_once
 
 # Attention's cost grows with the square of a pack. On CPUs packs of 256 to 512 tokens were the fastest, and each token
 # of a pack of 2,048 cost one and a half times as much.
@@ -42,7 +43,7 @@ class Pack:
         """True if some token must not see all tokens before it."""
         return self.depths[-1] < len(self) - 1
 
-    @cached_property
+    @computed_once
     def skipped(self) -> list[int]:
         """The number of other tokens between each token's ancestors."""
         roots: list[int] = []

@@ -3,13 +3,13 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 
 from steering_vectors._extraction.packs import shared_prefix
 from steering_vectors._extraction.token_ids import given_token_ids
+from steering_vectors._locks import computed_once
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int] | Tensor | Mapping[str, Any]
@@ -66,12 +66,12 @@ class PromptTokenizer:
         if not getattr(tokenizer, "chat_template", None):
             self._template_owner = self._tokenizer
 
-    @cached_property
+    @computed_once
     def _prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before each text."""
         return _before(self._ids("a", add_special_tokens=False), self._ids("a"))
 
-    @cached_property
+    @computed_once
     def _processor_tokenizes(self) -> bool:
         """True for a processor that tokenizes chats itself. Those of transformers 4.46 leave that to the tokenizer."""
         if self._template_owner is self._tokenizer:

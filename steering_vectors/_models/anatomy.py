@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+
+from steering_vectors._locks import computed_once
 
 # Models without a list of blocks, but with a list for each part. A block's last part returns its output.
 _TEMPLATES: dict[str, dict[str, str]] = {
@@ -63,7 +65,7 @@ class Anatomy:
         """The config's ``is_encoder_decoder`` flag."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
-    @cached_property
+    @computed_once
     def columns_first(self) -> bool | None:
         """True if activations are ``(seq, batch, hidden)``, False if ``(batch, seq, hidden)``.
 
@@ -97,7 +99,7 @@ class Anatomy:
     def _prompt_config(self) -> Any:
         return getattr(self.model, "active_peft_config", None)
 
-    @cached_property
+    @computed_once
     def blocks(self) -> nn.ModuleList:
         """The text decoder's blocks. Raises ValueError unless exactly one list of blocks is found."""
         return self._found_blocks[1]
@@ -107,7 +109,7 @@ class Anatomy:
         """The dotted name of the list of blocks. Raises the errors of :attr:`blocks`."""
         return self._found_blocks[0]
 
-    @cached_property
+    @computed_once
     def _found_blocks(self) -> tuple[str, nn.ModuleList]:
         candidates = [found for found in _block_lists(self.model) if _contains(self.decoder, found[1])]
         for count in _layer_counts(self.text_config):
@@ -151,7 +153,7 @@ class Anatomy:
         """The number of token ids that the model has embeddings for; None if unknown."""
         return self._embeddings.num_embeddings if isinstance(self._embeddings, nn.Embedding) else None
 
-    @cached_property
+    @computed_once
     def most_tokens(self) -> int | None:
         """The number of tokens that the model has position embeddings for; None if it computes positions as needed.
 
@@ -172,7 +174,7 @@ class Anatomy:
                     return table.num_embeddings - before - virtual
         return None
 
-    @cached_property
+    @computed_once
     def _embeddings(self) -> nn.Module | None:
         get_embeddings = getattr(self.configured, "get_input_embeddings", None)
         with suppress(NotImplementedError, AttributeError):

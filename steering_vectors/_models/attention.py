@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeAlias
+
+from steering_vectors._locks import computed_once
 
 # The kinds of masks that a model takes by their names in transformers 5; None names one mask for all layers.
 MaskKinds: TypeAlias = Mapping[str | None, str]
@@ -18,7 +19,7 @@ class Attention:
 
     config: Any
 
-    @cached_property
+    @computed_once
     def window(self) -> int | None:
         """The number of tokens that a sliding layer attends to; None without such layers."""
         window = getattr(self.config, "sliding_window", None)
@@ -51,7 +52,7 @@ class Attention:
         values |= {rope.get("original_max_position_embeddings") for rope in self._ropes()}
         return sorted(value for value in values if isinstance(value, int))
 
-    @cached_property
+    @computed_once
     def depends_on_length(self) -> bool:
         """True if a pass's longest row changes the activations of shorter ones."""
         return any(rope.get("rope_type", rope.get("type")) in _ROPE_OF_LENGTH for rope in self._ropes())

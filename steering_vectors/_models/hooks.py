@@ -65,6 +65,7 @@ class Hook:
         self._function = functools.partial(plain) if traceable else never_compiled(plain)
 
     @property
+    @locked
     def is_attached(self) -> bool:
         module = self._module()
         return module is None or any(self._function is hook for hook in self._hooks_of(module).values())
@@ -137,6 +138,7 @@ def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+@locked
 def has_hooks_of_users(modules: Iterable[nn.Module]) -> bool:
     """Return True if a module has a forward hook that is not this library's, Hugging Face's or PyTorch's."""
     hooks = (

@@ -52,7 +52,7 @@ class CacheMemory:
             column=located.column,
             input_ids=call.input_ids if fits else None,
             prompt_length=past.prompt_length,
-            begins_sequence=_is_empty(past, located.index),
+            begins_sequence=_is_empty(call, past),
             several_texts=located.several_texts,
             beside_encoder=call.beside_encoder,
             beside_another=past.is_empty and not call.is_given_cache and self._has_begun_another(),
@@ -152,10 +152,11 @@ def _begun(call: PassArguments, past: Past, index: Tensor, several_texts: bool) 
     return replace(past, first_position=torch.where(past.columns.to(begun.device) == 0, begun, before))
 
 
-def _is_empty(past: Past, index: Tensor) -> bool:
+def _is_empty(call: PassArguments, past: Past) -> bool:
     """Return True if the cache before a pass is known to be empty. A decoding step reads nothing from a device."""
-    if isinstance(past.columns, Tensor):  # of a static cache of transformers 4; one read in a prompt
-        return index.shape[1] > 1 and int(past.columns) == 0
+    # Under generate of transformers 4, which passes the columns, one read in a prompt.
+    if isinstance(past.columns, Tensor) and call.columns is not None:
+        return len(call.columns) > 1 and int(past.columns) == 0
     return past.is_empty
 
 

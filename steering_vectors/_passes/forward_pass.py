@@ -1,7 +1,6 @@
 """One forward pass through a model, and the positions of its tokens."""
 
 import itertools
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +27,6 @@ class ForwardPass:
         self.begun_by = weakref.ref(begun_by)
         self.number = next(_NUMBERS)
         self.thread = this_thread()
-        self.thread_id = threading.get_ident()
         self.ended = False
         self.reruns = 0
         self.depth = -1

@@ -1,25 +1,47 @@
-"""Tell threads apart, and find the modules that a thread is running."""
+"""Tell threads apart, and find the modules that this thread is running."""
 
 import sys
 import threading
+import weakref
+from types import FrameType
 
 from torch import nn
 
-_THREAD = threading.local()
+_LOCAL = threading.local()
 
 
-def this_thread() -> object:
-    """Return a mark of the calling thread that no other thread ever has; thread ids are reused."""
-    mark: object = getattr(_THREAD, "mark", None)
+class _Life:
+    """An object that only a thread's own storage refers to, so that it exists as long as the thread."""
+
+
+class Thread:
+    """A mark of a thread that no other thread ever has; thread ids are reused."""
+
+    def __init__(self, life: _Life) -> None:
+        self._life = weakref.ref(life)
+
+    @property
+    def has_ended(self) -> bool:
+        """True once the thread has ended, also in a forked process, which only the forking thread enters."""
+        return self._life() is None
+
+
+def this_thread() -> Thread:
+    """Return the mark of the calling thread."""
+    mark: Thread | None = getattr(_LOCAL, "mark", None)
     if mark is None:
-        mark = _THREAD.mark = object()
+        _LOCAL.life = _Life()
+        mark = _LOCAL.mark = Thread(_LOCAL.life)
     return mark
 
 
-def calls_in_progress(thread_id: int) -> list[nn.Module]:
-    """Return the modules that a thread is calling now, outermost first; none if the thread has ended."""
+def calls_in_progress() -> list[nn.Module]:
+    """Return the modules that this thread is calling now, outermost first.
+
+    Another thread's can't be known: Python may crash when it follows the frames of a thread that goes on running.
+    """
     calls: list[nn.Module] = []
-    frame = sys._current_frames().get(thread_id)
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if "_call_impl" in frame.f_code.co_name and frame.f_code.co_name != "_wrapped_call_impl":
             module = frame.f_locals.get("self")

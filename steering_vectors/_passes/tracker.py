@@ -16,7 +16,7 @@ from steering_vectors._models import Attachment, Hook, attach_all, parameters_of
 from steering_vectors._passes.caches import CacheMemory
 from steering_vectors._passes.checkpointing import checkpoint_attachments
 from steering_vectors._passes.forward_pass import ForwardPass
-from steering_vectors._passes.threads import calls_in_progress, this_thread
+from steering_vectors._passes.threads import Thread, calls_in_progress, this_thread
 
 
 class Need(IntEnum):
@@ -43,13 +43,14 @@ class PassTracker:
     ) -> None:
         self.begun = self.completed = 0
         self.is_on = False
+        self._is_over = False  # True once it has been on, or could not be started
         # Compiled code needn't record a pass that is only counted.
         self.is_traceable = need < Need.THREAD
         self._need = need
         self._when_completed = when_completed
         self._memory = CacheMemory(need_prompt_length=need >= Need.PROMPT_LENGTH) if need >= Need.POSITIONS else None
         self._modules = [weakref.ref(module) for module in modules]
-        self._stacks: dict[object, list[ForwardPass]] = {}  # each thread's passes, outermost first
+        self._stacks: dict[Thread, list[ForwardPass]] = {}  # each thread's passes, outermost first
         self._thread = threading.local()  # this thread's, which are looked up for each layer
         self._hooks: list[Attachment] = [
             hook for depth, module in enumerate(modules) for hook in self._hooks_on(depth, module)
@@ -75,7 +76,7 @@ class PassTracker:
     @locked
     def stop(self) -> None:
         """Follow no more passes. A second call does nothing, and finishes a first one that was interrupted."""
-        self.is_on = False
+        self.is_on, self._is_over = False, True
         self._detach_if_idle()
 
     @property
@@ -94,7 +95,7 @@ class PassTracker:
         """True if this thread is in no pass of the model at all, not even in one that began before :meth:`start`."""
         if self.current is not None:
             return False
-        calls = calls_in_progress(threading.get_ident())
+        calls = calls_in_progress()
         return not any(call is module() for call in calls for module in self._modules)
 
     @contextmanager
@@ -111,39 +112,38 @@ class PassTracker:
             self._suspend(thread, earlier)
 
     @locked
-    def _resume(self, thread: object, earlier: ForwardPass) -> None:
+    def _resume(self, thread: Thread, earlier: ForwardPass) -> None:
         attach_all(self._attachments)
         self._stack_of(thread).append(earlier)
         earlier.reruns += 1
 
     @locked
-    def _suspend(self, thread: object, earlier: ForwardPass) -> None:
+    def _suspend(self, thread: Thread, earlier: ForwardPass) -> None:
         earlier.reruns -= 1
         self._end(thread, earlier)
-        if not self.is_on:
-            self._detach_if_idle()
+        self._detach_if_idle()
 
     @locked
     def _begin(self, module: nn.Module) -> ForwardPass | None:
         """Put this thread into a new pass; return None if the tracker is off."""
-        if not self.is_on:
+        if not self.is_on:  # not yet, or no more
             self._detach_if_idle()
             return None
         stack = self._stack_of(this_thread())
         if stack:  # a pass in which this one runs, or one that an interrupt has ended
-            calls = calls_in_progress(threading.get_ident())
+            calls = calls_in_progress()
             stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
         current = ForwardPass(module, self._memory)
         stack.append(current)
         self.begun += 1
         return current
 
-    def _stack_of(self, thread: object) -> list[ForwardPass]:
+    def _stack_of(self, thread: Thread) -> list[ForwardPass]:
         """Return the passes of a thread, which is this one, to add another."""
         self._thread.stack = self._stacks.setdefault(thread, [])
         return self._thread.stack  # type: ignore[no-any-return]
 
-    def _end(self, thread: object, current: ForwardPass) -> None:
+    def _end(self, thread: Thread, current: ForwardPass) -> None:
         """Take a thread out of a pass, and out of those that began inside it. The lock must be held."""
         stack = self._stacks[thread]
         while stack.pop() is not current:
@@ -152,8 +152,13 @@ class PassTracker:
             del self._stacks[thread]
 
     def _detach_if_idle(self) -> None:
+        if not self._is_over:
+            return
         for thread, stack in list(self._stacks.items()):
-            stack[:] = _still_running(stack, calls_in_progress(stack[0].thread_id))
+            if thread is this_thread():
+                stack[:] = _still_running(stack, calls_in_progress())
+            elif thread.has_ended:
+                stack.clear()
             if not stack:
                 del self._stacks[thread]
         if not self._stacks:
@@ -207,15 +212,14 @@ class PassTracker:
             current.remember(output)
 
     @locked
-    def _complete(self, thread: object, current: ForwardPass, *, raised: bool) -> None:
+    def _complete(self, thread: Thread, current: ForwardPass, *, raised: bool) -> None:
         self._end(thread, current)
         if raised:  # PyTorch is iterating over the hooks, so none can be removed
             return
         self.completed += 1
         if self._when_completed is not None:
             self._when_completed(current)
-        if not self.is_on:
-            self._detach_if_idle()
+        self._detach_if_idle()
 
 
 def _still_running(stack: Sequence[ForwardPass], calls: Sequence[nn.Module]) -> list[ForwardPass]:

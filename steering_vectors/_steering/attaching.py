@@ -67,6 +67,7 @@ class AttachedChange:
         self._place = place
 
     @property
+    @locked
     def is_attached(self) -> bool:
         module = self._module()
         if module is None:
