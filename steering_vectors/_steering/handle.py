@@ -226,8 +226,11 @@ class SteeringContext:
     It may be entered several times, also by several threads. :meth:`SteeringVector.apply` and
     :func:`ablate_everywhere` return it.
 
-    >>> vector.apply(model, multiplier=2.0)
+    >>> steered = vector.apply(model, multiplier=2.0)
+    >>> steered
     SteeringContext(layers=[1], multiplier=2.0, operator=addition_operator(), tokens=all)
+    >>> with steered:
+    ...     output = model(**inputs)
     """
 
     def __init__(self, make: Callable[[], Steering], shown: str) -> None:
