@@ -6,7 +6,14 @@ It knows nothing of directions, selectors or prompts.
 """
 
 from steering_vectors._models.activations import activation_of, input_of, with_activation, with_input
-from steering_vectors._models.anatomy import Anatomy, anatomy_of, check_model, every_module, parameters_of
+from steering_vectors._models.anatomy import (
+    Anatomy,
+    anatomy_of,
+    check_model,
+    every_module,
+    learns_prompts,
+    parameters_of,
+)
 from steering_vectors._models.attention import Attention, MaskKinds
 from steering_vectors._models.axes import along_tokens, are_columns_first, by_tokens, expand_rows
 from steering_vectors._models.hooks import (
@@ -59,6 +66,7 @@ __all__ = [
     "input_of",
     "is_sharded",
     "kept_states",
+    "learns_prompts",
     "mark",
     "never_compiled",
     "parameters_of",

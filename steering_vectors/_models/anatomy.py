@@ -86,7 +86,7 @@ class Anatomy:
     @property
     def learns_prompts(self) -> bool:
         """True if a PEFT wrapper puts virtual tokens before each prompt, or before its keys and values."""
-        return bool(getattr(self._prompt_config, "is_prompt_learning", False))
+        return learns_prompts(self.model)
 
     @property
     def virtual_tokens(self) -> int:
@@ -195,6 +195,11 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     around = tuple(model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
     config = getattr(configured, "config", None)
     return Anatomy(model, configured, around, config, _text_config(config))
+
+
+def learns_prompts(module: nn.Module) -> bool:
+    """Return True for a PEFT wrapper that puts virtual tokens before each prompt, or before its keys and values."""
+    return bool(getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def check_model(model: object) -> None:

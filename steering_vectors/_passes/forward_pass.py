@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._models import learns_prompts
 from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
 from steering_vectors._passes.caches import CacheMemory
-from steering_vectors._passes.threads import this_thread
+from steering_vectors._passes.threads import calls_and_generations_in_progress, this_thread
 from steering_vectors.token_selection import TokenPositions
 
 _NUMBERS = itertools.count()
@@ -45,6 +46,24 @@ class ForwardPass:
             self._given = arguments
             self._calls.append(pass_arguments(arguments, parameters))
             self._merged = None
+            if len(self._calls) == 1:
+                self._check_no_prompt_is_learned(self._calls[0])
+
+    def _check_no_prompt_is_learned(self, call: PassArguments) -> None:
+        """Raise ValueError if virtual tokens stand among embeddings, or in a cache that no pass has filled.
+
+        Other passes are not looked at, since that takes longer than a pass over one token should.
+        """
+        if self._memory is None:
+            return
+        is_filled = isinstance(call.cached, int) and call.cached > 0 and not self._memory.knows(call.cache)
+        if (call.inputs_embeds is not None or is_filled) and any(
+            map(learns_prompts, calls_and_generations_in_progress())
+        ):
+            raise ValueError(
+                "prompt learning puts virtual tokens before the prompt's own, so the tokens to steer can't be located "
+                "exactly: steer all tokens, or remove the steering before the model is wrapped"
+            )
 
     def leave(self) -> None:
         """End the pass and drop its arguments; parts that gradient checkpointing reruns don't need them."""

@@ -3,6 +3,7 @@
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from types import FrameType
 
 from torch import nn
@@ -40,12 +41,22 @@ def calls_in_progress() -> list[nn.Module]:
 
     Another thread's can't be known: Python may crash when it follows the frames of a thread that goes on running.
     """
-    calls: list[nn.Module] = []
+    return list(_running())[::-1]
+
+
+def calls_and_generations_in_progress() -> Iterator[nn.Module]:
+    """Yield the modules that this thread is calling, or whose ``generate`` it is running, innermost first."""
+    return _running("generate")
+
+
+def _running(*methods: str) -> Iterator[nn.Module]:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if "_call_impl" in frame.f_code.co_name and frame.f_code.co_name != "_wrapped_call_impl":
+        name = frame.f_code.co_name
+        # Compiled code calls modules by functions whose names are longer. The variables of other functions are left
+        # alone: looking at them would keep alive what they hold, such as a cache.
+        if name in methods or ("_call_impl" in name and name != "_wrapped_call_impl"):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                calls.append(module)
+                yield module
         frame = frame.f_back
-    return calls[::-1]
