@@ -61,8 +61,7 @@ class CacheMemory:
 
     def knows(self, cache: Any) -> bool:
         """Return True if a pass has put tokens into the cache."""
-        reference, _ = self._noted.get(id(_key(cache)), (None, None))
-        return reference is not None and reference() is _key(cache)
+        return self._note_of(cache) is not None
 
     def remember(self, call: PassArguments, output: Any, positions_of_pass: Callable[[], TokenPositions]) -> None:
         """Record the tokens that a pass put into its cache, which may be an object that the pass made."""
