@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steering_vectors._models import learns_prompts
 from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
 from steering_vectors._passes.caches import CacheMemory
-from steering_vectors._passes.threads import calls_and_generations_in_progress, this_thread
+from steering_vectors._passes.threads import calls_and_generations, this_thread
 from steering_vectors.token_selection import TokenPositions
 
 _NUMBERS = itertools.count()
@@ -57,9 +57,7 @@ class ForwardPass:
         if self._memory is None:
             return
         is_filled = isinstance(call.cached, int) and call.cached > 0 and not self._memory.knows(call.cache)
-        if (call.inputs_embeds is not None or is_filled) and any(
-            map(learns_prompts, calls_and_generations_in_progress())
-        ):
+        if (call.inputs_embeds is not None or is_filled) and any(map(learns_prompts, calls_and_generations())):
             raise ValueError(
                 "prompt learning puts virtual tokens before the prompt's own, so the tokens to steer can't be located "
                 "exactly: steer all tokens, or remove the steering before the model is wrapped"

@@ -44,7 +44,7 @@ def calls_in_progress() -> list[nn.Module]:
     return list(_running())[::-1]
 
 
-def calls_and_generations_in_progress() -> Iterator[nn.Module]:
+def calls_and_generations() -> Iterator[nn.Module]:
     """Yield the modules that this thread is calling, or whose ``generate`` it is running, innermost first."""
     return _running("generate")
 

@@ -88,6 +88,10 @@ class PassTracker:
     def current(self) -> ForwardPass | None:
         """The pass that this thread is in; None between passes."""
         stack: list[ForwardPass] | None = getattr(self._thread, "stack", None)
+        if not stack:
+            return None
+        if len(stack) > 1:  # an interrupt may have ended an inner pass, and not the outer one
+            stack[:] = _still_running(stack, calls_in_progress())
         return stack[-1] if stack else None
 
     @property
