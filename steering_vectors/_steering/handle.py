@@ -42,6 +42,7 @@ class SteeringPatchHandle:
         self._has_warned = False
         self._missed: Counter[int] = Counter()  # passes in which a layer did not run, by layer
         self._text_config = steering.anatomy.text_config
+        self._has_dropped_layers = False
         self._tracker = PassTracker(steering.anatomy.pass_modules, _need_of(steering), self._note_layers_run)
         self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
         weights_for = None if steering.selector is None else never_compiled(self._selection.weights_for)
@@ -130,7 +131,7 @@ class SteeringPatchHandle:
         """Return a message about layers or tokens that were to be steered and were not; None if there are none."""
         if not self._tracker.completed:
             return None
-        idle = sorted({change.layer for change in self._changes if not change.ran})
+        idle = [] if self._has_dropped_layers else sorted({c.layer for c in self._changes if not c.ran})
         if self._this_thread_only and idle == self.layers:
             return (
                 f"the model ran, but not in the thread that attached this steering with this_thread_only=True: layers "
@@ -178,8 +179,12 @@ class SteeringPatchHandle:
     def _note_layers_run(self, current: ForwardPass) -> None:
         """Note the steered layers that did not run in a pass, though the model did not leave them out by design."""
         module = current.begun_by()
-        if module is None or module.training or (self._this_thread_only and current.thread is not self._entered_by):
-            return  # in training mode, LayerDrop leaves layers out
+        if module is None or (self._this_thread_only and current.thread is not self._entered_by):
+            return
+        if module.training:  # layers are dropped at random
+            settings = getattr(self._text_config, "__dict__", {})
+            self._has_dropped_layers = any("layerdrop" in name and value for name, value in settings.items())
+            return
         depth = getattr(self._text_config, "num_hidden_layers", None)  # lowered in passes that leave off early
         self._missed.update(
             layer
