@@ -133,7 +133,7 @@ class SteeringVector(ByLayer):
         The operator gets the activation in its dtype, and the direction on its device in float32 or wider. Its result
         is converted to the activation's dtype; a value too large for that raises ValueError in the model's pass.
         Directions, multipliers and selectors' weights that require grad get gradients, where they are 0 too. This holds
-        under gradient checkpointing as well, if that was enabled before the model is steered.
+        under gradient checkpointing as well, if the model's own method enables it.
 
         The arguments are checked in this call and again on entering, before any hook is attached. Raises TypeError for
         arguments of the wrong type. Raises ValueError for a layer that the model doesn't have, a width that doesn't

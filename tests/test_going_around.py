@@ -182,14 +182,22 @@ class TestBackwardAfterTheBlock:
     def gradients(self, model: Any) -> list[Tensor]:
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
-    def both(self, run: Callable[[Any], None], *, reentrant: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def both(
+        self, run: Callable[[Any], None], *, reentrant: bool, enable_later: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         found = []
         for checkpointed in (False, True):
             model: Any = tiny.build("llama").train()
-            if checkpointed:
-                enable_checkpointing(model, reentrant=reentrant)
-                model.disable_input_require_grads()
             model.get_input_embeddings().weight.requires_grad_()
+
+            def enable(model: Any = model, checkpointed: bool = checkpointed) -> None:
+                if checkpointed:
+                    enable_checkpointing(model, reentrant=reentrant)
+                    model.disable_input_require_grads()
+
+            if not enable_later:
+                enable()
+            self.enable = enable
             run(model)
             assert active_patches(model) == []
             found.append(self.gradients(model))
@@ -205,6 +213,16 @@ class TestBackwardAfterTheBlock:
             loss.backward()
 
         for plain, again in self.both(run, reentrant=reentrant):
+            torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-3)
+
+    def test_of_checkpoints_that_were_enabled_inside_it(self, steered: str, layer_type: Any, reentrant: bool) -> None:
+        def run(model: Any) -> None:
+            with vector(0, 1, scale=3.0, layer_type=layer_type).apply(model, **STEERED[steered]):
+                self.enable()
+                loss = model(**INPUTS, use_cache=False).logits.square().mean()
+            loss.backward()
+
+        for plain, again in self.both(run, reentrant=reentrant, enable_later=True):
             torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-3)
 
     def test_of_two_blocks_in_either_order_and_in_another_thread(

@@ -191,14 +191,14 @@ def _texts_by_mask(call: PassArguments, device: torch.device) -> tuple[Tensor, T
 
 
 def _check_ids_rise(call: PassArguments, past: Past) -> None:
-    """Raise ValueError if the position ids of a row begin again, though the row is one text by its mask or cache."""
+    """Raise ValueError if the position ids of a row begin again, though the row is one text by its mask or cache.
+
+    Ids beside a mask, as generate passes both, are looked at only on the CPU: reading other devices would wait.
+    """
     ids, now = call.position_ids, past.columns
-    if (
-        ids is None
-        or ids.shape[1] == 1
-        or isinstance(now, Tensor)
-        or (call.mask is None and call.query_mask is not None)
-    ):
+    if ids is None or ids.shape[1] == 1 or isinstance(now, Tensor):
+        return
+    if call.query_mask is not None if call.mask is None else ids.device.type != "cpu":
         return
     tokens = torch.ones_like(ids, dtype=torch.bool)
     if call.mask is not None:

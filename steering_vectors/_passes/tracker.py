@@ -137,6 +137,10 @@ class PassTracker:
         if stack:  # a pass in which this one runs, or one that an interrupt has ended
             calls = calls_in_progress()
             stack[:] = _still_running(stack, calls[:-1] if calls and calls[-1] is module else calls)
+        if module.training:  # gradient checkpointing may have been enabled since the last pass
+            new = [one for one in checkpoint_attachments(module, self) if not one.is_attached]
+            self._attachments += new
+            attach_all(new)
         current = ForwardPass(module, self._memory)
         stack.append(current)
         self.begun += 1
@@ -194,14 +198,12 @@ class PassTracker:
             current = self._begin(module)
         if current is None:
             return
-        given: dict[str, Any] | None = None
         if self._need >= Need.POSITIONS and torch.compiler.is_compiling():
             raise RuntimeError(
                 "torch.export keeps the operations of one pass, but a selection of tokens is made anew in each pass: "
                 "export the model outside the block, or steer all tokens"
             )
-        if self._need > Need.PASSES:
-            given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs if self._need > Need.PASSES else None
         current.enter(depth, given, names)
 
     def _exit(self, module: nn.Module, output: Any) -> None:

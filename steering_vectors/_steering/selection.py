@@ -96,7 +96,7 @@ class Selection:
         if current is None:
             raise RuntimeError(
                 "a steered layer ran outside a pass of the model, so its tokens are unknown: call the model, not its "
-                "layers, and enable gradient checkpointing before steering, with the model's own method"
+                "layers, and enable gradient checkpointing with the model's own method"
             )
         return current
 

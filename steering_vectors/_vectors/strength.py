@@ -36,7 +36,8 @@ def without_norms(metadata: Mapping[str, str]) -> dict[str, str]:
 def shares_of(directions: Directions, metadata: Mapping[str, str]) -> dict[int, float]:
     """Return the directions' norms as shares of the activations' norms, for the layers where those are known."""
     known = _activation_norms(metadata)
-    return {layer: norm / known[layer] for layer, norm in norms(directions).items() if known.get(layer, 0) > 0}
+    found = norms({layer: direction for layer, direction in directions.items() if known.get(layer, 0) > 0})
+    return {layer: norm / known[layer] for layer, norm in found.items()}
 
 
 def _activation_norms(metadata: Mapping[str, str]) -> dict[int, float]:

@@ -303,7 +303,9 @@ class TestLargeModel:
 class TestTransfers:
     """Copies between host and device, and waits, beyond those of the unsteered model."""
 
-    @pytest.mark.parametrize(("selection", "in_prefill"), [("all", 0), ("generated(inputs)", 1)])
+    @pytest.mark.parametrize(
+        ("selection", "in_prefill"), [("all", 0), ("generated(inputs)", 2)]
+    )  # one read: a copy and the wait for it
     def test_none_in_a_step_and_few_in_a_prefill(self, selection: str, in_prefill: int, at_most: AtMost) -> None:
         model = on_device("llama", "bfloat16")
         inputs = padded(PROMPTS[1])
