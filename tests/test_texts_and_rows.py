@@ -297,3 +297,30 @@ class TestACacheWithoutALength:
             model(self.row[:, 4:], **{name: cache})
             with pytest.raises(ValueError, match="doesn't say how many tokens it holds"):
                 model(self.row[:, 4:], **{name: advanced})
+
+
+@pytest.mark.parametrize("ids_by", ["column", "token"])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_the_caller_s_position_ids_over_a_cache_count_each_row_from_its_first_token(
+    kind: str, with_mask: bool, ids_by: str
+) -> None:
+    model: Any = tiny.shared("llama")
+    of_a_size = {"max_batch_size": 2} if tiny.ON_TRANSFORMERS_4 else {}
+    static = transformers.StaticCache(config=model.config, max_cache_len=16, **of_a_size) if kind == "static" else None
+    cache = {cache_name(model): static or transformers.DynamicCache()}
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+    tokens = torch.randint(5, 300, mask.shape, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(9).expand(2, -1) if ids_by == "column" else (mask.cumsum(1) - 1).clamp(min=0)
+    seen = []
+
+    def look(given: Any) -> Tensor:
+        seen.append(given.index)
+        return given.index >= 2
+
+    with VECTOR.apply(model, tokens=look), torch.no_grad():
+        for start, stop in ((0, 6), (6, 7), (7, 8), (8, 9)):
+            told = {"attention_mask": mask[:, :stop]} if with_mask or start == 0 else {}
+            now = slice(start, stop)
+            model(tokens[:, now], position_ids=positions[:, now], use_cache=True, **told, **cache)
+    assert torch.cat(seen, dim=1).tolist() == [[-1, -1, -1, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
