@@ -188,9 +188,9 @@ class SteeringVector(ByLayer):
     def shares(self) -> dict[int, float]:
         """Return each direction's norm as a share of the norm of the activations at its layer.
 
-        Those are the median of what training read of the model. Added in sum over the layers, with the multiplier, a
-        tenth to a half is a usual strength, and more than 1 usually breaks the text. Layers for which the activations'
-        norm is unknown are left out: those of vectors that weren't trained, or were combined across models.
+        Those are the median of what training read of the model. Shares times the multiplier, in sum over the layers,
+        say how much a steering adds to what is there. Layers for which the activations' norm is unknown are left out:
+        those of vectors that weren't trained, or were combined across models.
 
         >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it")], layers=[1]).shares()
         {1: ...}

@@ -149,16 +149,12 @@ def _of_strength(shares: Mapping[int, float], steering: Steering) -> str | None:
     if multiplier.is_learned or type(steering.operator) is not type(addition_operator()):
         return None
     total = multiplier.largest * sum(shares.values())
-    if total <= _STRONGEST:
+    if round(total, 2) <= 1:
         return None
     middle = sorted(shares)[len(shares) // 2]
     one = f"steer one layer, as in vector[{middle}].apply(model), or " if len(shares) > 1 else ""
     return (
         f"this steering adds {total:.3g} times the norm of the activations, in sum over layers "
-        f"{in_ranges(sorted(shares))} with multiplier {multiplier!r}, and text usually breaks beyond 1: {one}use a "
-        f"smaller multiplier; vector.shares() gives each layer's part"
+        f"{in_ranges(sorted(shares))} with multiplier {multiplier!r}, which is more than what is there, and text "
+        f"usually breaks: {one}use a smaller multiplier; vector.shares() gives each layer's part"
     )
-
-
-# A sum of shares above which most models write no more sentences.
-_STRONGEST = 1.2
