@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from steering_vectors._arguments import with_hints
 from steering_vectors._models import INPUT, OUTPUT, anatomy_of
 from steering_vectors._steering import (
     Steering,
@@ -19,6 +20,7 @@ from steering_vectors.steering_operators import ablation_operator
 from steering_vectors.steering_vector import SteeringVector
 
 
+@with_hints(missing="the arguments begin with model, direction")
 def ablate_everywhere(
     model: nn.Module, direction: Tensor | SteeringVector, *, layer_config: ModelLayerConfig | None = None
 ) -> SteeringContext:

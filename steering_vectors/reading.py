@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from steering_vectors._arguments import with_hints
 from steering_vectors._extraction import (
     WINDOW,
     Prompt,
@@ -26,6 +27,7 @@ from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 _WINDOW = 256
 
 
+@with_hints(missing="the arguments begin with model, tokenizer, prompts", layer="the argument is layers=")
 def read_activations(
     model: nn.Module,
     tokenizer: Any,
@@ -78,6 +80,7 @@ def read_activations(
         return {layer: torch.stack([by_prompt[n] for n in range(first)]) for layer, by_prompt in rows.items()}
 
 
+@with_hints(missing="the arguments begin with model, tokenizer, texts", layer="the argument is layers=")
 def residual_norms(
     model: nn.Module,
     tokenizer: Any,

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steering_vectors._arguments import with_hints
 from steering_vectors._models import Attached, Hook, activation_of
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 
+@with_hints(layer="the argument is layers=")
 @contextmanager
 def record_activations(
     model: nn.Module,

@@ -183,6 +183,7 @@ def train_steering_vector(
     return SteeringVector(directions.own, layer_type, metadata=metadata)
 
 
+@with_hints(**_HINTS)
 def extract_activations(
     model: nn.Module,
     tokenizer: Any,

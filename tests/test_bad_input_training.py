@@ -117,7 +117,7 @@ class TestSamples:
             (("one", "two", "three"), "tuple of length 3"),
             ([], "list of length 0"),
             (None, "NoneType"),
-            ([*chat("a"), *chat("b")], "list of length 2 that holds chat messages"),
+            ([*chat("a"), *chat("b")], "list of length 2 that holds chat messages: put each chat in a list of its own"),
         ],
         ids=str,
     )

@@ -14,7 +14,10 @@ from steering_vectors import (
     ablate_everywhere,
     active_patches,
     completion,
+    extract_activations,
     read_activations,
+    record_activations,
+    residual_norms,
     train_steering_vector,
 )
 from tests import tiny
@@ -38,7 +41,7 @@ def train(samples: Any, **options: Any) -> SteeringVector:
         ([("a", float("nan"))], "sample 0, negative side: expected a prompt, got ('a', nan): leave empty rows out"),
         (
             [({"role": "user", "content": "a"}, {"role": "user", "content": "b"})],
-            "of length 2 that holds chat messages",
+            "of length 2 that holds chat messages: put each chat in a list of its own",
         ),
         ("a text", "training_samples must be pairs (positive, negative), got str"),
     ],
@@ -97,6 +100,37 @@ def test_rows_of_other_kinds_are_pairs(samples: Any) -> None:
 def test_arguments_of_training(call: Any, message: str) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: record_activations(model, layer=1),
+            "got an unexpected keyword argument 'layer'; the argument is",
+        ),
+        (lambda model: read_activations(model, tiny.tokenizer(), ["a"], batchsize=1), "did you mean batch_size=?"),
+        (lambda model: read_activations(model, ["a"]), "'prompts'; the arguments begin with model, tokenizer, prompts"),
+        (lambda model: residual_norms(model, ["a"]), "the arguments begin with model, tokenizer, texts"),
+        (lambda model: extract_activations(model, PAIRS), "begin with model, tokenizer, training_samples"),
+        (ablate_everywhere, "the arguments begin with model, direction"),
+    ],
+)
+def test_arguments_of_the_other_functions(call: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call(tiny.shared("llama"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}{{ '<' + m.content }}{% endfor %}", "{% for m in messages %}<{{ m.content }}{% endfor %}"],
+)
+def test_parts_that_the_template_does_not_take(template: str) -> None:
+    chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in ("good", "bad")]
+    with pytest.raises(
+        ValueError, match="sample 0, positive side: the chat template .* give each message its text alone"
+    ):
+        train_steering_vector(tiny.shared("llama"), tiny.tokenizer(chat_template=template), [chats], layers=1)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def _got(sample: object) -> str:
     if not isinstance(sample, (tuple, list)):
         return got
     if any(map(_is_message, sample)):
-        return f"{got} of length {len(sample)} that holds chat messages"
+        return f"{got} of length {len(sample)} that holds chat messages: put each chat in a list of its own"
     return f"{got} of length {len(sample)}"
 
 

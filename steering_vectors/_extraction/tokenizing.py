@@ -132,10 +132,15 @@ class PromptTokenizer:
     def _render(self, messages: Sequence[Message], **template_kwargs: Any) -> str:
         """Render messages with the chat template. Raises ValueError with the template's message if it fails."""
         kwargs = {"add_generation_prompt": False, **self._template_kwargs, **template_kwargs}
+        in_parts = [message["content"] for message in messages if isinstance(message.get("content"), (list, tuple))]
         try:
-            return str(self._template_owner.apply_chat_template(list(messages), tokenize=False, **kwargs))
+            text = str(self._template_owner.apply_chat_template(list(messages), tokenize=False, **kwargs))
         except Exception as error:  # templates raise errors of any kind
-            raise ValueError(f"the chat template failed on these messages: {error}") from error
+            hint = f"; {_ONE_TEXT}" if in_parts else ""
+            raise ValueError(f"the chat template failed on these messages: {error}{hint}") from error
+        if any(content and str(content) in text for content in in_parts):
+            raise ValueError(f"the chat template writes a message's parts as Python code; {_ONE_TEXT}")
+        return text
 
     def _render_unfinished(self, messages: Sequence[Message]) -> str:
         """Render a chat up to the end of the last message's text, without the template's trailer.
@@ -217,6 +222,12 @@ class PromptTokenizer:
             if reached > character:
                 return added + n
         return added + len(spans)
+
+
+_ONE_TEXT = (
+    'if it takes no content in parts, give each message its text alone, as in {"role": "user", "content": "…"}, '
+    'instead of [{"type": "text", "text": "…"}]'
+)
 
 
 def chat_template_of(tokenizer: Any) -> object:
