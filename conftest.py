@@ -60,7 +60,7 @@ def smollm2() -> tuple[Any, Any]:
 def unpack_smollm2(folder: Path) -> None:
     from steering_vectors import demo
 
-    model, tokenizer, _ = demo.load(None, None)
+    model, tokenizer = demo.load(None)
     del model.config.quantization_config
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())

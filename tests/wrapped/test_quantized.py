@@ -1,5 +1,6 @@
 """Quantized weights, bitsandbytes' four bits and torchao's int8: the stream is in another dtype. And a quantized cache."""
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, generated, record_activations
 from tests import tiny
+from tests.test_docs import ON_QUANTIZED, run_page
 from tests.wrapped.promises import INPUTS, LAYER, SELECTIONS, check_steered, check_trained, some_vector
 
 pytestmark = [
@@ -123,3 +125,16 @@ def test_under_a_quantized_cache_the_same_tokens_are_steered_as_by_hand(tokens: 
     with vector.apply(model, tokens=tokens):
         assert torch.equal(model.generate(**INPUTS, **options), expected)
     assert not torch.equal(model.generate(**INPUTS, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("smollm2")  # which unpacks the model
+def test_the_page_on_quantized_models_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = Path(sys.prefix) / "share" / "smollm2-135m-instruct"
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        load = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda name, load=load, **options: load(folder, **options))
+    monkeypatch.chdir(tmp_path)
+    for page in ON_QUANTIZED:
+        run_page(page)
