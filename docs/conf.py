@@ -16,6 +16,8 @@ sys.path[:0] = [str(ROOT / "docs"), str(ROOT)]
 
 import local_hub  # noqa: E402
 
+os.environ.update(local_hub.ONE_THREAD)  # before PyTorch is imported; the notebooks' processes inherit it
+
 import steering_vectors  # noqa: E402
 
 project = "steering-vectors"
