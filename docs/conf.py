@@ -18,14 +18,18 @@ import local_hub  # noqa: E402
 
 os.environ.update(local_hub.ONE_THREAD)  # before PyTorch is imported; the notebooks' processes inherit it
 
+import transformers  # noqa: E402
+
 import steering_vectors  # noqa: E402
+
+transformers.logging.disable_progress_bar()
 
 project = "steering-vectors"
 author = "the steering-vectors contributors"
 project_copyright = f"%Y {author}"
 version = release = steering_vectors.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "pictures", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"steering-vectors {release}"

@@ -21,14 +21,8 @@ from torch import Tensor, nn
 
 import steering_vectors
 from steering_vectors import (
-    SteeringVector,
     ablation_then_addition_operator,
     active_patches,
-    at,
-    completion,
-    from_index,
-    generated,
-    prompted,
     record_activations,
 )
 from tests import tiny
@@ -213,75 +207,6 @@ def test_a_clamped_feature_is_what_tools_for_sparse_autoencoders_mean_and_its_pr
     row = sae.W_dec[feature].detach()
     torch.testing.assert_close(projected @ row, torch.full(projected.shape[:-1], value), atol=1e-4, rtol=1e-4)
     assert (found - projected).norm(dim=-1).max() > 0.1
-
-
-SELECTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-    "all tokens": lambda inputs: None,
-    "generated(inputs)": generated,
-    "prompted(inputs)": prompted,
-    "completion()": lambda inputs: completion(),
-    "from_index(1)": lambda inputs: from_index(1),
-    "at([0, 3])": lambda inputs: at([0, 3]),
-    "slice(1, 4)": lambda inputs: slice(1, 4),
-    "slice(-2, None)": lambda inputs: slice(-2, None),
-    "slice(1, -1)": lambda inputs: slice(1, -1),
-    "[0, -1]": lambda inputs: [0, -1],
-    "tensor([[0,1,1,0,1],[1,0,0,1,0]])": lambda inputs: torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 1, 0]]),
-}
-
-
-def steered_columns(tokens: Callable[[dict[str, Tensor]], Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """For each pass of a generation from two prompts, which places ``(batch, seq)`` of the activation were changed."""
-    model = tiny.shared("llama")
-    inputs = {
-        "input_ids": torch.tensor([[0, 0, 11, 12, 13], [21, 22, 23, 24, 25]]),
-        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
-    }
-    before: list[Tensor] = []
-
-    def noting(activation: Tensor, direction: Tensor) -> Tensor:
-        before.append(activation.clone())
-        return torch.zeros_like(direction)
-
-    vector = SteeringVector({1: torch.ones(tiny.HIDDEN)})
-    with (
-        vector.apply(model, operator=noting),
-        vector.apply(model, tokens=tokens(inputs)),
-        record_activations(model, layers=1) as after,
-    ):
-        model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return [(a != b).any(dim=-1) for a, b in zip(after[1], before, strict=True)], inputs
-
-
-def drawing() -> str:
-    """What each selection steers, drawn: the prompt's columns, then one for each decoding step."""
-    _, inputs = steered_columns(SELECTIONS["all tokens"])
-    mask = inputs["attention_mask"]
-    numbers = [
-        [str(n) if is_token else "-" for n, is_token in zip(row, own, strict=True)]
-        for row, own in zip((mask.cumsum(1) - 1).tolist(), mask.tolist(), strict=True)
-    ]
-    lines = ["            prefill        decoding", "own tokens"]
-    for row, (own, length) in enumerate(zip(numbers, mask.sum(1).tolist(), strict=True)):
-        lines.append(f"  row {row}     {' '.join(own)}  |  {'   '.join(str(length + step) for step in range(3))}")
-    for name, tokens in SELECTIONS.items():
-        passes, _ = steered_columns(tokens)
-        lines += ["", name]
-        for row in range(2):
-            cells = [
-                [
-                    "#" if steered else "." if is_token else "-"
-                    for steered, is_token in zip(p[row].tolist(), own, strict=True)
-                ]
-                for p, own in zip(passes, [mask[row].tolist(), *[[1]] * 3], strict=True)
-            ]
-            lines.append(f"  row {row}     {' '.join(cells[0])}  |  {'   '.join(step[0] for step in cells[1:])}")
-    return "\n".join(lines)
-
-
-def test_the_drawing_of_selections_is_what_runs() -> None:
-    page = (DOCS / "concepts" / "tokens.rst").read_text(encoding="utf-8")
-    assert textwrap.indent(drawing(), "    ", lambda line: line.strip() != "") in page, drawing()
 
 
 def families() -> str:
