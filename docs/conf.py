@@ -1,14 +1,16 @@
 """Sphinx settings. ``python -m sphinx -n -W docs build/docs`` builds the pages, without network."""
 
-import importlib
 import importlib.util
+import inspect
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
 
 ROOT = Path(__file__).parent.parent
@@ -42,21 +44,13 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 
 # No inventory of other projects' pages can be fetched in a build without network.
-_ELSEWHERE = [
-    *("torch.Tensor", "torch.device", "torch.dtype", "torch.nn.Module", "torch.nn.modules.module.Module"),
-    *("collections.abc.Generator", "collections.abc.Iterable", "collections.abc.Mapping", "collections.abc.Sequence"),
-    "os.PathLike",
-]
+_ELSEWHERE = ["Tensor", "nn.Module", "os.PathLike", "torch.Tensor", "torch.device", "torch.dtype", "torch.nn.Module"]
 nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
-nitpick_ignore_regex = [("py:class", r"collections\.abc\..*|collections\.OrderedDict")]
 
-# Type aliases and their modules; autodoc sees only what they stand for.
-_ALIASES = {
-    **dict.fromkeys(["ModelLayerConfig", "LayerMatcher", "LayerType"], "layer_matching"),
-    **dict.fromkeys(["TrainingSample", "ReadTokenIndex", "Prompt"], "train_steering_vector"),
-    "Aggregator": "aggregators",
-    "PatchDeltaOperator": "steering_operators",
-    "Selector": "token_selection",
+# Names in signatures that the pages describe: the public ones, and aliases of types.
+_DESCRIBED = {
+    *steering_vectors.__all__,
+    *("Numbers", "Prompt", "ReadTokenIndex", "Side", "TokenSelection", "TrainingSample"),
 }
 
 # Notebooks are shown with their outputs where their model is, or can be made from a package that is installed.
@@ -75,20 +69,25 @@ if local_hub.FOLDER.exists():
     os.environ.update(local_hub.offline_environment(Path(_hub.name)))
 
 
-def name_aliases(
-    _app: Sphinx, _what: str, _name: str, documented: Any, _options: Any, signature: str | None, returns: str | None
+def write_types_as_in_source(
+    _app: Sphinx, what: str, _name: str, documented: Any, _options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Write a signature with the aliases' names; where two stand for the same, that which its own module uses."""
-    own_names = dir(sys.modules.get(getattr(documented, "__module__", "")))
-    texts = {
-        name: stringify_annotation(getattr(importlib.import_module(f"steering_vectors.{module}"), name), "smart")
-        for name, module in _ALIASES.items()
-    }
-    for name in sorted(texts, key=lambda name: (name not in own_names, -len(texts[name]))):
-        path = f"~steering_vectors.{name}" if name in steering_vectors.__all__ else name
-        signature, returns = (part and part.replace(texts[name], path) for part in (signature, returns))
-    return signature, returns
+    """Write a signature with the names of type aliases, where autodoc writes all that they are short for."""
+    if not signature or (what == "class" and signature == "()"):  # the page leaves it out
+        return signature, returns
+    written = inspect.signature(documented)
+    if next(iter(written.parameters), None) == "self":
+        written = written.replace(parameters=list(written.parameters.values())[1:])
+    shown = stringify_signature(written, show_return_annotation=False)
+    returned = None if what == "class" else _with_paths(stringify_annotation(written.return_annotation))
+    return _with_paths(shown), returned
+
+
+def _with_paths(types: str) -> str:
+    return re.sub(
+        r"\b[A-Z]\w+", lambda name: f"~steering_vectors.{name[0]}" if name[0] in _DESCRIBED else name[0], types
+    )
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-signature", name_aliases)
+    app.connect("autodoc-process-signature", write_types_as_in_source)

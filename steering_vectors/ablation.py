@@ -1,5 +1,7 @@
 """Ablate a direction wherever the residual stream is written."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 from torch import Tensor, nn

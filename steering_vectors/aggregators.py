@@ -5,6 +5,8 @@ direction ``(hidden,)``. Row i of one side belongs to row i of the other. An agg
 ``accumulator(hidden)`` takes the rows as they come, and keeps only what it needs of them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -138,7 +140,7 @@ class _Mean:
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         return _direction_of_all(self, positive, negative)
 
-    def accumulator(self, hidden: int) -> "_MeanAccumulator":
+    def accumulator(self, hidden: int) -> _MeanAccumulator:
         return _MeanAccumulator()
 
     def __repr__(self) -> str:
@@ -154,7 +156,7 @@ class _MeanAccumulator:
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
         self._means[side].add(rows)
 
-    def merge(self, other: "_MeanAccumulator") -> None:
+    def merge(self, other: _MeanAccumulator) -> None:
         for side, mean in self._means.items():
             mean.merge(other._means[side])
 
@@ -167,7 +169,7 @@ class _PCA:
     def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         return _direction_of_all(self, positive, negative)
 
-    def accumulator(self, hidden: int) -> "_PCAAccumulator":
+    def accumulator(self, hidden: int) -> _PCAAccumulator:
         return _PCAAccumulator()
 
     def __repr__(self) -> str:
@@ -190,7 +192,7 @@ class _PCAAccumulator:
         alone = set(range(len(samples))).difference(paired)
         self._waiting[side].update((samples[n], rows[n]) for n in sorted(alone))
 
-    def merge(self, other: "_PCAAccumulator") -> None:
+    def merge(self, other: _PCAAccumulator) -> None:
         self._moment.merge(other._moment)
         for side, rows in self._waiting.items():
             rows.update(other._waiting[side])
@@ -236,7 +238,7 @@ class _KeptRows:
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
         self._rows[side].update(zip(samples, rows, strict=True))
 
-    def merge(self, other: "_KeptRows") -> None:
+    def merge(self, other: _KeptRows) -> None:
         for side, rows in other._rows.items():
             self._rows[side].update(rows)
 

@@ -3,6 +3,8 @@
 Run it with ``python -m steering_vectors``; add ``--help`` for its options.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import importlib.util

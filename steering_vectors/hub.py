@@ -1,5 +1,7 @@
 """Save and load steering vectors in folders and on the Hugging Face hub, with a model card."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

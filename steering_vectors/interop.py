@@ -3,6 +3,8 @@
 Each function documents how its source numbers layers. In this library, layer l is the output of block l, from 0.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping, Sequence

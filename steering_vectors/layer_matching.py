@@ -1,5 +1,7 @@
 """Find a model's modules by layer type and layer number."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -1,5 +1,7 @@
 """Read the activations of single prompts, for probes, and measure their norms."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any

@@ -1,5 +1,7 @@
 """Record activations at layers during the caller's own passes."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager

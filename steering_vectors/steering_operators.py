@@ -3,6 +3,8 @@
 :class:`PatchDeltaOperator` specifies an operator's arguments and its result.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Protocol

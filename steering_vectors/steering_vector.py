@@ -1,5 +1,7 @@
 """Steering vectors: directions by layer, their arithmetic, and their application to a model."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,7 +83,7 @@ class SteeringVector(ByLayer):
         state = {"layer_activations": self.layer_activations, "layer_type": self.layer_type}
         return {**state, "metadata": dict(self.metadata)} if self.metadata else state
 
-    def __deepcopy__(self, _memo: Any) -> "SteeringVector":
+    def __deepcopy__(self, _memo: Any) -> SteeringVector:
         # copy.deepcopy refuses tensors that were computed with gradients.
         copies = {n: d.detach().clone().requires_grad_(d.requires_grad) for n, d in self.layer_activations.items()}
         return SteeringVector(copies, self.layer_type, metadata=self.metadata)
@@ -197,19 +199,19 @@ class SteeringVector(ByLayer):
         """
         return shares_of(self.layer_activations, self.metadata)
 
-    def __add__(self, other: object) -> "SteeringVector":
+    def __add__(self, other: object) -> SteeringVector:
         """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""
         return self._combined(other, "{} + {}", torch.add)
 
-    def __radd__(self, other: object) -> "SteeringVector":
+    def __radd__(self, other: object) -> SteeringVector:
         """Return the vector for ``0 + vector``, so that ``sum(vectors)`` works."""
         return replace(self) if isinstance(other, int) and other == 0 else NotImplemented
 
-    def __sub__(self, other: object) -> "SteeringVector":
+    def __sub__(self, other: object) -> SteeringVector:
         """Return the difference at each layer that either vector has. Raises ValueError as addition does."""
         return self._combined(other, "{} - {}", torch.sub)
 
-    def __mul__(self, factor: float | Tensor) -> "SteeringVector":
+    def __mul__(self, factor: float | Tensor) -> SteeringVector:
         """Return the vector with each direction multiplied by a number; gradients flow to one that requires grad.
 
         >>> (2 * SteeringVector({1: [3.0, 4.0]})).layer_activations
@@ -219,7 +221,7 @@ class SteeringVector(ByLayer):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float | Tensor) -> "SteeringVector":
+    def __truediv__(self, divisor: float | Tensor) -> SteeringVector:
         """Return the vector with each direction divided by a number, as it is multiplied.
 
         Raises ZeroDivisionError for 0.
@@ -230,10 +232,10 @@ class SteeringVector(ByLayer):
         made = {layer: d / number for layer, d in checked_directions(self.layer_activations).items()}
         return self._with(made, f"{{}} / {plain_number(number):g}")
 
-    def __neg__(self) -> "SteeringVector":
+    def __neg__(self) -> SteeringVector:
         return self._with({n: -direction for n, direction in checked_directions(self.layer_activations).items()}, "-{}")
 
-    def cosine_similarity(self, other: "SteeringVector") -> dict[int, float]:
+    def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Return the cosine of the angle between the directions, for each layer that both vectors have.
 
         It is NaN where a direction is all zeros. Raises ValueError if layer types or widths differ, and if the vectors
@@ -248,7 +250,7 @@ class SteeringVector(ByLayer):
             raise ValueError(f"the vectors have no layer in common: one has {self.layers}, the other {other.layers}")
         return found
 
-    def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
+    def orthogonal_to(self, other: SteeringVector) -> SteeringVector:
         """Return the vector without the part of each direction along the other's direction of the same layer.
 
         Layers that the other vector lacks stay as they are. Raises ValueError if layer types or widths differ.
@@ -285,7 +287,7 @@ class SteeringVector(ByLayer):
         write(path, self.layer_activations, self.layer_type, self.metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "SteeringVector":
+    def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
         """Load a vector from a file that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
 
         Raises FileNotFoundError if there is no such file. Raises ValueError for anything but a complete file of a
@@ -326,13 +328,13 @@ class SteeringVector(ByLayer):
     @staticmethod
     def from_pretrained(
         repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-    ) -> "SteeringVector":
+    ) -> SteeringVector:
         """Load a vector from a folder or a repository on the hub: :func:`steering_vectors.hub.from_pretrained`."""
         from steering_vectors import hub
 
         return hub.from_pretrained(repo_id_or_folder, revision=revision, token=token)
 
-    def normalized(self) -> "SteeringVector":
+    def normalized(self) -> SteeringVector:
         """Return the vector with each direction at norm 1. Raises ValueError for a direction of zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).normalized().layer_activations[1]
@@ -346,7 +348,7 @@ class SteeringVector(ByLayer):
         made = {layer: unit_direction(d.cpu().double()).to(d) for layer, d in directions.items()}
         return self._with(made, "{} at norm 1")
 
-    def scaled(self, factor: float | Tensor | Mapping[int, float | Tensor]) -> "SteeringVector":
+    def scaled(self, factor: float | Tensor | Mapping[int, float | Tensor]) -> SteeringVector:
         """Return the vector with each direction times ``factor``: one number, or a mapping with one for each layer.
 
         Layers in the mapping that this vector lacks are ignored, as :func:`~steering_vectors.residual_norms` returns
@@ -366,7 +368,7 @@ class SteeringVector(ByLayer):
             made, "{} scaled by layer" if isinstance(factor, Mapping) else f"{plain_number(factor):g} * {{}}"
         )
 
-    def __getitem__(self, layers: int | slice | Iterable[int]) -> "SteeringVector":
+    def __getitem__(self, layers: int | slice | Iterable[int]) -> SteeringVector:
         """Return the vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
         A slice means the layer numbers in it, without its stop. An open end means the lowest or highest layer of this
@@ -380,7 +382,7 @@ class SteeringVector(ByLayer):
 
     # The signatures of torch.Tensor.to.
     @overload
-    def to(self, dtype: torch.dtype, non_blocking: bool = False, copy: bool = False) -> "SteeringVector": ...
+    def to(self, dtype: torch.dtype, non_blocking: bool = False, copy: bool = False) -> SteeringVector: ...
 
     @overload
     def to(
@@ -389,12 +391,12 @@ class SteeringVector(ByLayer):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
         copy: bool = False,
-    ) -> "SteeringVector": ...
+    ) -> SteeringVector: ...
 
     @overload
-    def to(self, other: Tensor, non_blocking: bool = False, copy: bool = False) -> "SteeringVector": ...
+    def to(self, other: Tensor, non_blocking: bool = False, copy: bool = False) -> SteeringVector: ...
 
-    def to(self, *args: Any, **kwargs: Any) -> "SteeringVector":
+    def to(self, *args: Any, **kwargs: Any) -> SteeringVector:
         """Return the vector with each direction moved or converted by ``torch.Tensor.to``, with its arguments.
 
         >>> SteeringVector({1: [3.0, 4.0]}).to(torch.bfloat16).layer_activations[1].dtype
@@ -402,16 +404,16 @@ class SteeringVector(ByLayer):
         """
         return self._of_same_origin({n: d.to(*args, **kwargs) for n, d in self.layer_activations.items()})
 
-    def _of_same_origin(self, directions: dict[int, Tensor]) -> "SteeringVector":
+    def _of_same_origin(self, directions: dict[int, Tensor]) -> SteeringVector:
         return replace(self, layer_activations=directions, metadata=inherited(self.metadata))
 
-    def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> "SteeringVector":
+    def _combined(self, other: object, operation: str, combine: Callable[[Tensor, Tensor], Tensor]) -> SteeringVector:
         if not isinstance(other, SteeringVector):
             return NotImplemented  # type: ignore[no-any-return]
         self._check_alike(other)
         return self._with(united(self.layer_activations, other.layer_activations, combine), operation, other)
 
-    def _with(self, directions: dict[int, Tensor], operation: str, *others: "SteeringVector") -> "SteeringVector":
+    def _with(self, directions: dict[int, Tensor], operation: str, *others: SteeringVector) -> SteeringVector:
         """Return a vector with the directions that an operation computed; its metadata record the operation."""
         metadata = derived(operation, self.metadata, *(other.metadata for other in others))
         return SteeringVector(directions, self.layer_type, metadata=metadata)

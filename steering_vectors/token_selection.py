@@ -4,6 +4,8 @@ A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, se
 :class:`Selector` lists the attributes that it may have.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """A helper function that users of version 0.12.2 import."""
 
+from __future__ import annotations
+
 from torch import nn
 
 

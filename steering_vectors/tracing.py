@@ -1,5 +1,7 @@
 """Trace what steerings change while a model runs: which tokens, at which layers, and by how much."""
 
+from __future__ import annotations
+
 import html
 import math
 import sys
@@ -19,7 +21,7 @@ from steering_vectors._precision import wide
 from steering_vectors._steering import AttachedTrace, changes_of
 
 
-def trace_steering(model: nn.Module) -> "SteeringTrace":
+def trace_steering(model: nn.Module) -> SteeringTrace:
     """Return a context manager that records what steerings do in the passes of ``model`` inside it.
 
     Entering it returns a :class:`SteeringTrace`, which can be read inside the block or after it. Steerings may be
@@ -72,7 +74,7 @@ class SteeringTrace:
         self._passes: dict[int, _TracedPass] = {}
         self._modules: set[int] = set()
 
-    def __enter__(self) -> "SteeringTrace":
+    def __enter__(self) -> SteeringTrace:
         model = self._model()
         if model is None:
             raise RuntimeError("the model of this trace no longer exists: make a new trace with trace_steering(model)")
@@ -156,7 +158,7 @@ class SteeringTrace:
         one.add(layer, steered.reshape(batch, seq))
         self._notes.setdefault(layer, {}).setdefault(id(module), []).append((share.sum(), measured.sum()))
 
-    def _pass_of(self, current: ForwardPass) -> "_TracedPass":
+    def _pass_of(self, current: ForwardPass) -> _TracedPass:
         if current.number not in self._passes:
             try:
                 positions = current.positions

@@ -1,5 +1,7 @@
 """Train a steering vector from contrasting prompts, in one call or in two steps."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,7 +285,7 @@ def _of_call(
     return {name: without_addresses(text) for name, text in entries.items() if text}
 
 
-def _merged(aggregator: Aggregator, parts: Sequence["_Accumulators"]) -> "_Accumulators":
+def _merged(aggregator: Aggregator, parts: Sequence[_Accumulators]) -> _Accumulators:
     """Return the accumulators of all processes' rows."""
     if len(parts) == 1:
         return parts[0]
@@ -312,7 +314,7 @@ class _Accumulators:
         for side, indices, samples in by_side(part):
             accumulator.add(rows[indices], side, samples)
 
-    def merge(self, other: "_Accumulators") -> None:
+    def merge(self, other: _Accumulators) -> None:
         for layer, (hidden, accumulator) in other._by_layer.items():
             self._at(layer, hidden).merge(accumulator)
             self._norms.setdefault(layer, []).extend(other._norms[layer])

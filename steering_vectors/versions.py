@@ -1,5 +1,7 @@
 """Print the versions that a bug report needs."""
 
+from __future__ import annotations
+
 import platform
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,5 +1,7 @@
 """Look up the steerings of a model."""
 
+from __future__ import annotations
+
 from torch import nn
 
 from steering_vectors._models import check_model

@@ -1,5 +1,7 @@
 """Attach a steering to a model, and remove it by hand or by leaving a block."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 import itertools
@@ -75,7 +77,7 @@ class SteeringPatchHandle:
         """
         self._leave(quiet=sys.exc_info()[0] is not None)
 
-    def __enter__(self) -> "SteeringPatchHandle":
+    def __enter__(self) -> SteeringPatchHandle:
         """Return the handle. Raises RuntimeError if the steering was removed, since the block would run unsteered."""
         if not self.is_on:
             raise RuntimeError("this steering was removed from its model: make a new one with vector.patch(model)")
@@ -105,7 +107,7 @@ class SteeringPatchHandle:
         """True unless the steering changes the passes of another thread only."""
         return self.is_entered_here or not self._this_thread_only
 
-    def _attach(self) -> "SteeringPatchHandle":
+    def _attach(self) -> SteeringPatchHandle:
         """Attach all hooks or, if one can't be attached, none."""
         self._tracker.start(self._attachments)
         return self

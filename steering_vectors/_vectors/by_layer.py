@@ -1,5 +1,7 @@
 """Directions as a collection by layer number."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch
