@@ -31,7 +31,7 @@ author = "the steering-vectors contributors"
 project_copyright = f"%Y {author}"
 version = release = steering_vectors.__version__
 
-extensions = ["myst_nb", "pictures", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "pictures", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"steering-vectors {release}"
@@ -41,6 +41,7 @@ html_show_sourcelink = False
 html_show_sphinx = False
 
 autodoc_member_order = "bysource"
+napoleon_numpy_docstring = napoleon_attr_annotations = False
 python_maximum_signature_line_length = 80
 
 # No inventory of other projects' pages can be fetched in a build without network.

@@ -45,12 +45,25 @@ def read_activations(
     move_to_cpu: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[int, Tensor]:
-    """Return the activations of prompts, ``(n, hidden)`` in float32 or wider, by layer; row i is prompt i's.
+    """Return the activations of prompts by layer: rows ``(n, hidden)`` in float32 or wider.
 
-    ``prompts`` are texts, lists of chat messages, or token ids. All other arguments, errors and guarantees are
-    those of :func:`train_steering_vector`. As there, ``batch_size`` counts pairs of prompts. A callable
-    ``read_token_index`` gets an empty text for token ids. Rows are on the CPU, or with ``move_to_cpu=False`` on the
-    device where the layer runs.
+    Row i is prompt i's. Guarantees and errors are those of :func:`train_steering_vector`.
+
+    Args:
+        model: The model to read, which must be decoder-only.
+        tokenizer: The model's tokenizer, or a processor that has one.
+        prompts: Texts, lists of chat messages, or token ids.
+        layers: The layers to read, as numbers from 0, or negative ones from the end. None reads
+            all.
+        layer_type: The kind of module that is read at each layer.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        read_token_index: The token to read of each prompt, as in :func:`train_steering_vector`. A
+            callable gets an empty text for token ids.
+        tokens: The tokens to read in place of a single one; the mean over them is read.
+        batch_size: The size of a pass in pairs of prompts, as in :func:`train_steering_vector`.
+        show_progress: True to show a progress bar.
+        move_to_cpu: False to return the rows on the device where the layer runs instead of the CPU.
+        chat_template_kwargs: Arguments for the tokenizer's chat template.
 
     >>> rows = read_activations(model, tokenizer, ["I love it", "I hate it", "Fine"], layers=[0, 1])
     >>> {layer: tuple(part.shape) for layer, part in rows.items()}
@@ -95,14 +108,24 @@ def residual_norms(
 ) -> dict[int, float]:
     """Return the median Euclidean norm of the activations of each decoder block, by layer.
 
-    The median is over all tokens of the ``texts`` except the first of each. Its norm is often a hundred times that of
-    the others (massive activations, arXiv 2402.17762). The texts may be chats, and should resemble what the model is to
-    write. The other arguments are those of :func:`train_steering_vector`.
+    The median is over all tokens of the texts except the first of each. Its norm is often a hundred
+    times that of the others (massive activations, arXiv 2402.17762).
 
-    Scale a unit vector by these norms: ``vector.normalized().scaled(residual_norms(…))``. Its multiplier is then a
-    fraction of the activations' size, comparable across models.
+    Scale a unit vector by these norms: ``vector.normalized().scaled(residual_norms(…))``. Its
+    multiplier is then a fraction of the activations' size, comparable across models.
 
-    Raises as :func:`train_steering_vector`, and ValueError if no text has more than one token.
+    Args:
+        model: The model to measure, which must be decoder-only.
+        tokenizer: The model's tokenizer, or a processor that has one.
+        texts: Texts or chats, which should resemble what the model is to write.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        batch_size: The size of a pass in pairs of texts, as in :func:`train_steering_vector`.
+        show_progress: True to show a progress bar.
+        chat_template_kwargs: Arguments for the tokenizer's chat template.
+
+    Raises:
+        TypeError: As in :func:`train_steering_vector`.
+        ValueError: As there, and if no text has more than one token.
 
     >>> sorted(residual_norms(model, tokenizer, ["I love it", "It rains"]))
     [0, 1]

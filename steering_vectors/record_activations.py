@@ -26,14 +26,29 @@ def record_activations(
     *,
     layers: int | Iterable[int] | None = None,
 ) -> Generator[dict[int, list[Tensor]], None, None]:
-    """Yield a dictionary that fills while the model runs inside the block: layer number → one activation per pass.
+    """Yield a dictionary that fills while the model runs: layer number → one activation per pass.
 
-    Activations are ``(batch, seq, hidden)``, in the model's dtype, on the device where the layer ran. A steered model's
-    are recorded as steered. ``clone_activations=False`` keeps the layer's output itself, with its gradients, instead of
-    a detached copy. ``layers`` (or ``layer_nums``, its older name) are numbers from 0, or negative from the end; None
-    records all. The caller runs the passes, and decides about gradients and training mode.
+    The caller runs the passes inside the block, and decides about gradients and training mode. A
+    steered model's activations are recorded as steered.
 
-    Raises ValueError for layers that the model doesn't have, or if both ``layers`` and ``layer_nums`` are passed.
+    Args:
+        model: The model to record.
+        layer_type: The kind of module that is recorded at each layer: the decoder block, or a part
+            of it such as ``"mlp"``.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        clone_activations: False to keep the layer's output itself, with its gradients, instead of a
+            detached copy.
+        layer_nums: The older name of ``layers``. Pass only one of the two.
+        layers: The layers to record, as numbers from 0, or negative ones from the end. None records
+            all.
+
+    Yields:
+        The activations ``(batch, seq, hidden)`` by layer, in the model's dtype, on the device where
+        the layer ran.
+
+    Raises:
+        ValueError: If the model doesn't have one of the layers, or if both ``layers`` and
+            ``layer_nums`` are passed.
 
     >>> with record_activations(model, layers=[0, -1]) as activations:
     ...     _ = model(**inputs)

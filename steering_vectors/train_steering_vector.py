@@ -54,11 +54,17 @@ __all__ = [
 
 @dataclass
 class SteeringVectorTrainingSample:
-    """A positive and a negative prompt, each as in :func:`train_steering_vector`, and where to read them.
+    """A positive and a negative prompt, and where to read them.
 
-    ``read_positive_token_index`` and ``read_negative_token_index`` override ``read_token_index`` for this sample.
+    Args:
+        positive_str: The positive prompt, as in :func:`train_steering_vector`.
+        negative_str: The negative prompt.
+        read_positive_token_index: The token to read of the positive prompt, in place of
+            ``read_token_index``.
+        read_negative_token_index: The same for the negative prompt.
 
-    >>> SteeringVectorTrainingSample("I love it", "I hate it", read_positive_token_index=-1).negative_str
+    >>> pair = SteeringVectorTrainingSample("I love it", "I hate it", read_positive_token_index=-1)
+    >>> pair.negative_str
     'I hate it'
     """
 
@@ -103,62 +109,75 @@ def train_steering_vector(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     process_group: Any = None,
 ) -> SteeringVector:
-    """Train a steering vector from contrasting prompts: a direction ``(hidden,)`` in float32 for each layer.
+    """Train a steering vector from contrasting prompts: one direction for each layer.
 
-    ``tokenizer`` is the model's tokenizer, or a processor that has one. It is not changed and needs no padding token.
+    Directions are ``(hidden,)``, in float32. The model runs in evaluation mode, without gradients,
+    and only up to the last layer asked for. Afterwards it is as it was before.
 
-    ``training_samples`` are pairs ``(positive, negative)``, rows with the keys ``positive`` and ``negative``, or
-    :class:`SteeringVectorTrainingSample`, in any sequence or iterator. A prompt is a text, a list of chat messages, or
-    token ids: a list or a tensor, or what a tokenizer returns for one prompt. An iterator is consumed in windows of
-    4,096 pairs.
+    The prompts are read in packs where the model allows it. A pack usually holds up to 512 tokens,
+    and the common beginnings of its prompts are computed only once. Each row is the same as if its
+    prompt were run alone, up to rounding. In mixtures of experts in half precision, rounding
+    decides which experts run, so there each prompt is run alone.
 
-    ``chat_template_kwargs`` are passed to the tokenizer's chat template, such as ``{"enable_thinking": False}``. The
-    template renders chat messages up to the end of the last message's text if it is the assistant's. Otherwise, it
-    renders them up to the header of the answer to come.
+    A text gets the special tokens that the tokenizer adds, once, also if it begins with them. A
+    chat gets those of its template alone, so that its tokens are the ones that
+    ``apply_chat_template`` returns for ``generate``. It is rendered up to the end of the last
+    message's text if that message is the assistant's, and otherwise up to the header of the answer
+    to come. Token ids are taken as they are, without the padding that an ``attention_mask`` shows.
 
-    A text gets the special tokens that the tokenizer adds, once, also if it begins with them. A chat gets those of its
-    template alone, so that its tokens are the ones that ``apply_chat_template`` returns for ``generate``. Token ids are
-    taken as they are, without the padding that an ``attention_mask`` shows.
-
-    ``layers`` are numbers from 0, or negative ones from the end; None trains all. ``layer_type`` and
-    ``layer_config`` are those of :meth:`SteeringVector.apply`.
-
-    ``read_token_index`` is the token to read of each prompt, without padding; negative numbers count from its end. It
-    may be a callable that gets the prompt's text, as rendered by the template, and returns a token of
-    ``tokenizer(text)``, such as ``tokenizer(text).char_to_token(text.index("owl"))``.
-
-    ``tokens`` selects tokens instead, as in :meth:`SteeringVector.apply`: the mean over them is read.
-    ``from_index(1)`` selects all tokens but the first, whose norm is often a hundred times that of the others.
-    ``completion()`` selects the last assistant message's tokens.
-
-    ``aggregator`` computes a direction from the rows of a layer, one row for each prompt. Statistics are in float32 or
-    wider, on the device where the layer runs, or on the CPU with ``move_to_cpu``.
-
-    ``batch_size`` limits a pass to the tokens of that many pairs, or to one pack. Packs are used where the model allows
-    it. A pack usually holds up to 512 tokens, and the common beginnings of its prompts are computed only once. If
-    memory runs out, a pass is halved. Each row is the same as if its prompt were run alone, up to rounding. In mixtures
-    of experts in half precision, rounding decides which experts run, so there each prompt is run alone.
-
-    ``process_group``, such as ``torch.distributed.group.WORLD``, shares the work among processes. Each process of the
-    group makes the same call, runs its share of the pairs, and returns the same vector. Without a group, each process
-    works alone.
-
-    The model runs in evaluation mode, without gradients, and only up to the last layer asked for. Afterwards it is as
-    it was before.
-
-    The vector's ``metadata`` record what is needed to make it again: the model, its revision and dtype, the method,
-    which tokens were read, the number of samples, and hashes of their token ids and of the chat template.
-
-    Raises TypeError for arguments of the wrong type. Raises ValueError for layers that the model doesn't have, for
-    models that aren't decoder-only, and for samples that can't be read. Those are no samples at all, a sample that is
-    not a pair, an empty prompt, more tokens than the model has position embeddings for, a position outside the prompt,
-    a selection of no token, and chat messages without a chat template, with content other than text, or with a last
-    text that the template leaves out. With ``process_group``, raises ValueError for a model that is sharded over the
-    processes, and RuntimeError if another process failed or was given other samples.
+    The vector's ``metadata`` record what is needed to make it again: the model, its revision and
+    dtype, the method, which tokens were read, the number of samples, and hashes of their token ids
+    and of the chat template.
 
     Source: contrastive activation addition, arXiv 2312.06681, for the default aggregator.
 
-    >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it"), ("Great!", "Awful!")], layers=[0, 1])
+    Args:
+        model: The model to read, which must be decoder-only.
+        tokenizer: The model's tokenizer, or a processor that has one. It is not changed and needs
+            no padding token.
+        training_samples: Pairs ``(positive, negative)``, rows with the keys ``positive`` and
+            ``negative``, or :class:`SteeringVectorTrainingSample`, in any sequence or iterator. A
+            prompt is a text, a list of chat messages, or token ids: a list or a tensor, or what a
+            tokenizer returns for one prompt. An iterator is consumed in windows of 4,096 pairs.
+        layers: The layers to train, as numbers from 0, or negative ones from the end. None trains
+            all.
+        layer_type: The kind of module that is read at each layer: the decoder block, or a part of
+            it such as ``"mlp"``.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        move_to_cpu: True to compute on the CPU instead of the device where the layer runs.
+            Statistics are in float32 or wider on both.
+        read_token_index: The token to read of each prompt, without padding; negative numbers count
+            from its end. It may be a callable that gets the prompt's text, as rendered by the
+            template, and returns the index of a token of ``tokenizer(text)``, such as
+            ``tokenizer(text).char_to_token(text.index("owl"))``.
+        show_progress: True to show a progress bar.
+        aggregator: The callable that computes a direction from the rows of a layer, one row for
+            each prompt. By default, it is the mean of the differences.
+        batch_size: The number of pairs to whose tokens a pass is limited; one pack is always
+            allowed. If memory runs out, a pass is halved.
+        tqdm_desc: The label of the progress bar.
+        tokens: The tokens to read in place of a single one, as in :meth:`SteeringVector.apply`: the
+            mean over them is read. ``from_index(1)`` selects all tokens but the first, whose norm
+            is often a hundred times that of the others. ``completion()`` selects the last assistant
+            message's tokens.
+        chat_template_kwargs: Arguments for the tokenizer's chat template, such as
+            ``{"enable_thinking": False}``.
+        process_group: The processes that share the work, such as ``torch.distributed.group.WORLD``.
+            Each process of the group makes the same call, runs its share of the pairs, and returns
+            the same vector. Without a group, each process works alone.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the model doesn't have one of the layers or isn't decoder-only, if there are
+            no samples, or if one can't be read. Causes are a sample that is not a pair, an empty
+            prompt, more tokens than the model has position embeddings for, a position outside the
+            prompt, a selection of no token, and chat messages without a chat template, with content
+            other than text, or with a last text that the template leaves out. With
+            ``process_group``, also if the model is sharded over the processes.
+        RuntimeError: If another process of the group failed or was given other samples.
+
+    >>> pairs = [("I love it", "I hate it"), ("Great!", "Awful!")]
+    >>> train_steering_vector(model, tokenizer, pairs, layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
     processes, record = Processes(process_group), TrainingRecord()
@@ -202,15 +221,35 @@ def extract_activations(
     tokens: TokenSelection | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]]:
-    """Return the rows that training reads, by layer: those of the positive prompts, and those of the negative ones.
+    """Return the rows that training reads, by layer: the positive prompts', and the negative ones'.
 
-    Each layer has a list of tensors ``(batch_size, hidden)`` in the samples' order; the last one may be shorter. Single
-    tokens are in the model's dtype, and means over tokens in float32 or wider. The tensors are on the device where the
-    layer runs, or on the CPU with ``move_to_cpu``. Inside ``apply``, they are the steered activations.
+    Inside ``apply``, they are the steered activations. Errors are those of
+    :func:`train_steering_vector`.
 
-    Arguments and errors are those of :func:`train_steering_vector`.
+    Args:
+        model: The model to read, which must be decoder-only.
+        tokenizer: The model's tokenizer, or a processor that has one.
+        training_samples: Pairs, as in :func:`train_steering_vector`.
+        layers: The layers to read, as numbers from 0, or negative ones from the end. None reads
+            all.
+        layer_type: The kind of module that is read at each layer.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        move_to_cpu: True to return tensors on the CPU instead of the device where the layer runs.
+        read_token_index: The token to read of each prompt, as in :func:`train_steering_vector`.
+        show_progress: True to show a progress bar.
+        batch_size: The number of pairs in a pass, and of rows in a tensor.
+        tqdm_desc: The label of the progress bar.
+        tokens: The tokens to read in place of a single one; the mean over them is read.
+        chat_template_kwargs: Arguments for the tokenizer's chat template.
 
-    >>> positive, negative = extract_activations(model, tokenizer, [("I love it", "I hate it")], layers=1)
+    Returns:
+        Two mappings from layers to lists of tensors ``(batch_size, hidden)`` in the samples' order;
+        the last tensor may
+        be
+        shorter. Single tokens are in the model's dtype, and means over tokens in float32 or wider.
+
+    >>> pairs = [("I love it", "I hate it")]
+    >>> positive, negative = extract_activations(model, tokenizer, pairs, layers=1)
     >>> positive[1][0].shape
     torch.Size([1, 32])
     """
@@ -235,10 +274,19 @@ def aggregate_activations(
     neg_acts_by_layer: Mapping[int, Sequence[Tensor]],
     aggregator: Aggregator = mean_aggregator(),
 ) -> dict[int, Tensor]:
-    """Compute a direction ``(hidden,)`` in float32 for each layer from the result of :func:`extract_activations`.
+    """Compute a direction for each layer from the result of :func:`extract_activations`.
 
-    Raises TypeError for activations that are not mappings. Raises ValueError if the positive and the negative ones
-    don't have the same layers and the same numbers of rows ``(n, hidden)``.
+    Directions are ``(hidden,)``, in float32.
+
+    Args:
+        pos_acts_by_layer: The positive rows: a list of tensors ``(n, hidden)`` for each layer.
+        neg_acts_by_layer: The negative rows, in the same form.
+        aggregator: The callable that computes a direction from the rows of a layer.
+
+    Raises:
+        TypeError: If the activations are not mappings.
+        ValueError: If the sides don't have the same layers and the same numbers of rows
+            ``(n, hidden)``.
 
     >>> aggregate_activations({0: [torch.ones(1, 2)]}, {0: [torch.zeros(1, 2)]})
     {0: tensor([1., 1.])}
