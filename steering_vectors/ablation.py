@@ -26,27 +26,34 @@ from steering_vectors.steering_vector import SteeringVector
 def ablate_everywhere(
     model: nn.Module, direction: Tensor | SteeringVector, *, layer_config: ModelLayerConfig | None = None
 ) -> SteeringContext:
-    """Return a context manager, also a decorator, that removes ``direction`` from the residual stream everywhere.
+    """Return a context manager, also a decorator, that removes ``direction`` from the whole stream.
 
-    Inside it, ``h`` becomes ``h − (h·u)u`` with ``u = d / ‖d‖`` in three places: the input of the first decoder block,
-    each block's output, and the outputs that each block's attention and MLP, or their counterparts, add to the stream.
-    Where a norm follows such a module, the norm's output is ablated. This is how refusal is removed from chat models.
-    The length and sign of ``direction`` have no effect.
+    In the residual stream, ``h`` becomes ``h − (h·u)u`` with ``u = d / ‖d‖`` in three places: the
+    input of the first decoder block, each block's output, and the outputs that each block's
+    attention and MLP, or their counterparts, add to the stream. Where a norm follows such a module,
+    the norm's output is ablated. This is how refusal is removed from chat models.
 
-    Entering finds the modules that write to the stream, by passes over five tokens in which module outputs are
-    replaced. Hooks of other code see these passes too. Some blocks' outputs are not the sum of their input and their
-    modules' outputs, as in blocks that end in a norm: there, only the block's output is ablated. The same holds, with a
-    UserWarning, where the model can't be run on tokens alone. In training mode, some blocks apply dropout to outputs
-    that were ablated already.
-
-    ``direction`` has the shape ``(hidden,)``, or is a vector of one layer. ``layer_config`` is that of
-    :meth:`SteeringVector.apply`.
-
-    Raises TypeError if ``model`` is not a module or ``direction`` not a tensor of numbers. Raises ValueError if the
-    layers can't be identified, if the width doesn't fit, or if the direction is all zeros. Raises ValueError also for a
-    model that is currently steered by token or by row.
+    Entering finds the modules that write to the stream, by passes over five tokens in which module
+    outputs are replaced. Hooks of other code see these passes too. Some blocks' outputs are not the
+    sum of their input and their modules' outputs, as in blocks that end in a norm: there, only the
+    block's output is ablated. The same holds where the model can't be run on tokens alone. In
+    training mode, some blocks apply dropout to outputs that were ablated already.
 
     Source: directional ablation, arXiv 2406.11717, section 2.4.
+
+    Args:
+        model: The model to steer.
+        direction: A direction ``(hidden,)``, or a vector of one layer. Its length and sign have no
+            effect.
+        layer_config: The blocks' names, as in :meth:`SteeringVector.apply`.
+
+    Raises:
+        TypeError: If ``model`` is not a module or ``direction`` not a tensor of numbers.
+        ValueError: If the layers can't be identified, if the width doesn't fit, if the direction is
+            all zeros, or if the model is currently steered by token or by row.
+
+    Warns:
+        UserWarning: On entering, if the model can't be run on tokens alone.
 
     >>> with ablate_everywhere(model, torch.ones(32)):
     ...     output = model.generate(**inputs, max_new_tokens=4)

@@ -54,16 +54,24 @@ __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 class SteeringVector(ByLayer):
     """Directions by layer number, and the type of layer whose output they change.
 
-    ``layer_activations`` maps layer numbers to directions ``(hidden,)`` or ``(1, hidden)``, all of one width. Layer
-    numbers count from 0; negative ones count from the model's end. Tensors are kept as they are, and numpy arrays and
-    lists are converted to tensors on the CPU.
+    The vector is checked when it is made, and again when it is applied or saved.
 
-    ``metadata`` is a read-only mapping of strings that records the vector's origin. Training fills it, files keep it,
-    and equality ignores it, except for the entry ``layer_config``: it names the modules to steer, if the vector was
-    trained at others than the model's layers of its type.
+    Args:
+        layer_activations: A mapping from layer numbers to directions ``(hidden,)`` or
+            ``(1, hidden)``, all of one width. Layer numbers count from 0; negative ones count from
+            the model's end. Tensors are kept as they are, and numpy arrays and lists are converted
+            to tensors on the CPU.
+        layer_type: The kind of module whose output the directions change: the decoder block, or a
+            part of it such as ``"mlp"``.
+        metadata: A mapping of strings that records the vector's origin; the vector keeps it as a
+            read-only one. Training fills it, files keep it, and equality ignores it, except for the
+            entry ``layer_config``: it names the modules to steer, if the vector was trained at
+            others than the model's layers of its type.
 
-    Raises TypeError for other values. Raises ValueError for other shapes, numbers that aren't finite, and an unknown
-    layer type. The vector is checked when it is made, and again when it is applied or saved.
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If directions differ in width or have other shapes, if numbers aren't finite, or
+            if the layer type is unknown.
 
     >>> SteeringVector({1: [3.0, 4.0], 2: [0.0, 1.0]})
     SteeringVector(layers=[1, 2], hidden_size=2, layer_type='decoder_block', norms=1 to 5)
@@ -106,43 +114,56 @@ class SteeringVector(ByLayer):
     ) -> SteeringContext:
         """Return a context manager, usable as a decorator too, inside which ``model`` is steered.
 
-        Hooks change the layers' outputs inside the block; the model's modules and weights stay as they are. Several
-        steerings act in the order in which they are entered.
+        Hooks change the layers' outputs inside the block; the model's modules and weights stay as
+        they are. Several steerings act in the order in which they are entered.
 
-        ``layer_config`` names the layers of models whose layers aren't found automatically. It maps a layer type
-        to a template such as ``"transformer.h.{num}"``, or to a callable ``(model, number) → name``. By default, it is
-        the one that the vector was trained with, if that named other modules than the model's own layers.
+        Token indices count the tokens of a row, without its padding and including those in the
+        cache. Negative ones count columns from the end of each pass: -1 is the prompt's last column
+        first, and then each generated token. They thus depend on the passes into which a cache
+        splits the sequence; :func:`~steering_vectors.generated` doesn't.
 
-        ``operator`` is called with the activation and the direction times ``multiplier``, and returns what is added to
-        the activation. By default, that is the direction times ``multiplier``.
+        Beam search and several answers to a prompt make k times as many rows; row i then has the
+        multiplier of row i // k.
 
-        ``multiplier`` is one number, or a sequence or tensor ``(rows,)`` with one for each row of a batch. At 0 the
-        model runs as if it weren't steered. Beam search and several answers to a prompt make k times as many rows; row
-        i then has the multiplier of row i // k.
+        The operator's result is converted to the activation's dtype. Directions, multipliers and
+        selectors' weights that require grad get gradients, where they are 0 too. This holds under
+        gradient checkpointing as well, if the model's own method enables it.
 
-        ``tokens`` selects the tokens to steer; by default all. It is a selector, a list of indices, a slice, or a mask
-        of columns. A selector is :func:`~steering_vectors.generated` or another one of this library, or any callable
-        from :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``. ``token_indices`` is the
-        older name of ``tokens``, and ``min_token_index=n`` means ``tokens=from_index(n)``: pass only one of the three.
+        The arguments are checked in this call and again on entering, before any hook is attached.
 
-        Indices count the tokens of a row, without its padding and including those in the cache. Negative ones count
-        columns from the end of each pass: -1 is the prompt's last column first, and then each generated token. They
-        thus depend on the passes into which a cache splits the sequence; :func:`~steering_vectors.generated` doesn't.
+        Args:
+            model: The model to steer.
+            layer_config: The layers' names, for models whose layers aren't found automatically. It
+                maps a layer type to a template such as ``"transformer.h.{num}"``, or to a callable
+                ``(model, number) → name``. By default, it is the one that the vector was trained
+                with, if that named other modules than the model's own layers.
+            operator: A callable that gets the activation, in its dtype, and the direction times
+                ``multiplier``, on the activation's device in float32 or wider. It returns what is
+                added to the activation; by default, that is the direction times ``multiplier``.
+            multiplier: One number, or a sequence or tensor ``(rows,)`` with one for each row of a
+                batch. At 0 the model runs as if it weren't steered.
+            min_token_index: An older way to write ``tokens=from_index(min_token_index)``.
+            token_indices: The older name of ``tokens``. Pass only one of the three.
+            tokens: The tokens to steer; by default all. It is a selector, a list of indices, a
+                slice, or a mask of columns. A selector is :func:`~steering_vectors.generated` or
+                another one of this library, or any callable from
+                :class:`~steering_vectors.TokenPositions` to a mask or weights ``(batch, seq)``.
+            this_thread_only: True to steer only the passes in the thread that enters the block.
+                Other threads that run the same model at the same time are not steered, nor are
+                threads started inside the block.
 
-        ``this_thread_only`` limits steering to passes in the thread that enters the block. Other threads that run the
-        same model at the same time are not steered, nor are threads started inside the block.
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If the model doesn't have one of the layers, if a width doesn't fit, if
+                numbers aren't finite, or if there is more than one selection of tokens. In the
+                model's pass, if a change is too large for the activation's dtype.
 
-        The operator gets the activation in its dtype, and the direction on its device in float32 or wider. Its result
-        is converted to the activation's dtype; a value too large for that raises ValueError in the model's pass.
-        Directions, multipliers and selectors' weights that require grad get gradients, where they are 0 too. This holds
-        under gradient checkpointing as well, if the model's own method enables it.
-
-        The arguments are checked in this call and again on entering, before any hook is attached. Raises TypeError for
-        arguments of the wrong type. Raises ValueError for a layer that the model doesn't have, a width that doesn't
-        fit, numbers that aren't finite, and more than one selection of tokens. Warns with a UserWarning if the metadata
-        name another type of model or another depth, and if addition would move the activations by more than their own
-        norm, in sum over the layers (:meth:`shares`). Warns with a RuntimeWarning on leaving if the model did not run
-        inside the block, or if it ran and one of the layers was not steered.
+        Warns:
+            UserWarning: If the metadata name another type of model or another depth, or if addition
+                would move the activations by more than their own norm, in sum over the layers
+                (:meth:`shares`).
+            RuntimeWarning: On leaving, if the model did not run inside the block, or if it ran and
+                one of the layers was not steered.
 
         >>> with vector.apply(model, multiplier=2.0, tokens=generated(inputs)):
         ...     output = model.generate(**inputs, max_new_tokens=4)
@@ -173,7 +194,19 @@ class SteeringVector(ByLayer):
     ) -> SteeringPatchHandle:
         """Steer ``model`` from now on, until ``remove()`` of the returned handle is called.
 
-        Arguments and errors are those of :meth:`apply`. ``patch_activations`` is the older name of this method.
+        ``patch_activations`` is the older name of this method. Errors and warnings are those of
+        :meth:`apply`.
+
+        Args:
+            model: The model to steer.
+            layer_config: The layers' names, as in :meth:`apply`.
+            operator: A callable that gets the activation and the direction times ``multiplier``,
+                and returns what is added.
+            multiplier: One number, or one for each row of a batch.
+            min_token_index: An older way to write ``tokens=from_index(min_token_index)``.
+            token_indices: The older name of ``tokens``.
+            tokens: The tokens to steer, as in :meth:`apply`; by default all.
+            this_thread_only: True to steer only the passes in the thread that calls this method.
 
         >>> handle = vector.patch(model, multiplier=2.0)
         >>> handle.remove()
@@ -190,9 +223,10 @@ class SteeringVector(ByLayer):
     def shares(self) -> dict[int, float]:
         """Return each direction's norm as a share of the norm of the activations at its layer.
 
-        Those are the median of what training read of the model. Shares times the multiplier, in sum over the layers,
-        say how much a steering adds to what is there. Layers for which the activations' norm is unknown are left out:
-        those of vectors that weren't trained, or were combined across models.
+        Those are the median of what training read of the model. Shares times the multiplier, in sum
+        over the layers, say how much a steering adds to what is there. Layers for which the
+        activations' norm is unknown are left out: those of vectors that weren't trained, or were
+        combined across models.
 
         >>> train_steering_vector(model, tokenizer, [("I love it", "I hate it")], layers=[1]).shares()
         {1: ...}
@@ -200,7 +234,11 @@ class SteeringVector(ByLayer):
         return shares_of(self.layer_activations, self.metadata)
 
     def __add__(self, other: object) -> SteeringVector:
-        """Return the sum at each layer that either vector has. Raises ValueError if layer types or widths differ."""
+        """Return the sum at each layer that either vector has.
+
+        Raises:
+            ValueError: If layer types or widths differ.
+        """
         return self._combined(other, "{} + {}", torch.add)
 
     def __radd__(self, other: object) -> SteeringVector:
@@ -208,11 +246,17 @@ class SteeringVector(ByLayer):
         return replace(self) if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: object) -> SteeringVector:
-        """Return the difference at each layer that either vector has. Raises ValueError as addition does."""
+        """Return the difference at each layer that either vector has.
+
+        Raises:
+            ValueError: If layer types or widths differ.
+        """
         return self._combined(other, "{} - {}", torch.sub)
 
     def __mul__(self, factor: float | Tensor) -> SteeringVector:
-        """Return the vector with each direction multiplied by a number; gradients flow to one that requires grad.
+        """Return the vector with each direction multiplied by a number.
+
+        Gradients flow to a number that requires grad.
 
         >>> (2 * SteeringVector({1: [3.0, 4.0]})).layer_activations
         {1: tensor([6., 8.])}
@@ -224,7 +268,8 @@ class SteeringVector(ByLayer):
     def __truediv__(self, divisor: float | Tensor) -> SteeringVector:
         """Return the vector with each direction divided by a number, as it is multiplied.
 
-        Raises ZeroDivisionError for 0.
+        Raises:
+            ZeroDivisionError: If the number is 0.
         """
         number = checked_factor(divisor, "a divisor")
         if plain_number(number) == 0:
@@ -238,10 +283,13 @@ class SteeringVector(ByLayer):
     def cosine_similarity(self, other: SteeringVector) -> dict[int, float]:
         """Return the cosine of the angle between the directions, for each layer that both vectors have.
 
-        It is NaN where a direction is all zeros. Raises ValueError if layer types or widths differ, and if the vectors
-        have no layer in common.
+        It is NaN where a direction is all zeros.
 
-        >>> SteeringVector({1: [3.0, 4.0]}).cosine_similarity(SteeringVector({1: [4.0, 3.0], 2: [1.0, 0.0]}))
+        Raises:
+            ValueError: If layer types or widths differ, or if the vectors have no layer in common.
+
+        >>> other = SteeringVector({1: [4.0, 3.0], 2: [1.0, 0.0]})
+        >>> SteeringVector({1: [3.0, 4.0]}).cosine_similarity(other)
         {1: 0.96}
         """
         self._check_alike(other)
@@ -251,11 +299,15 @@ class SteeringVector(ByLayer):
         return found
 
     def orthogonal_to(self, other: SteeringVector) -> SteeringVector:
-        """Return the vector without the part of each direction along the other's direction of the same layer.
+        """Return the vector without the part of each direction along the other's at the same layer.
 
-        Layers that the other vector lacks stay as they are. Raises ValueError if layer types or widths differ.
+        Layers that the other vector lacks stay as they are.
 
-        >>> SteeringVector({1: [3.0, 4.0]}).orthogonal_to(SteeringVector({1: [2.0, 0.0]})).layer_activations
+        Raises:
+            ValueError: If layer types or widths differ.
+
+        >>> other = SteeringVector({1: [2.0, 0.0]})
+        >>> SteeringVector({1: [3.0, 4.0]}).orthogonal_to(other).layer_activations
         {1: tensor([0., 4.])}
         """
         self._check_alike(other)
@@ -265,10 +317,17 @@ class SteeringVector(ByLayer):
     def project(self, activations: Mapping[int, Tensor | Sequence[Tensor]]) -> dict[int, Any]:
         """Project activations on the directions: ``h·u`` with ``u = d / ‖d‖``, for monitoring.
 
-        ``activations`` maps layers to tensors ``(…, hidden)`` or lists of them, as ``record_activations`` and
-        ``read_activations`` return them. The projections have the same form without the last axis, in float32 or wider,
-        for the layers that both have. Raises ValueError if there is no such layer, if a width differs, and for a
-        direction of zeros.
+        Args:
+            activations: A mapping from layers to tensors ``(…, hidden)`` or lists of them, as
+                ``record_activations`` and ``read_activations`` return them.
+
+        Returns:
+            The projections in the same form without the last axis, in float32 or wider, for the
+            layers that both have.
+
+        Raises:
+            ValueError: If there is no such layer, if a width differs, or if a direction is all
+                zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).project({1: torch.tensor([[1.0, 0.0], [3.0, 4.0]])})
         {1: tensor([0.6000, 5.0000])}
@@ -281,8 +340,10 @@ class SteeringVector(ByLayer):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vector to one safetensors file, bit for bit, and whole or not at all.
 
-        Raises FileNotFoundError if the folder doesn't exist, IsADirectoryError if ``path`` is a folder, and ValueError
-        for a vector without directions.
+        Raises:
+            FileNotFoundError: If the folder doesn't exist.
+            IsADirectoryError: If ``path`` is a folder.
+            ValueError: If the vector has no directions.
         """
         write(path, self.layer_activations, self.layer_type, self.metadata)
 
@@ -290,8 +351,10 @@ class SteeringVector(ByLayer):
     def load(cls, path: str | os.PathLike[str]) -> SteeringVector:
         """Load a vector from a file that :meth:`save` wrote, on the CPU. Nothing in the file is executed.
 
-        Raises FileNotFoundError if there is no such file. Raises ValueError for anything but a complete file of a
-        steering vector: a pickle, a file that is cut off or too large, a newer format, numbers that aren't finite.
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is anything but a complete file of a steering vector: a pickle,
+                a file that is cut off or too large, a newer format, numbers that aren't finite.
         """
         directions, layer_type, metadata = read(path)
         return cls(directions, layer_type, metadata=metadata)  # type: ignore[arg-type]  # read() has checked the layer type
@@ -312,7 +375,19 @@ class SteeringVector(ByLayer):
         commit_message: str = "Upload a steering vector",
         create_pr: bool = False,
     ) -> str:
-        """Upload the vector to the Hugging Face hub: :func:`steering_vectors.hub.push_to_hub`."""
+        """Upload the vector to the Hugging Face hub: :func:`steering_vectors.hub.push_to_hub`.
+
+        Args:
+            repo_id: The repository's name, such as ``"user/joy"``. It is created if needed.
+            token: A token of the hub; by default that of ``hf auth login``.
+            private: True to create a private repository.
+            revision: The branch.
+            commit_message: The commit's message.
+            create_pr: True to open a pull request instead of committing to the branch.
+
+        Returns:
+            The commit's URL.
+        """
         from steering_vectors import hub
 
         return hub.push_to_hub(
@@ -329,13 +404,22 @@ class SteeringVector(ByLayer):
     def from_pretrained(
         repo_id_or_folder: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> SteeringVector:
-        """Load a vector from a folder or a repository on the hub: :func:`steering_vectors.hub.from_pretrained`."""
+        """Load a vector from a folder or the hub: :func:`steering_vectors.hub.from_pretrained`.
+
+        Args:
+            repo_id_or_folder: The folder's path, or the repository's name.
+            revision: A branch, tag or commit of the repository.
+            token: A token of the hub; by default that of ``hf auth login``.
+        """
         from steering_vectors import hub
 
         return hub.from_pretrained(repo_id_or_folder, revision=revision, token=token)
 
     def normalized(self) -> SteeringVector:
-        """Return the vector with each direction at norm 1. Raises ValueError for a direction of zeros.
+        """Return the vector with each direction at norm 1.
+
+        Raises:
+            ValueError: If a direction is all zeros.
 
         >>> SteeringVector({1: [3.0, 4.0]}).normalized().layer_activations[1]
         tensor([0.6000, 0.8000])
@@ -349,11 +433,18 @@ class SteeringVector(ByLayer):
         return self._with(made, "{} at norm 1")
 
     def scaled(self, factor: float | Tensor | Mapping[int, float | Tensor]) -> SteeringVector:
-        """Return the vector with each direction times ``factor``: one number, or a mapping with one for each layer.
+        """Return the vector with each direction times ``factor``.
 
-        Layers in the mapping that this vector lacks are ignored, as :func:`~steering_vectors.residual_norms` returns
-        all layers of a model. Gradients flow to factors that require grad. Raises TypeError for other factors. Raises
-        ValueError for a mapping that lacks one of this vector's layers, and for numbers that aren't finite.
+        Gradients flow to factors that require grad.
+
+        Args:
+            factor: One number, or a mapping with one for each layer. Layers in the mapping that
+                this vector lacks are ignored, as :func:`~steering_vectors.residual_norms` returns
+                all layers of a model.
+
+        Raises:
+            TypeError: If a factor is not a number.
+            ValueError: If a mapping lacks one of this vector's layers, or if numbers aren't finite.
 
         >>> SteeringVector({1: [3.0, 4.0]}).scaled({0: 10.0, 1: 2.0}).norms()
         {1: 10.0}
@@ -371,10 +462,13 @@ class SteeringVector(ByLayer):
     def __getitem__(self, layers: int | slice | Iterable[int]) -> SteeringVector:
         """Return the vector of some layers: ``vec[12]``, ``vec[[10, 12]]``, ``vec[10:14]``.
 
-        A slice means the layer numbers in it, without its stop. An open end means the lowest or highest layer of this
-        vector. Negative numbers count from the end of the model, if the metadata record its depth. Directions are
-        shared, not copied. Raises LookupError for a layer that this vector lacks, and TypeError for anything that is
-        not a layer number.
+        A slice means the layer numbers in it, without its stop. An open end means the lowest or
+        highest layer of this vector. Negative numbers count from the end of the model, if the
+        metadata record its depth. Directions are shared, not copied.
+
+        Raises:
+            LookupError: If this vector lacks one of the layers.
+            TypeError: If an index is not a layer number.
         """
         depth = self.metadata.get("layers_of_model", "")
         wanted = asked_layers(self.layers, layers, depth=int(depth) if depth.isdecimal() else None)
@@ -397,7 +491,7 @@ class SteeringVector(ByLayer):
     def to(self, other: Tensor, non_blocking: bool = False, copy: bool = False) -> SteeringVector: ...
 
     def to(self, *args: Any, **kwargs: Any) -> SteeringVector:
-        """Return the vector with each direction moved or converted by ``torch.Tensor.to``, with its arguments.
+        """Return the vector with each direction moved or converted, with ``torch.Tensor.to``'s arguments.
 
         >>> SteeringVector({1: [3.0, 4.0]}).to(torch.bfloat16).layer_activations[1].dtype
         torch.bfloat16

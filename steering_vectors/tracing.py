@@ -24,11 +24,13 @@ from steering_vectors._steering import AttachedTrace, changes_of
 def trace_steering(model: nn.Module) -> SteeringTrace:
     """Return a context manager that records what steerings do in the passes of ``model`` inside it.
 
-    Entering it returns a :class:`SteeringTrace`, which can be read inside the block or after it. Steerings may be
-    entered before it or inside it. An entered trace keeps the token ids, and a bit for each token and layer; it waits
-    for no device until it is read. Without one, nothing is recorded and there is no cost.
+    Entering it returns a :class:`SteeringTrace`, which can be read inside the block or after it.
+    Steerings may be entered before it or inside it. An entered trace keeps the token ids, and a bit
+    for each token and layer; it waits for no device until it is read. Without one, nothing is
+    recorded and there is no cost.
 
-    Raises TypeError if ``model`` is not a module.
+    Raises:
+        TypeError: If ``model`` is not a module.
 
     >>> with trace_steering(model) as trace, vector.apply(model, tokens=slice(1, None)):
     ...     _ = model(torch.tensor([[5, 6, 7]]))
@@ -43,9 +45,11 @@ def trace_steering(model: nn.Module) -> SteeringTrace:
 class LayerSummary:
     """Summary of the steering at one layer.
 
-    ``runs`` is the number of times that the layer ran. ``steered_tokens`` is the number of changed tokens, without
-    padding. ``change`` is the mean of the change's norm as a fraction of the activation's norm, over these tokens and
-    the steered modules; NaN if there are none.
+    Attributes:
+        runs: The number of times that the layer ran.
+        steered_tokens: The number of changed tokens, without padding.
+        change: The mean of the change's norm as a fraction of the activation's norm, over these
+            tokens and the steered modules; NaN if there are none.
 
     >>> LayerSummary(runs=5, steered_tokens=4, change=0.25)
     LayerSummary(runs=5, steered_tokens=4, change=0.25)
@@ -57,7 +61,7 @@ class LayerSummary:
 
 
 class SteeringTrace:
-    """Record of what steerings did, made by :func:`trace_steering`. Printed, it is a table of the layers.
+    """Record of what steerings did, made by :func:`trace_steering`; printed, a table of the layers.
 
     >>> with trace_steering(model) as trace, vector.apply(model, multiplier=0):
     ...     _ = model(torch.tensor([[5, 6, 7]]))
@@ -107,9 +111,15 @@ class SteeringTrace:
     def show(self, tokenizer: Any) -> None:
         """Print the tokens of the passes, row by row, with the steered ones marked.
 
-        A token is marked if it was steered at any layer: by colour in a notebook or a terminal, elsewhere by double
-        brackets. Beams are not distinguished, since they change rows. Raises ValueError if the model got embeddings
-        instead of token ids, or several prompts in one row.
+        A token is marked if it was steered at any layer: by colour in a notebook or a terminal,
+        elsewhere by double brackets. Beams are not distinguished, since they change rows.
+
+        Args:
+            tokenizer: The model's tokenizer, whose ``decode`` turns token ids into text.
+
+        Raises:
+            ValueError: If the model got embeddings instead of token ids, or several prompts in one
+                row.
         """
         by_thread: dict[object, list[_TracedPass]] = {}
         for one in list(self._passes.values()):  # a copy, as other threads may add to it

@@ -22,10 +22,13 @@ from steering_vectors.token_selection import may_need_prompt_length
 
 
 class SteeringPatchHandle:
-    """A steering that is attached to a model. :meth:`remove` removes it, and so does leaving a ``with`` block.
+    """A steering that is attached to a model, until :meth:`remove` or the end of a ``with`` block.
 
-    ``layers`` lists the numbers of the steered layers. ``selector`` is None for all tokens. ``order`` grows with each
-    handle that is made.
+    Attributes:
+        layers: The numbers of the steered layers.
+        selector: The selector of the steered tokens; None for all tokens.
+        multiplier: The factor on the directions.
+        order: A number that grows with each handle that is made.
 
     >>> with vector.patch(model) as handle:
     ...     handle
@@ -71,14 +74,21 @@ class SteeringPatchHandle:
     def remove(self) -> None:
         """Remove the steering from the model; a second call does nothing.
 
-        Passes that other threads are running now keep it until they end. Warns with a RuntimeWarning if the model ran
-        but some steered layer did not, or not in each pass, if no token was selected, or if other code has removed the
-        steering's hooks. It does not warn while an exception is being handled.
+        Passes that other threads are running now keep it until they end.
+
+        Warns:
+            RuntimeWarning: If the model ran but some steered layer did not, or not in each pass, if
+                no token was selected, or if other code has removed the steering's hooks. There is
+                no warning while an exception is being handled.
         """
         self._leave(quiet=sys.exc_info()[0] is not None)
 
     def __enter__(self) -> SteeringPatchHandle:
-        """Return the handle. Raises RuntimeError if the steering was removed, since the block would run unsteered."""
+        """Return the handle.
+
+        Raises:
+            RuntimeError: If the steering was removed, since the block would run unsteered.
+        """
         if not self.is_on:
             raise RuntimeError("this steering was removed from its model: make a new one with vector.patch(model)")
         return self
@@ -284,9 +294,11 @@ class SteeringContext:
             )
 
     def __call__(self, function: Any) -> Any:
-        """Decorate a function. Raises TypeError for a generator or a coroutine, which would run unsteered.
+        """Decorate a function.
 
-        The decorated function raises the same error if it returns one.
+        Raises:
+            TypeError: If the function is a generator or a coroutine, which would run unsteered. The
+                decorated function raises the same error if it returns one.
         """
         self._was_used = True
         if any(is_deferred(function) for is_deferred in _DEFERRED_FUNCTIONS):
