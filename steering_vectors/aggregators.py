@@ -26,7 +26,9 @@ _ALL_ALIKE = (
 
 
 class Accumulator(Protocol):
-    """State that turns rows into a direction. Rows come in any order, and the sides of a pair may come far apart.
+    """State that turns rows into a direction.
+
+    Rows come in any order, and the sides of a pair may come far apart.
 
     >>> accumulator = mean_aggregator().accumulator(hidden=2)
     >>> accumulator.add(torch.tensor([[1.0, 1.0]]), "negative", samples=[0])
@@ -36,7 +38,13 @@ class Accumulator(Protocol):
     """
 
     def add(self, rows: Tensor, side: Side, samples: Sequence[int]) -> None:
-        """Add ``rows (n, hidden)``, float32 or wider: row i is ``side`` of the pair with the number ``samples[i]``."""
+        """Add rows of one side.
+
+        Args:
+            rows: Activations ``(n, hidden)`` in float32 or wider.
+            side: The side of the pairs that all these rows belong to.
+            samples: The numbers of the pairs: row i belongs to the pair ``samples[i]``.
+        """
 
     def merge(self, other: Any) -> None:
         """Add the rows that another accumulator of the same kind has seen, from other pairs."""
@@ -49,8 +57,10 @@ class Accumulator(Protocol):
 class StreamingAggregator(Protocol):
     """An aggregator that takes rows as they come, so that none need be kept until the end.
 
-    >>> isinstance(mean_aggregator(), StreamingAggregator), isinstance(logistic_aggregator(), StreamingAggregator)
-    (True, False)
+    >>> isinstance(mean_aggregator(), StreamingAggregator)
+    True
+    >>> isinstance(logistic_aggregator(), StreamingAggregator)
+    False
     """
 
     def accumulator(self, hidden: int) -> Accumulator:
@@ -60,9 +70,10 @@ class StreamingAggregator(Protocol):
 def mean_aggregator() -> Aggregator:
     """Average the differences, positive minus negative. This is the default.
 
-    The aggregator raises ValueError if the sides don't have the same number of rows.
-
     Source: contrastive activation addition, arXiv 2312.06681, equation 1.
+
+    Raises:
+        ValueError: When the aggregator is called, if the sides don't have the same number of rows.
 
     >>> mean_aggregator()(torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 1.0]]))
     tensor([1., 3.])
@@ -71,16 +82,20 @@ def mean_aggregator() -> Aggregator:
 
 
 def pca_aggregator() -> Aggregator:
-    """Take the first principal component of the differences, not centred, at norm 1, pointing towards their mean.
+    """Take the first principal component of the differences, at norm 1, pointing towards their mean.
 
-    Centring would remove the part that all differences share, which is the direction wanted. Activations have norms in
-    the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
-
-    The aggregator raises ValueError if all differences are zero, or if the sides don't have the same number of rows.
+    The differences are not centred: that would remove the part that they all share, which is the
+    direction wanted. Activations have norms in the tens to the thousands, so a multiplier of 1
+    rarely has a visible effect.
 
     Source: representation engineering, arXiv 2310.01405, section 3.1.
 
-    >>> pca_aggregator()(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2)).round(decimals=4)
+    Raises:
+        ValueError: When the aggregator is called, if all differences are zero, or if the sides
+            don't have the same number of rows.
+
+    >>> direction = pca_aggregator()(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
+    >>> direction.round(decimals=4)
     tensor([1., 0.])
     """
     return _PCA()
@@ -89,14 +104,19 @@ def pca_aggregator() -> Aggregator:
 def logistic_aggregator(sklearn_kwargs: Mapping[str, Any] | None = None) -> Aggregator:
     """Fit a logistic regression between the sides, and take its normal at norm 1.
 
-    Each pair is first centred on its own mean. ``sklearn_kwargs`` are passed to scikit-learn's ``LogisticRegression``.
-    Activations have norms in the tens to the thousands, so a multiplier of 1 rarely has a visible effect.
+    Each pair is first centred on its own mean. Activations have norms in the tens to the thousands,
+    so a multiplier of 1 rarely has a visible effect.
 
-    Raises ImportError, when called, if scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``. The
-    aggregator raises ValueError if all differences are zero, or if the sides don't have the same number of rows.
+    Args:
+        sklearn_kwargs: Arguments for scikit-learn's ``LogisticRegression``.
 
-    >>> direction = logistic_aggregator({"C": 10.0})(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2))
-    >>> direction.round()
+    Raises:
+        ImportError: If scikit-learn isn't installed: it comes with ``steering-vectors[sklearn]``.
+        ValueError: When the aggregator is called, if all differences are zero, or if the sides
+            don't have the same number of rows.
+
+    >>> aggregator = logistic_aggregator({"C": 10.0})
+    >>> aggregator(torch.tensor([[2.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2)).round()
     tensor([1., 0.])
     """
     _logistic_regression()

@@ -33,10 +33,15 @@ _LABELS = {  # of the metadata that the card shows
 
 
 def save_pretrained(vector: SteeringVector, folder: str | os.PathLike[str], *, repo_id: str | None = None) -> None:
-    """Write ``steering_vector.safetensors`` and a model card into a folder, which is created if needed.
+    """Write ``steering_vector.safetensors`` and a model card into a folder, created if needed.
 
-    The card is ``README.md``; an existing one is kept. ``repo_id`` is the name in the card's example of loading the
-    vector, by default the folder's. Raises as :meth:`~steering_vectors.SteeringVector.save`.
+    The card is ``README.md``; an existing one is kept. Errors are those of
+    :meth:`~steering_vectors.SteeringVector.save`.
+
+    Args:
+        vector: The vector to save.
+        folder: The folder's path.
+        repo_id: The name in the card's example of loading the vector; by default the folder's.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> sorted(path.name for path in (folder / "joy").iterdir())
@@ -62,8 +67,16 @@ def push_to_hub(
 ) -> str:
     """Upload the vector, with a model card if the repository has none, and return the commit's URL.
 
-    The repository is created if needed, ``private`` or not. ``token`` is by default that of ``hf auth login``.
-    ``revision`` is the branch. Raises as :meth:`~steering_vectors.SteeringVector.save`, and as huggingface_hub does.
+    Errors are those of :meth:`~steering_vectors.SteeringVector.save` and of huggingface_hub.
+
+    Args:
+        vector: The vector to upload.
+        repo_id: The repository's name, such as ``"user/joy"``. It is created if needed.
+        token: A token of the hub; by default that of ``hf auth login``.
+        private: True to make a created repository private.
+        revision: The branch.
+        commit_message: The commit's message.
+        create_pr: True to open a pull request with the commit.
     """
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
@@ -87,9 +100,17 @@ def from_pretrained(
 ) -> SteeringVector:
     """Load a vector from a folder that :func:`save_pretrained` wrote, or from a repository on the hub.
 
-    ``revision`` is a branch, tag or commit of the repository. Raises FileNotFoundError if there is no vector in the
-    folder or repository, and ValueError for a name that is neither a folder nor valid for a repository. Raises as
-    :meth:`~steering_vectors.SteeringVector.load` and huggingface_hub too.
+    Errors of huggingface_hub are raised too.
+
+    Args:
+        repo_id_or_folder: The folder's path, or the repository's name.
+        revision: A branch, tag or commit of the repository.
+        token: A token of the hub; by default that of ``hf auth login``.
+
+    Raises:
+        FileNotFoundError: If there is no vector in the folder or repository.
+        ValueError: If the name is neither a folder nor valid for a repository, or as in
+            :meth:`~steering_vectors.SteeringVector.load`.
 
     >>> save_pretrained(vector, folder / "joy")
     >>> from_pretrained(folder / "joy") == vector

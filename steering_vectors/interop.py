@@ -21,15 +21,21 @@ __all__ = ["from_sae", "from_tensors", "load_caa", "load_persona_vectors"]
 
 
 def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
-    """Load the ``.pt`` file of one direction ``(hidden,)`` that the contrastive activation addition code writes.
+    """Load the ``.pt`` file of one direction ``(hidden,)`` that the code of CAA writes.
 
-    ``layer`` is the number in the file's name: ``vec_layer_13_….pt`` is of layer 13. That code counts blocks from 0 and
-    reads their outputs, as this library does. Directions have the scale of those trained here: multipliers near 1 fit.
-
-    The file is read with ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
-    no such file, and ValueError for a file with other content.
+    The code of contrastive activation addition counts blocks from 0 and reads their outputs, as
+    this library does. Directions have the scale of those trained here: multipliers near 1 fit. The
+    file is read with ``torch.load(…, weights_only=True)``, which runs no code.
 
     Source: https://github.com/nrimsky/CAA, for arXiv 2312.06681.
+
+    Args:
+        path: The file's path.
+        layer: The number in the file's name: ``vec_layer_13_….pt`` is of layer 13.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has other content.
 
     >>> torch.save(torch.ones(4), folder / "vec_layer_13_Llama-2-7b-chat-hf.pt")
     >>> load_caa(folder / "vec_layer_13_Llama-2-7b-chat-hf.pt", layer=13).layers
@@ -44,14 +50,16 @@ def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
 def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
     """Load the ``.pt`` file of a tensor ``(blocks + 1, hidden)`` that the persona vectors code writes.
 
-    Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is this vector's layer 19.
-    Two rows are left out, as they are not outputs of blocks. Row 0 was read from the embeddings, and the last row
-    after the model's final norm.
-
-    The file is read with ``torch.load(…, weights_only=True)``, which runs no code. Raises FileNotFoundError if there is
-    no such file, and ValueError for a file with other content.
+    Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is
+    this vector's layer 19. Two rows are left out, as they are not outputs of blocks. Row 0 was read
+    from the embeddings, and the last row after the model's final norm. The file is read with
+    ``torch.load(…, weights_only=True)``, which runs no code.
 
     Source: https://github.com/safety-research/persona_vectors, for arXiv 2507.21509.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file has other content.
 
     >>> torch.save(torch.randn(5, 8), folder / "evil_response_avg_diff.pt")
     >>> load_persona_vectors(folder / "evil_response_avg_diff.pt").layers
@@ -66,12 +74,19 @@ def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
 def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerType = "decoder_block") -> SteeringVector:
     """Make a steering vector from tensors, arrays or lists.
 
-    ``tensors`` takes one of three forms. One direction ``(hidden,)`` needs its ``layer``. A tensor ``(layers, hidden)``
-    or a sequence of directions has layer l in row l. A mapping has directions by layer number; its keys may be strings
-    such as ``"12"`` or ``"layers.12"``. Tensors are kept as they are, and arrays and lists are converted to tensors.
+    Tensors are kept as they are, and arrays and lists are converted to tensors.
 
-    Raises TypeError and ValueError as :class:`~steering_vectors.SteeringVector`. Raises ValueError too if ``layer`` is
-    missing for one direction or given for several, and for names without a single number.
+    Args:
+        tensors: One of three forms. One direction ``(hidden,)`` needs its ``layer``. A tensor
+            ``(layers, hidden)`` or a sequence of directions has layer l in row l. A mapping has
+            directions by layer number; its keys may be strings such as ``"12"`` or ``"layers.12"``.
+        layer: The layer of a single direction.
+        layer_type: The kind of module whose output the directions change.
+
+    Raises:
+        TypeError: As in :class:`~steering_vectors.SteeringVector`.
+        ValueError: As there, and if ``layer`` is missing for one direction or given for several, or
+            if a name doesn't have exactly one number.
 
     >>> from_tensors(torch.ones(4), layer=12).layers
     [12]
@@ -103,13 +118,19 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
 def from_sae(sae: Any, feature: int, *, layer: int, layer_type: LayerType = "decoder_block") -> SteeringVector:
     """Make a steering vector from a feature of a sparse autoencoder: its row of the decoder weight.
 
-    ``sae`` is an object with a decoder weight, or the weight ``(features, hidden)`` itself. The object has an attribute
-    ``W_dec`` ``(features, hidden)``, or a linear layer ``decoder``, whose weight is ``(hidden, features)``.
+    Args:
+        sae: An object with a decoder weight, or the weight ``(features, hidden)`` itself. The
+            object has an attribute ``W_dec`` ``(features, hidden)``, or a linear layer ``decoder``,
+            whose weight is ``(hidden, features)``.
+        feature: The feature's number, from 0.
+        layer: The block on whose output the autoencoder was trained. It is 8 for
+            ``blocks.8.hook_resid_post``, and 7 for ``blocks.8.hook_resid_pre``, which is the input
+            of block 8.
+        layer_type: The kind of module on whose output the autoencoder was trained.
 
-    ``layer`` is the block on whose output the autoencoder was trained. It is 8 for ``blocks.8.hook_resid_post``, and 7
-    for ``blocks.8.hook_resid_pre``, which is the input of block 8.
-
-    Raises TypeError if there is no decoder weight, and ValueError for a feature that the autoencoder doesn't have.
+    Raises:
+        TypeError: If there is no decoder weight.
+        ValueError: If the autoencoder doesn't have the feature.
 
     >>> from_sae(torch.eye(4), 2, layer=7).layer_activations
     {7: tensor([0., 0., 1., 0.])}

@@ -135,10 +135,15 @@ def _layers_by_matcher(anatomy: Anatomy, layer_type: LayerType, matcher: LayerMa
 
 
 def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> list[str]:
-    """Return the names that ``layer_matcher`` matches for 0, 1, 2, …, up to the first that the model doesn't have.
+    """Return the names that ``layer_matcher`` matches for 0, 1, 2, …, up to the first missing module.
 
-    ``layer_matcher`` is a template such as ``"transformer.h.{num}.mlp"``, or a callable ``(model, number) → name``.
-    Raises ValueError for a template without ``{num}``.
+    Args:
+        model: The model to search.
+        layer_matcher: A template such as ``"transformer.h.{num}.mlp"``, or a callable
+            ``(model, number) → name``.
+
+    Raises:
+        ValueError: If a template lacks ``{num}``.
 
     >>> collect_matching_layers(model, "transformer.h.{num}.mlp")
     ['transformer.h.0.mlp', 'transformer.h.1.mlp']
@@ -150,6 +155,10 @@ def collect_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> li
 def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> int:
     """Return the number of modules that ``collect_matching_layers`` finds.
 
+    Args:
+        model: The model to search.
+        layer_matcher: A template or a callable, as there.
+
     >>> get_num_matching_layers(model, "transformer.h.{num}")
     2
     """
@@ -159,10 +168,18 @@ def get_num_matching_layers(model: nn.Module, layer_matcher: LayerMatcher) -> in
 def guess_and_enhance_layer_config(
     model: nn.Module, layer_config: ModelLayerConfig | None = None, layer_type: LayerType | None = None
 ) -> ModelLayerConfig:
-    """Return a copy of ``layer_config`` with matchers for all layer types that it lacks, or for ``layer_type`` alone.
+    """Return a copy of ``layer_config`` with matchers for the layer types that it lacks.
 
-    Types that the model doesn't have, or that can't be determined, stay absent. Raises TypeError if ``model`` is not a
-    module or ``layer_config`` is not a mapping, and ValueError for an unknown layer type.
+    Types that the model doesn't have, or that can't be determined, stay absent.
+
+    Args:
+        model: The model to search.
+        layer_config: The matchers that are kept; None for none.
+        layer_type: The only layer type to add; None for all.
+
+    Raises:
+        TypeError: If ``model`` is not a module or ``layer_config`` is not a mapping.
+        ValueError: If a layer type is unknown.
 
     >>> guess_and_enhance_layer_config(model, layer_type="mlp")
     {'mlp': 'transformer.h.{num}.mlp'}

@@ -17,19 +17,22 @@ from steering_vectors._precision import wide
 
 
 class PatchDeltaOperator(Protocol):
-    """Any callable that takes an activation and a direction, and returns the tensor to add to the activation.
+    """Any callable from an activation and a direction to the tensor that is added to the activation.
 
-    The activation has the shape ``(batch, seq, hidden)``, or whichever the layer has, and the model's dtype.
-    The direction is already multiplied by the multiplier, and has a shape that broadcasts to the activation. It is in
-    float32, or in float64 if the model is, so that it neither vanishes nor overflows in half precision.
-    ``*`` and ``+`` promote, so their results are in float32 too. Matrix products don't promote: write
-    ``h.float() @ d``, or ``h @ d.to(h.dtype)``.
+    A function or a lambda will do; it needs no attributes. It must not change its arguments. The
+    result may have any dtype, and any shape that broadcasts to the activation. It is computed for
+    all tokens, converted to the activation's dtype, and added at the selected tokens. An operator
+    that returns its argument unchanged, ``return direction``, costs a single addition.
 
-    The operator must not change either of them. The result may have any dtype, and any shape that broadcasts to the
-    activation. It is computed for all tokens,
-    converted to the activation's dtype, and added at the selected tokens.
-    A function or a lambda will do; it needs no attributes. An operator that returns its argument unchanged,
-    ``return direction``, costs a single addition.
+    ``*`` and ``+`` promote, so their results are in float32 too. Matrix products don't promote:
+    write ``h.float() @ d``, or ``h @ d.to(h.dtype)``.
+
+    Args:
+        activation: The activation ``(batch, seq, hidden)``, or of whichever shape the layer has, in
+            the model's dtype.
+        direction: The direction times the multiplier, in a shape that broadcasts to the activation.
+            It is in float32, or in float64 if the model is, so that it neither vanishes nor
+            overflows in half precision.
 
     >>> double: PatchDeltaOperator = lambda activation, direction: 2 * direction
     >>> with vector.apply(model, operator=double):
@@ -43,7 +46,8 @@ class PatchDeltaOperator(Protocol):
 def addition_operator() -> PatchDeltaOperator:
     """Add the direction: ``h + d``. This is the default.
 
-    Source: activation addition, arXiv 2308.10248; contrastive activation addition, arXiv 2312.06681.
+    Source: activation addition, arXiv 2308.10248; contrastive activation addition, arXiv
+    2312.06681.
 
     >>> addition_operator()(torch.ones(1, 1, 2), torch.tensor([0.0, 3.0]))
     tensor([0., 3.])
@@ -54,8 +58,8 @@ def addition_operator() -> PatchDeltaOperator:
 def ablation_operator() -> PatchDeltaOperator:
     """Remove the activation's component along the direction: ``h − (h·u)u`` with ``u = d / ‖d‖``.
 
-    The multiplier's size and sign don't matter, except that 0 changes nothing. The direction's length doesn't matter
-    either, except that a direction of zeros changes nothing.
+    The multiplier's size and sign don't matter, except that 0 changes nothing. The direction's
+    length doesn't matter either, except that a direction of zeros changes nothing.
 
     Source: directional ablation, arXiv 2406.11717, equation 4.
 
@@ -66,9 +70,12 @@ def ablation_operator() -> PatchDeltaOperator:
 
 
 def ablation_then_addition_operator() -> PatchDeltaOperator:
-    """Replace the activation's component along the direction by the direction: ``h − (h·u)u + d`` with ``u = d / ‖d‖``.
+    """Replace the activation's component along the direction by the direction.
 
-    Afterwards the projection on ``u`` is ``‖d‖``, whatever it was before. A direction of zeros changes nothing.
+    ``h`` becomes ``h − (h·u)u + d`` with ``u = d / ‖d‖``.
+
+    Afterwards the projection on ``u`` is ``‖d‖``, whatever it was before. A direction of zeros
+    changes nothing.
 
     >>> operator = ablation_then_addition_operator()
     >>> operator(torch.tensor([[[1.0, 2.0]]]), torch.tensor([0.0, 3.0]))
@@ -80,15 +87,20 @@ def ablation_then_addition_operator() -> PatchDeltaOperator:
 def clamp_operator(min: float | None = None, max: float | None = None) -> PatchDeltaOperator:  # noqa: A002
     """Clamp the activation's projection on the direction: ``h + (clamp(p) − p)u`` with ``p = h·u``.
 
-    ``u`` is the direction at norm 1. ``min`` alone raises lower projections to it, ``max`` alone lowers higher ones,
-    and equal bounds set the projection. The bounds are in the activation's units: see
-    :func:`~steering_vectors.residual_norms`. The multiplier's size doesn't matter, except that 0 changes nothing. A
-    negative multiplier makes ``u`` point the other way. A direction of zeros changes nothing.
-
-    Raises TypeError if a bound is not a number. Raises ValueError if both bounds are missing, if one isn't finite, or
-    if ``min`` is above ``max``.
+    ``u`` is the direction at norm 1. Equal bounds set the projection. The bounds are in the
+    activation's units: see :func:`~steering_vectors.residual_norms`. The multiplier's size doesn't
+    matter, except that 0 changes nothing. A negative multiplier makes ``u`` point the other way. A
+    direction of zeros changes nothing.
 
     Source: for ``min`` alone, steering to a target projection, arXiv 2604.08169.
+
+    Args:
+        min: The bound to which lower projections are raised; None for no such bound.
+        max: The bound to which higher projections are lowered; None for no such bound.
+
+    Raises:
+        TypeError: If a bound is not a number.
+        ValueError: If both bounds are missing, if one isn't finite, or if ``min`` is above ``max``.
 
     >>> clamp_operator(min=1.0)(torch.tensor([[[0.5, 2.0]]]), torch.tensor([3.0, 0.0]))
     tensor([[[0.5000, 0.0000]]])
@@ -103,17 +115,25 @@ def clamp_operator(min: float | None = None, max: float | None = None) -> PatchD
 
 
 def rotation_operator(angle: float) -> PatchDeltaOperator:
-    """Rotate the activation by ``angle`` radians towards the direction, in the plane of the two, keeping its norm.
+    """Rotate the activation by ``angle`` radians towards the direction, keeping its norm.
 
-    The result is ``h cos(angle) + ‖h‖ t sin(angle)``, where ``t`` is the component of ``u = d / ‖d‖`` orthogonal to
-    ``h``, at norm 1. An angle larger than the one between the two rotates past the direction. The multiplier's size
-    doesn't matter, except that 0 changes nothing. A negative multiplier rotates away from the direction. Nothing
-    changes where ``h`` is along the direction or one of them is zero, since the two span no plane.
+    The rotation is in the plane of the two. The result is ``h cos(angle) + ‖h‖ t sin(angle)``,
+    where ``t`` is the component of ``u = d / ‖d‖`` orthogonal to ``h``, at norm 1. The multiplier's
+    size doesn't matter, except that 0 changes nothing. A negative multiplier rotates away from the
+    direction. Nothing changes where ``h`` is along the direction or one of them is zero, since the
+    two span no plane.
 
-    Raises TypeError if ``angle`` is not a number, and ValueError if it isn't finite or is more than a whole turn, which
-    are probably degrees.
+    Source: norm-preserving rotation, arXiv 2510.26243 and 2601.19375, which use one plane for all
+    activations.
 
-    Source: norm-preserving rotation, arXiv 2510.26243 and 2601.19375, which use one plane for all activations.
+    Args:
+        angle: The angle in radians. One larger than the angle between the two rotates past the
+            direction.
+
+    Raises:
+        TypeError: If ``angle`` is not a number.
+        ValueError: If ``angle`` isn't finite or is more than a whole turn; such angles are probably
+            degrees.
 
     >>> operator = rotation_operator(torch.pi / 2)
     >>> operator(torch.tensor([[[0.0, 2.0]]]), torch.tensor([3.0, 0.0]))
@@ -129,13 +149,18 @@ def rotation_operator(angle: float) -> PatchDeltaOperator:
 
 
 def norm_preserving_operator(operator: PatchDeltaOperator) -> PatchDeltaOperator:
-    """Rescale another operator's result to the activation's norm: ``h′ ‖h‖ / ‖h′‖`` with ``h′ = h + operator(h, d)``.
+    """Rescale another operator's result to the activation's norm.
 
-    An activation that the operator would make zero is left unchanged.
-
-    Raises TypeError if ``operator`` can't be called with an activation and a direction.
+    The result is ``h′ ‖h‖ / ‖h′‖`` with ``h′ = h + operator(h, d)``. An activation that the
+    operator would make zero is left unchanged.
 
     Source: arXiv 2606.06735, which separates a steering's effects on angle and on norm.
+
+    Args:
+        operator: The operator whose result is rescaled.
+
+    Raises:
+        TypeError: If ``operator`` can't be called with an activation and a direction.
 
     >>> operator = norm_preserving_operator(addition_operator())
     >>> operator(torch.tensor([[[3.0, 4.0]]]), torch.tensor([0.0, -4.0]))

@@ -23,19 +23,24 @@ from steering_vectors._models import expand_rows
 class TokenPositions:
     """Positions of the tokens of one forward pass.
 
-    ``index`` ``(batch, seq)``, int64: each token's place among its row's own tokens, from 0. Cached tokens are counted,
-    padding is not; padding itself has -1.
-    ``column`` ``(seq,)``, int64: the place in the padded row, including cached columns.
-    ``input_ids`` ``(batch, seq)``: the token ids, or None if the pass got embeddings.
-    ``prompt_length`` ``(batch,)``, int64: the number of own tokens before the completion, or None if that is unknown.
-    ``begins_sequence``: True if the pass is known to have no cached tokens before it. It is False where only the device
-    knows that: in a pass of one token over a static cache.
-    ``several_texts``: True if a row holds several texts, which don't see each other; each has indices from 0.
-    ``beside_encoder``: True if the tokens are a decoder's, beside an encoder's.
-    ``beside_another``: True if the pass begins a text right after another text's first pass, whose cache is in use.
-    ``is_whole``: True if no cache is kept, so that the pass holds its rows from the first token to the last so far.
-
     All tensors are on one device. A selector must not change them.
+
+    Args:
+        index: ``(batch, seq)``, int64: each token's place among its row's own tokens, from 0.
+            Cached tokens are counted, padding is not; padding itself has -1.
+        column: ``(seq,)``, int64: the place in the padded row, including cached columns.
+        input_ids: ``(batch, seq)``: the token ids, or None if the pass got embeddings.
+        prompt_length: ``(batch,)``, int64: the number of own tokens before the completion, or None
+            if that is unknown.
+        begins_sequence: True if the pass is known to have no cached tokens before it. It is False
+            where only the device knows that: in a pass of one token over a static cache.
+        several_texts: True if a row holds several texts, which don't see each other; each has
+            indices from 0.
+        beside_encoder: True if the tokens are a decoder's, beside an encoder's.
+        beside_another: True if the pass begins a text right after another text's first pass, whose
+            cache is in use.
+        is_whole: True if no cache is kept, so that the pass holds its rows from the first token to
+            the last so far.
 
     >>> positions = TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3))
     >>> from_index(1)(positions)
@@ -56,20 +61,21 @@ class TokenPositions:
 class Selector(Protocol):
     """Any callable from :class:`TokenPositions` to a bool mask or to weights ``(batch, seq)``.
 
-    A function or a lambda will do. It runs once a pass. With weights that require grad, such as a learned gate, it runs
-    once for each layer, and the weights get their gradients even where they are 0.
+    A function or a lambda will do. It runs once a pass. With weights that require grad, such as a
+    learned gate, it runs once for each layer, and the weights get their gradients even where they
+    are 0.
 
-    A selector may have these attributes; without them, the safe case is assumed:
+    A selector may have the attributes below. Without them, the safe case is assumed: training
+    inside such a steering runs each prompt alone, and the selector may read the prompt's length.
 
-    ``rows``: the number of batch rows that it distinguishes, or 1 if it applies the same rule to each row. Training
-    forms its own batches: inside such a steering it is refused for more than 1, and without the attribute it runs each
-    prompt alone.
-
-    ``counts_from_end``: True if it counts columns from the end of a pass, which may be padding. Training inside such a
-    steering is refused if it does, and without the attribute it runs each prompt alone.
-
-    ``needs_prompt_length``: False if it never reads ``positions.prompt_length``, which is then None. Without it, the
-    selector may read it.
+    Attributes:
+        rows: The number of batch rows that it distinguishes, or 1 if it applies the same rule to
+            each row. Training forms its own batches, so inside such a steering it is refused for
+            more than 1.
+        counts_from_end: True if it counts columns from the end of a pass, which may be padding.
+            Training inside such a steering is refused if it does.
+        needs_prompt_length: False if it never reads ``positions.prompt_length``, which is then
+            None.
 
     >>> class EveryNth:
     ...     rows, counts_from_end, needs_prompt_length = 1, False, False
@@ -101,10 +107,14 @@ def may_need_prompt_length(selector: Selector) -> bool:
 
 
 def from_index(n: int | Sequence[int]) -> Selector:
-    """Select the own tokens from the ``n``-th on, counted from 0: ``from_index(1)`` selects all but the first.
+    """Select the own tokens from index ``n`` on: ``from_index(1)`` selects all but the first.
 
-    ``n`` is one number, or one per row of the batch. Raises ValueError for negative numbers, since a row's end is
-    unknown while it is generated. To steer the answer, use :func:`generated`.
+    Args:
+        n: One index, counted from 0, or one per row of the batch.
+
+    Raises:
+        ValueError: If a number is negative, since a row's end is unknown while it is generated. To
+            steer the answer, use :func:`generated`.
 
     >>> from_index(1)
     from_index(1)
@@ -115,7 +125,8 @@ def from_index(n: int | Sequence[int]) -> Selector:
 def at(indices: int | Sequence[int]) -> Selector:
     """Select the own tokens at ``indices``, counted from 0, the same in each row.
 
-    Raises ValueError for negative numbers, as :func:`from_index` does.
+    Raises:
+        ValueError: If an index is negative, as in :func:`from_index`.
 
     >>> at([0, 3])(TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3)))
     tensor([[False,  True, False]])
@@ -127,18 +138,23 @@ def at(indices: int | Sequence[int]) -> Selector:
 def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> Selector:
     """Select the tokens whose outputs decide the answer: those from the prompt's last token on.
 
-    ``inputs`` shows where the prompts end. It is the mapping passed to ``model.generate``, with ``attention_mask``
-    ``(batch, seq)``, or the prompts' lengths in tokens: one number, or one per row. If it holds ``input_ids`` too, a
-    pass that begins with another prompt raises ValueError, since the selector was left over from an earlier one.
+    Without ``inputs``, the first pass over each cache is assumed to be the prompt. With chunked
+    prefill, pass ``inputs``: a last chunk of a single token looks like a token of the answer. With
+    ``guidance_scale``, pass none, since there are two prompts. In an encoder-decoder model, the
+    decoder's tokens are steered: ``inputs`` must hold its ``decoder_input_ids``.
 
-    Without ``inputs``, the first pass over each cache is assumed to be the prompt. The pass raises ValueError where
-    that can't be known: if it neither got a cache nor was called with ``use_cache=True``, with several tokens on a
-    cache that is not empty, and in assisted decoding. With chunked prefill, pass ``inputs``: a last chunk of a single
-    token looks like a token of the answer. With ``guidance_scale``, pass none, since there are two prompts.
+    Args:
+        inputs: The mapping passed to ``model.generate``, with ``attention_mask`` ``(batch, seq)``,
+            or the prompts' lengths in tokens: one number, or one per row. It shows where the
+            prompts end.
 
-    In an encoder-decoder model, the decoder's tokens are steered: ``inputs`` must hold its ``decoder_input_ids``.
-
-    Raises TypeError for a bare tensor, since token ids and masks look alike.
+    Raises:
+        TypeError: If ``inputs`` is a bare tensor, since token ids and masks look alike.
+        ValueError: In the pass, if ``inputs`` holds ``input_ids`` and the pass begins with another
+            prompt, since the selector was left over from an earlier one. Without ``inputs``, where
+            the prompt's end can't be known: if the pass neither got a cache nor was called with
+            ``use_cache=True``, with several tokens on a cache that is not empty, and in assisted
+            decoding.
 
     >>> selector = generated(3)
     >>> selector(TokenPositions(index=torch.arange(5)[None], column=torch.arange(5)))
@@ -148,9 +164,10 @@ def generated(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> 
 
 
 def prompted(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> Selector:
-    """Select the prompt's tokens except the last: exactly the own tokens that :func:`generated` leaves out.
+    """Select the prompt's tokens except the last: the own tokens that :func:`generated` leaves out.
 
-    ``inputs`` and the errors are those of :func:`generated`.
+    Args:
+        inputs: The prompts, as in :func:`generated`, whose errors are raised here too.
 
     >>> prompted(3)(TokenPositions(index=torch.arange(5)[None], column=torch.arange(5)))
     tensor([[ True,  True, False, False, False]])
@@ -161,10 +178,14 @@ def prompted(inputs: Mapping[str, Any] | int | Sequence[int] | None = None) -> S
 def completion() -> Selector:
     """Select the tokens after the prompt.
 
-    In training, these are the text of the last assistant turn, including its thinking block, if any. In generation,
-    they are all that follows the first pass over a cache. The pass raises ValueError if the prompt's length is unknown.
+    In training, these are the text of the last assistant turn, including its thinking block, if
+    any. In generation, they are all that follows the first pass over a cache.
 
-    >>> positions = TokenPositions(torch.arange(3)[None], torch.arange(3), prompt_length=torch.tensor([2]))
+    Raises:
+        ValueError: In the pass, if the prompt's length is unknown.
+
+    >>> index, column = torch.arange(3)[None], torch.arange(3)
+    >>> positions = TokenPositions(index, column, prompt_length=torch.tensor([2]))
     >>> completion()(positions)
     tensor([[False, False,  True]])
     """

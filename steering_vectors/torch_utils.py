@@ -6,7 +6,14 @@ from torch import nn
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of ``model`` with this dotted name. Raises LookupError if there is none.
+    """Return the module of ``model`` with this dotted name.
+
+    Args:
+        model: The module to search.
+        name: The name, as in ``model.named_modules()``.
+
+    Raises:
+        LookupError: If there is no such module.
 
     >>> get_module(model, "transformer.h.0").__class__.__name__
     'GPT2Block'
