@@ -33,14 +33,15 @@ from steering_vectors._vectors import (
     checked_factor,
     cosines,
     derived,
-    in_ranges,
     inherited,
+    line_of,
     orthogonal,
     plain_number,
     projections,
     read,
     scaled,
     shares_of,
+    table_of,
     united,
     write,
 )
@@ -534,11 +535,7 @@ class SteeringVector(ByLayer):
     __hash__ = None  # type: ignore[assignment]  # a mutable value
 
     def __repr__(self) -> str:
-        if not self.layer_activations:
-            return f"SteeringVector(layers=[], layer_type={self.layer_type!r})"
-        norms = self.norms().values()
-        low, high = f"{min(norms):.3g}", f"{max(norms):.3g}"
-        return (
-            f"SteeringVector(layers={in_ranges(self.layers)}, hidden_size={self.hidden_size}, "
-            f"layer_type={self.layer_type!r}, norms={low if low == high else f'{low} to {high}'})"
-        )
+        return line_of(self.layer_activations, self.layer_type)
+
+    def _repr_html_(self) -> str:
+        return table_of(self.layer_activations, self.layer_type, self.metadata)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steering_vectors._extraction import shared_prefix
+from steering_vectors._html import block, table
 from steering_vectors._models import along_tokens, anatomy_of, check_model
 from steering_vectors._passes import ForwardPass, Need, PassTracker
 from steering_vectors._precision import wide
@@ -134,11 +135,22 @@ class SteeringTrace:
             print(_marked(text, _COLOUR if sys.stdout.isatty() else _BRACKETS))
 
     def __str__(self) -> str:
-        lines = [f"{'layer':>5}  {'runs':>6}  {'steered tokens':>14}  {'change':>8}"]
-        for layer, found in self.summary().items():
-            change = "-" if math.isnan(found.change) else f"{found.change:.1%}"
-            lines.append(f"{layer:5}  {found.runs:6}  {found.steered_tokens:14}  {change:>8}")
-        return "\n".join(lines)
+        return "\n".join(f"{a:>5}  {b:>6}  {c:>14}  {d:>8}" for a, b, c, d in [_COLUMNS, *self._rows()])
+
+    def _repr_html_(self) -> str:
+        rows = self._rows()
+        return block("SteeringTrace" if rows else "SteeringTrace: no steered layer ran", table(_COLUMNS, rows))
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                str(layer),
+                str(found.runs),
+                str(found.steered_tokens),
+                "-" if math.isnan(found.change) else f"{found.change:.1%}",
+            )
+            for layer, found in self.summary().items()
+        ]
 
     def _summary_of(self, layer: int) -> LayerSummary:
         by_module = [list(notes) for notes in list(self._notes[layer].values())]
@@ -196,6 +208,7 @@ class _TracedPass:
         self.steered[layer] = steered | self.steered[layer] if layer in self.steered else steered
 
 
+_COLUMNS = ("layer", "runs", "steered tokens", "change")
 # Token ids, each with True if it was steered.
 _Sequence = list[tuple[int, bool]]
 _HTML, _COLOUR, _BRACKETS = ("<mark>", "</mark>"), ("\x1b[7m", "\x1b[0m"), ("[[", "]]")

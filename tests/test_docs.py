@@ -257,6 +257,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     outputs = {cell["id"]: cell.get("outputs", []) for cell in notebook.cells}
     printed = {name: "".join(output.get("text", "") for output in group) for name, group in outputs.items()}
     assert "SteeringVector(layers=[0-29]" in outputs["train"][0]["data"]["text/plain"]
+    assert ">[0-29]</td>" in outputs["train"][0]["data"]["text/html"]
     assert "monstrosity" in printed["apply"]
     trained, random = (
         [float(effect) for effect in line.split()[1:]] for line in printed["control"].splitlines() if line.strip()

@@ -28,6 +28,7 @@ from steering_vectors._vectors.metadata import (
     type_and_depth,
     without_addresses,
 )
+from steering_vectors._vectors.shown import line_of, table_of
 from steering_vectors._vectors.strength import of_norms, shares_of
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "derived",
     "in_ranges",
     "inherited",
+    "line_of",
     "of_libraries",
     "of_model",
     "of_norms",
@@ -53,6 +55,7 @@ __all__ = [
     "read",
     "scaled",
     "shares_of",
+    "table_of",
     "type_and_depth",
     "united",
     "without_addresses",
