@@ -208,7 +208,9 @@ def test_the_picture_of_operators_has_all_of_them_under_their_names() -> None:
 
 
 def test_pictures_are_of_the_pairs_and_texts_that_their_pages_show() -> None:
-    assert assigned("howto/strengths.rst", "pairs") == strengths.PAIRS
+    instructions = tuple(assigned("howto/strengths.rst", name) for name in ("child", "professor"))
+    assert instructions == strengths.INSTRUCTIONS
+    assert assigned("howto/strengths.rst", "questions") == strengths.QUESTIONS
     assert assigned("howto/strengths.rst", "texts") == strengths.TEXTS
     assert assigned("advanced_usage.rst", "pairs") == traces.PAIRS
     page = (DOCS / "howto" / "sharing.rst").read_text(encoding="utf-8")
@@ -228,12 +230,12 @@ def test_the_marked_text_is_the_one_that_the_page_prints() -> None:
 @pytest.mark.usefixtures("smollm2")
 def test_the_texts_in_the_stead_of_pictures_have_the_numbers_that_are_drawn() -> None:
     norms = strengths.measured()
-    stream, direction = list(norms.other_tokens.values()), list(norms.direction.values())
+    stream = list(norms.other_tokens.values())
     assert f"from {stream[0]:.0f} at layer 0 to {stream[-1]:.0f} at layer 29" in alt("strengths")
     assert [layer for layer, norm in norms.first_token.items() if norm > 20_000] == list(range(11, 28))
-    assert f"from {direction[0]:.0f} to {direction[-1]:.0f}" in alt("strengths")
-    shares = norms.shares.values()
-    assert f"between {min(shares):.2f} and {max(shares):.2f}" in alt("strengths")
+    shares = list(norms.shares.values())
+    assert f"of up to {max(shares[:13]):.2f} as far as layer 12" in alt("strengths")
+    assert f"and of {min(shares[15:]):.2f} to {max(shares[15:]):.2f} from layer 15 on" in alt("strengths")
     by_token = {token.text: round(token.projection) for token in projections.measured()}
     for token in ("friendly", "wonderful", "dirty", "broken"):
         assert re.search(rf'"{token}"( has| and)? {str(by_token[token]).replace("-", "−")}', alt("projections"))

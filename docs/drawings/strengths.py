@@ -9,16 +9,12 @@ from matplotlib.figure import Figure
 
 from drawings.models import smollm2
 from drawings.themes import Theme, figure
-from steering_vectors import from_index, record_activations, residual_norms, train_steering_vector
+from steering_vectors import record_activations, residual_norms, train_steering_vector
 
-# The texts and pairs of the page that shows the picture.
+# The texts, instructions and questions of the page that shows the picture.
 TEXTS = ["The weather was fine, and so we went out to the lake.", "Once upon a time"]
-PAIRS = [
-    ("The film was wonderful, she said.", "The film was dreadful, she said."),
-    ("I loved every minute of it.", "I hated every minute of it."),
-    ("What a delightful meal!", "What a disgusting meal!"),
-    ("The staff were kind and helpful.", "The staff were rude and useless."),
-]
+INSTRUCTIONS = ("Explain it to a five year old child.", "Explain it to a professor.")
+QUESTIONS = ["What is the sun?", "How does a car work?", "What is money?"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +37,18 @@ def measured() -> Norms:
             model(**tokenizer(text, return_tensors="pt"))
         for layer, (activation,) in activations.items():
             first.setdefault(layer, []).append(float(activation[0, 0].norm()))
-    vector = train_steering_vector(model, tokenizer, PAIRS, tokens=from_index(1), batch_size=4)
+    pairs = [[_chat(instruction, question) for instruction in INSTRUCTIONS] for question in QUESTIONS]
+    vector = train_steering_vector(model, tokenizer, pairs)
     return Norms(
         first_token={layer: median(norms) for layer, norms in sorted(first.items())},
         other_tokens=residual_norms(model, tokenizer, TEXTS),
         direction=vector.norms(),
         shares=vector.shares(),
     )
+
+
+def _chat(instruction: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
 
 
 def draw(theme: Theme) -> Figure:
