@@ -34,3 +34,29 @@ def test_the_first_example_fits_a_narrow_window_with_one_statement_a_line() -> N
     assert max(map(len, code.splitlines())) <= 80
     statements = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)]
     assert len({node.lineno for node in statements}) == len(statements)
+
+
+def test_the_picture_shows_the_first_examples_answers() -> None:
+    text = README.read_text()
+    (shown, *_) = re.findall(r"\.\. code-block:: text\n\n((?:    .*\n|\n)+)", text)
+    picture = (README.parent / "docs" / "_static" / "steered.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'<text id="([^"]*)"[^>]*>([^<]*)</text>', picture)
+    assert [f"{multiplier} {answer}" for multiplier, answer in drawn] == textwrap.dedent(shown).strip().splitlines()
+
+
+def test_links_lead_to_files_of_the_project() -> None:
+    text = README.read_text()
+    links = [*re.findall(r"`[^`<]+<([^>]+)>`_", text), *re.findall(r"\.\. image:: (.+)", text)]
+    local = [link for link in links if "://" not in link]
+    assert len(local) > 8
+    assert all((README.parent / link).exists() for link in local)
+
+
+def test_badges_say_what_is_supported() -> None:
+    text, project = README.read_text(), (README.parent / "pyproject.toml").read_text()
+    assert re.search(r'requires-python = ">=3\.10"', project)
+    assert re.search(r'"transformers>=4\.46"', project)
+    assert re.search(r"strict = true", project)
+    assert re.search(r'license = "MIT"', project)
+    for badge in ("python-3.10%20to%203.13", "transformers-4.46%20to%205", "types-mypy%20strict", "licence-MIT"):
+        assert f"https://img.shields.io/badge/{badge}-blue" in text
