@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -161,9 +162,12 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str
     for name, module in fake_modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.chdir(tmp_path)
+    threads = set(threading.enumerate())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield loaded
+    for thread in set(threading.enumerate()) - threads:  # a streamer's, which has yet to leave its steering
+        thread.join(timeout=10)
     for model, tokenizer in loaded.values():
         tokenizer.padding_side = "right"
         model.requires_grad_(True)
