@@ -12,10 +12,10 @@ ARGS ?=
 OLDEST = torch==2.6.0 transformers==4.46.3
 BETWEEN = torch==2.7.1 transformers==4.51.3
 PIP_FLAGS = -qq --disable-pip-version-check
-OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" --ignore tests/test_docs.py --ignore tests/test_pictures.py \
-	-o "norecursedirs=.* architectures build dist gpu soak"
+OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" \
+	-o "norecursedirs=.* architectures build dist gpu pages soak"
 
-.PHONY: help demo test test-wrapped test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz soak docs lint types format clean
+.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -28,6 +28,9 @@ test: $(VENV)/.installed ## the laws and the unit tests, on the newest transform
 
 test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
 	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
+
+test-docs: $(VENV)/.installed ## the pages' code, outputs and pictures, and the notebook
+	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q
 
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with tiny models, on the oldest PyTorch and transformers
 	@$(VENV_OLDEST)/bin/python $(OLD_TESTS)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, generated, record_activations
 from tests import tiny
-from tests.test_docs import ON_QUANTIZED, run_page
+from tests.pages.test_docs import ON_QUANTIZED, run_page
 from tests.wrapped.promises import INPUTS, LAYER, SELECTIONS, check_steered, check_trained, some_vector
 
 pytestmark = [

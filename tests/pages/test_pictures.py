@@ -17,7 +17,7 @@ import steering_vectors
 from steering_vectors import record_activations
 from tests import tiny
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
 
 import drawings  # noqa: E402

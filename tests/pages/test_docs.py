@@ -29,7 +29,7 @@ from steering_vectors import (
 )
 from tests import tiny
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.rst"))]
