@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
-VENV_OTHERS ?= .venv-others
+VENV_OTHERS = .venv-others
 MODEL ?=
 ARGS ?=
 

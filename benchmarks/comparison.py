@@ -56,7 +56,7 @@ from compared_libraries import (
     word_tokenizer,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[11, 62, 33, 90, 15, 47], [71, 18, 55], [24, 83, 39, 101, 66]]
@@ -248,7 +248,7 @@ def outcome(fact: Callable[[], str]) -> str:
 
 def summary(outcomes: list[str]) -> str:
     """Return how many are right among those that are possible, and how many of the others are more than wrong."""
-    counts = Counter("error" if outcome.startswith("error: ") else outcome for outcome in outcomes)
+    counts = Counter("errors" if outcome.startswith("error: ") else outcome for outcome in outcomes)
     counts.pop("not possible", None)
     total, right = counts.total(), counts.pop("yes", 0)
     if len(counts) == 1 and not right and "no" not in counts:
@@ -270,7 +270,7 @@ class Timed:
     @classmethod
     def load(cls, folder: str | None) -> "Timed":
         if folder is not None:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # as transformers 4 can, too
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             return cls(AutoModelForCausalLM.from_pretrained(folder).float().eval(), tokenizer)
         torch.manual_seed(0)
