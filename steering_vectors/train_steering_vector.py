@@ -153,7 +153,7 @@ def train_steering_vector(
         show_progress: True to show a progress bar.
         aggregator: The callable that computes a direction from the rows of a layer, one row for
             each prompt. By default, it is the mean of the differences.
-        batch_size: The number of pairs to whose tokens a pass is limited; one pack is always
+        batch_size: The number of pairs to whose tokens a pass is limited; 512 tokens are always
             allowed. If memory runs out, a pass is halved.
         tqdm_desc: The label of the progress bar.
         tokens: The tokens to read in place of a single one, as in :meth:`SteeringVector.apply`: the

@@ -462,10 +462,11 @@ class TestPacks:
         assert full <= 3
         assert passes >= 10
 
-    def test_after_full_memory_later_passes_are_smaller(self) -> None:
+    @pytest.mark.parametrize(("times", "halvings"), [(1, 4), (50, 1)])
+    def test_after_full_memory_later_passes_are_smaller(self, times: int, halvings: int) -> None:
         model = tiny.build("mamba")
         extractor = Extractor(model, modules_of(model), batch_size=2)
-        prompts = last([[n, 2 * n, 3 * n] for n in range(5, 45)])
+        prompts = last([[n, 2 * n, 3 * n] * times for n in range(5, 38)])  # as many rows as fill a pack, or four
         list(extractor(prompts[:1]))
         full = 0
 
@@ -479,7 +480,7 @@ class TestPacks:
 
         tiny.blocks(model)[1].register_forward_pre_hook(refuse)
         assert len(rows_by_prompt(extractor(prompts))) == 3 * len(prompts)
-        assert full == 1
+        assert full == halvings
 
     @pytest.mark.parametrize("index", [0, 2, 3, 20])
     def test_a_steering_of_some_tokens_is_that_of_each_prompt_alone(self, index: int) -> None:

@@ -520,12 +520,18 @@ class TestTheModelAndTokenizer:
     @pytest.mark.parametrize("function", [train_steering_vector, extract_activations])
     def test_batch_size_bounds_the_rows_of_a_pass(self, function: Any, batch_size: int) -> None:
         model = tiny.build("gpt2")
+        """Or as many as have the 512 tokens of a pack."""
+        tokenizer = tiny.tokenizer()
+        longest = max(len(tokenizer(text)["input_ids"]) for sample in SAMPLES for text in sample)
+        samples = [(positive * (100 // longest), negative * (100 // longest)) for positive, negative in SAMPLES]
+        longest = max(len(tokenizer(text)["input_ids"]) for sample in samples for text in sample)
+        most = max(2 * batch_size, 512 // longest)
         rows: list[int] = []
         tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
-        function(model, tiny.tokenizer(), SAMPLES, batch_size=batch_size)
-        assert max(rows) <= 2 * batch_size
+        function(model, tokenizer, samples, batch_size=batch_size)
+        assert max(rows) <= most
         checking = 2 + 4  # two passes tell decoders from encoders, and some prompts are run alone
-        assert len(rows) <= checking + -(-len(SAMPLES) // batch_size)
+        assert len(rows) <= checking + -(-2 * len(samples) // most)
 
     def test_a_model_in_training_mode_is_read_without_dropout_and_put_back_module_by_module(self) -> None:
         model = tiny.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)

@@ -23,7 +23,8 @@ class Memory:
         ``split`` makes smaller packs of one, whose passes it is halved into.
         """
         was_too_long = self._longest_pack is not None and len(packs) == 1 and len(packs[0]) > self._longest_pack
-        smaller = _halves(packs, split) if was_too_long else []
+        were_too_many = self.most_packs is not None and len(packs) > self.most_packs
+        smaller = _halves(packs, split) if was_too_long or were_too_many else []
         if len(smaller) < 2:
             try:
                 result = run(packs)

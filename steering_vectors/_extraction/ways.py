@@ -54,7 +54,7 @@ class Way(ABC):
     ) -> Iterator[list[Pack]]:
         """Yield the packs of each pass over the prompts with these numbers, longest first: the first ones tell most.
 
-        A pass takes at most the tokens of ``batch_size`` pairs of the longest prompts, or one pack.
+        A pass takes at most the tokens of ``batch_size`` pairs of the longest prompts, or those of one pack.
         """
 
     def run(self, packs: Sequence[Pack], prompts: Sequence[ReadPrompt]) -> tuple[list[int], dict[int, Tensor]]:
@@ -120,6 +120,14 @@ class Way(ABC):
         """Return the prompts that no other begins with, each as a pack."""
         return list(chains(*_columns(prompts), numbers, share=not self._source.attention.depends_on_length))
 
+    def _most_rows(self, rows: Sequence[Pack], batch_size: int) -> int:
+        """Return the number of rows to a pass: those of ``batch_size`` pairs, or as many as fill a pack.
+
+        The whole model computes logits too, whose size isn't known: there it is the former.
+        """
+        fill = 0 if self.module is self._source.anatomy.model else PACK_SIZE // len(rows[0])
+        return max(2 * batch_size, fill)
+
     def _in_passes(self, packs: Sequence[Pack], most: int, memory: Memory) -> Iterator[list[Pack]]:
         group: list[Pack] = []
         for pack in packs:
@@ -159,7 +167,8 @@ class Rows(Way):
         self, prompts: Sequence[ReadPrompt], numbers: Sequence[int], batch_size: int, memory: Memory
     ) -> Iterator[list[Pack]]:
         """Yield rows, and several to a pass."""
-        yield from self._in_passes(self._rows(prompts, numbers), 2 * batch_size, memory)
+        rows = self._rows(prompts, numbers)
+        yield from self._in_passes(rows, self._most_rows(rows, batch_size), memory)
 
 
 class Packed(Way):
@@ -173,8 +182,8 @@ class Packed(Way):
         self, prompts: Sequence[ReadPrompt], numbers: Sequence[int], batch_size: int, memory: Memory
     ) -> Iterator[list[Pack]]:
         """Yield packs or rows, whichever are cheaper, and several to a pass."""
-        rows, most = self._rows(prompts, numbers), 2 * batch_size
-        tokens = most * len(rows[0])
+        rows = self._rows(prompts, numbers)
+        most, tokens = self._most_rows(rows, batch_size), 2 * batch_size * len(rows[0])
         size = min(tokens, _LONGEST_PACK * len(rows[0]))
         packs = sorted(cheapest_packs(*_columns(prompts), numbers, most=size), key=len, reverse=True)
         cost_of_rows = sum(len(group) * cost(len(group[0])) for group in self._in_passes(rows, most, memory))
