@@ -6,7 +6,6 @@ Run it with ``python -m steering_vectors``; add ``--help`` for its options.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import io
 import json
@@ -22,6 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, completion, from_index, generated, train_steering_vector
+from steering_vectors._pair_files import read_pairs
 
 POSITIVE, NEGATIVE = "Explain it to a five year old child.", "Explain it to a professor."
 QUESTIONS = (
@@ -42,23 +42,29 @@ _SHARES = (0.1, 0.4)  # of the stream's norm, which usually show an effect and l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load a model, train a vector, let the model answer, and print the answers and what was seen."""
+    """Load a model, train a vector, let the model answer, and print the answers and what was seen.
+
+    Ends the program, with the reason in a line, for a model, file or layer that can't be used.
+    """
     options = _parser().parse_args(arguments)
-    idea = _idea(options)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    print(f"Loading {options.model or 'SmolLM2-135M-Instruct, which takes about 20 seconds'} ...\n", flush=True)
-    speaker = Speaker(*load(options.model))
-    blocks = speaker.model.config.get_text_config().num_hidden_layers
-    layer = round(_DEPTH * blocks) if options.layer is None else options.layer
+    try:
+        idea = _idea(options)
+        print(f"Loading {options.model or 'SmolLM2-135M-Instruct, which takes about 20 seconds'} ...\n", flush=True)
+        speaker = Speaker(*load(options.model))
+        blocks = speaker.model.config.get_text_config().num_hidden_layers
+        layer = round(_DEPTH * blocks) if options.layer is None else options.layer
+        vector = _trained(speaker, idea, layer)
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
 
-    vector = _trained(speaker, idea, layer)
     _show_training(idea, vector, blocks)
-    print()
     multipliers = (-options.multiplier, 0.0, options.multiplier)
+    others = "other questions, with no such instruction" if idea.pairs is None else "questions"
     _write(
-        f"Now it is asked other questions, with no such instruction. While it answers, the direction is added, times "
-        f"{_signed(multipliers[0])} and {_signed(multipliers[2])}; at 0 the model is as it always is."
+        f"Now it is asked {others}. While it answers, the direction is added, times {_signed(multipliers[0])} and "
+        f"{_signed(multipliers[2])}; at 0 the model is as it always is."
     )
     print()
     answers = {}
@@ -143,34 +149,15 @@ def load(name: str | None) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2), tokenizer
 
 
-def read_pairs(path: Path) -> list[tuple[Any, Any]]:
-    """Return the pairs of a CSV file with the columns positive and negative, or of JSON Lines with these keys.
-
-    Raises ValueError for a file that has none.
-    """
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".csv":
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        pairs = [(row["positive"], row["negative"]) for row in rows]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} must be a CSV file (.csv) with the columns positive and negative, or JSON Lines with these keys "
-            f"in each line; it failed with {type(error).__name__}: {error}"
-        ) from error
-    if not pairs:
-        raise ValueError(f"{path} has no pairs")
-    return pairs
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m steering_vectors", description=__doc__.partition("\n")[0])
     parser.add_argument("--positive", metavar="TEXT", help=f"an instruction to steer towards (default: {POSITIVE})")
     parser.add_argument("--negative", metavar="TEXT", help=f"an instruction to steer away from (default: {NEGATIVE})")
     parser.add_argument(
-        "--pairs", metavar="FILE", type=Path, help="train on the pairs of a CSV or JSON Lines file instead"
+        "--pairs",
+        metavar="FILE",
+        type=Path,
+        help="train on these pairs instead: CSV or JSON Lines with positive and negative",
     )
     parser.add_argument("--ask", metavar="TEXT", action="append", help="a question to answer; may be repeated")
     parser.add_argument(
@@ -179,7 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="NAME", help="a Hugging Face model or folder (default: SmolLM2-135M-Instruct)"
     )
-    parser.add_argument("--layer", type=int, help="the decoder block to steer, from 0 (default: just past the middle)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        help="the decoder block to steer, from 0, or from the end with -1 (default: just past the middle)",
+    )
     return parser
 
 
@@ -189,12 +180,13 @@ def _idea(options: argparse.Namespace) -> Idea:
     if options.pairs is not None:
         if options.positive or options.negative:
             error("give either --pairs or --positive and --negative")
-        try:
-            return Idea(pairs=read_pairs(options.pairs))
-        except (OSError, ValueError) as problem:
-            error(str(problem))
+        return Idea(pairs=read_pairs(options.pairs))
     if bool(options.positive) != bool(options.negative):
         error("--positive and --negative belong together: a direction leads from one to the other")
+    if options.positive and options.positive == options.negative:
+        error("--positive and --negative are the same")
+    if not options.multiplier:
+        error("--multiplier 0 steers nothing: give another number")
     return Idea(options.positive or POSITIVE, options.negative or NEGATIVE)
 
 
@@ -203,7 +195,11 @@ def _trained(speaker: Speaker, idea: Idea, layer: int) -> SteeringVector:
     if idea.pairs is None:
         pairs = [(speaker.prompt_ids(q, idea.positive), speaker.prompt_ids(q, idea.negative)) for q in QUESTIONS]
         return train_steering_vector(model, tokenizer, pairs, layers=layer, batch_size=len(pairs))
-    tokens = from_index(1) if isinstance(idea.pairs[0][0], str) else completion()
+    first = idea.pairs[0][0]
+    if isinstance(first, str):
+        tokens: Any = from_index(1)
+    else:  # a chat that ends with the user is read where the model is about to answer
+        tokens = completion() if first[-1]["role"] == "assistant" else None
     return train_steering_vector(model, tokenizer, idea.pairs, layers=layer, tokens=tokens, batch_size=8)
 
 
@@ -221,6 +217,7 @@ def _show_training(idea: Idea, vector: SteeringVector, blocks: int) -> None:
         f"What differs inside the model, at block {layer} of {blocks}, is the steering vector: a direction of "
         f"{vector.hidden_size} numbers, {share:.0%} as long as what is there."
     )
+    print()
 
 
 def _show_answers(question: str, answers: Mapping[float, str]) -> None:
@@ -239,11 +236,10 @@ def _show_what_was_seen(speaker: Speaker, idea: Idea, answers: Mapping[str, Mapp
     print("What was seen")
     _write(f"{changed} of {len(steered)} steered answers differ from the unsteered ones.", 2)
     if idea.pairs is not None:
+        _write("Whether they changed as they should, you must judge: pairs say nothing that could be counted here.", 2)
         return
     _write(
-        f"Answers that the unsteered model finds likelier after '{idea.positive}' than after '{idea.negative}', by "
-        f"multiplier:",
-        2,
+        f"The unsteered model as the judge: how many answers fit '{idea.positive}' better than '{idea.negative}'?", 2
     )
     for multiplier in next(iter(answers.values())):
         fitting = sum(

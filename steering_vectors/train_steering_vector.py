@@ -176,6 +176,9 @@ def train_steering_vector(
             ``process_group``, also if the model is sharded over the processes.
         RuntimeError: If another process of the group failed or was given other samples.
 
+    Warns:
+        UserWarning: If all directions are zeros, since both sides of the pairs read the same.
+
     >>> pairs = [("I love it", "I hate it"), ("Great!", "Awful!")]
     >>> train_steering_vector(model, tokenizer, pairs, layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)

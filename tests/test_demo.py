@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from steering_vectors import demo
+from steering_vectors._pair_files import read_pairs
 from tests import tiny
 
 
@@ -56,7 +57,7 @@ def test_the_demo_trains_on_the_pairs_of_a_file(
         path.write_text("negative,positive\n" + "".join(f'"{n}","{p}"\n' for p, n in pairs))
     else:
         path.write_text("".join(json.dumps({"positive": p, "negative": n}) + "\n" for p, n in pairs))
-    assert demo.read_pairs(path) == pairs
+    assert read_pairs(path) == pairs
     demo.main(["--pairs", str(path), "--ask", "Who?"])
     assert "reads 2 pairs, such as\n    + red is good\n    - red is bad" in capsys.readouterr().out
 
@@ -67,10 +68,15 @@ def test_the_demo_trains_on_the_pairs_of_a_file(
     [
         (["--positive", "Be kind."], "--positive and --negative belong together"),
         (["--pairs", "x.csv", "--positive", "a", "--negative", "b"], "either --pairs or --positive"),
+        (["--positive", "a", "--negative", "a"], "--positive and --negative are the same"),
+        (["--multiplier", "0"], "--multiplier 0 steers nothing"),
         (["--pairs", "absent.jsonl"], "No such file"),
-        (["--pairs", "other.csv"], "columns positive and negative.*KeyError: 'positive'"),
-        (["--pairs", "other.jsonl"], "JSON Lines with these keys.*JSONDecodeError"),
+        (["--pairs", "other.csv"], "other.csv has the columns good, bad; it needs positive and negative"),
+        (["--pairs", "short.csv"], "short.csv, line 2: there is no negative"),
+        (["--pairs", "other.jsonl"], "other.jsonl, line 2: not JSON, column 1"),
+        (["--pairs", "keys.jsonl"], "keys.jsonl, line 1: there is no positive and no negative"),
         (["--pairs", "empty.jsonl"], "has no pairs"),
+        (["--layer", "99"], "error: layer 99 does not exist: the model has 3 layers"),
     ],
 )
 def test_bad_arguments_end_the_demo_in_words(
@@ -82,11 +88,25 @@ def test_bad_arguments_end_the_demo_in_words(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("other.csv").write_text("good,bad\n1,2\n")
-    Path("other.jsonl").write_text("good, bad\n")
+    Path("short.csv").write_text("positive,negative\nyes\n")
+    Path("other.jsonl").write_text('{"positive": "a", "negative": "b"}\ngood, bad\n')
+    Path("keys.jsonl").write_text('{"good": "a", "bad": "b"}\n')
     Path("empty.jsonl").write_text("\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         demo.main(arguments)
-    assert re.search(message, capsys.readouterr().err, flags=re.DOTALL)
+    assert message in capsys.readouterr().err + str(ended.value)
+
+
+def test_a_file_of_chats_that_end_with_the_user_is_read_where_the_answer_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer(chat_template=tiny.QWEN_3)
+    monkeypatch.setattr(demo, "load", lambda name: (model, tokenizer))
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    chats = [[{"role": "user", "content": text}] for text in ("red", "blue")]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"positive": chats[0], "negative": chats[1]}))
+    demo.main(["--pairs", str(tmp_path / "chats.jsonl"), "--ask", "Who?"])
+    assert "0% as long" not in capsys.readouterr().out
 
 
 def test_an_instruction_goes_before_the_question_where_the_template_takes_no_system_message() -> None:
