@@ -144,38 +144,54 @@ def model_card(vector: SteeringVector, repo_id: str) -> str:
     layers = ", ".join(map(str, vector.layers))
     chosen = f"[{vector.layers[len(vector) // 2]}]" if len(vector) > 1 else ""
     for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
-    entries = {name: text for name, text in vector.metadata.items() if base or not name.startswith("base_model")}
-    made = [f"| {words} | `{_in_code(entries[name])}` |" for name, words in _LABELS.items() if name in entries]
-    norms = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in vector.norms().items())
-    what = (
-        f"directions of {vector.hidden_size} numbers for the outputs of layers {layers} "
-        f"(`{vector.layer_type}`, counted from 0)"
-    )
+    kind = f"layer{'s' if len(vector) > 1 else ''} {layers} (`{vector.layer_type}`, counted from 0)"
     return f"""---
 {header}
 ---
 
 # {repo_id}
 
-A [steering vector](https://pypi.org/project/steering-vectors/){for_model}: {what}.
+A [steering vector](https://pypi.org/project/steering-vectors/){for_model}: directions of {vector.hidden_size} numbers
+for the outputs of {kind}.
 Added to a model's activations while it runs, times a multiplier, they change its behaviour.
 
 ```python
-from steering_vectors import SteeringVector
+from steering_vectors import SteeringVector, generated
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {json.dumps(base or "the name of the model")}
+model = AutoModelForCausalLM.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+inputs = tokenizer("I think", return_tensors="pt")
 
 vector = SteeringVector.from_pretrained({json.dumps(repo_id)})
-with vector{chosen}.apply(model, multiplier=1.0):
-    output = model.generate(**inputs)
+with vector{chosen}.apply(model, multiplier=1.0, tokens=generated(inputs)):
+    output = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(output[0]))
 ```
 
-This needs version 1.0 or newer of the library.
+This needs version 1.0 or newer of the library; until that is on PyPI, install it from a clone of its repository.
 
 ## How it was made
 
 | | |
 |---|---|
-{chr(10).join([*made, f"| norms by layer | {norms} |"])}
+{chr(10).join(_made(vector, base))}
 """
+
+
+def _made(vector: SteeringVector, base: str | None) -> list[str]:
+    """Return the rows of the card's table."""
+    entries = dict(vector.metadata)
+    if not base and entries.get("base_model"):
+        folder = re.split(r"[/\\]", entries["base_model"])[-1]
+        entries["base_model"] = f"{folder} (a local folder)"
+    rows = {words: f"`{_in_code(entries[name])}`" for name, words in _LABELS.items() if name in entries}
+    rows["norms by layer"] = ", ".join(f"{layer}: {norm:.4g}" for layer, norm in vector.norms().items())
+    shares = vector.shares()
+    if shares:
+        rows["as shares of the activations' norms"] = ", ".join(f"{n}: {share:.2g}" for n, share in shares.items())
+    return [f"| {words} | {text} |" for words, text in rows.items()]
 
 
 def _name_on_the_hub(metadata: Mapping[str, str]) -> str | None:

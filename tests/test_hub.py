@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from steering_vectors import SteeringVector, hub, train_steering_vector
+from steering_vectors import SteeringVector, generated, hub, train_steering_vector
 from tests import tiny
 from tests.hub_stand_in import Repository, running_hub
 from tests.test_files import run_python
@@ -49,7 +50,8 @@ class TestTheCard:
         for words in (
             "# me/joy",
             "for [someone/some-model](https://huggingface.co/someone/some-model)",
-            "directions of 32 numbers for the outputs of layers 0, 2 (`decoder_block`, counted from 0)",
+            "directions of 32 numbers\nfor the outputs of layers 0, 2 (`decoder_block`, counted from 0)",
+            "| as shares of the activations' norms | 0: ",
             "| method | `mean_aggregator()` |",
             "| samples | `1` |",
             "| what was read | `read_token_index=-1` |",
@@ -62,6 +64,8 @@ class TestTheCard:
         card = hub.model_card(SteeringVector({1: [1.0]}, metadata={"base_model": name}), "me/joy")
         assert "base_model" not in card.split("\n---")[0]
         assert "huggingface.co" not in card
+        shown = name.rpartition("/")[2]
+        assert (f"| model | `{shown} (a local folder)` |" in card) == bool(shown)
 
     def test_a_path_is_not_told_to_the_world(self) -> None:
         card = hub.model_card(SteeringVector({1: [1.0]}, metadata={"base_model": "/home/me/model"}), "me/joy")
@@ -71,19 +75,19 @@ class TestTheCard:
         card = hub.model_card(SteeringVector({1: [1.0]}, metadata={"method": "a`|b\n# c"}), "me/joy")
         assert "| method | `a'\\|b # c` |" in card
 
-    def test_its_four_lines_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_its_snippet_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         vector = trained()
         hub.save_pretrained(vector, tmp_path / "me" / "joy", repo_id="me/joy")
         (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "me" / "joy" / "README.md").read_text(), re.DOTALL)
-        assert len([line for line in code.splitlines() if line]) == 4
         monkeypatch.chdir(tmp_path)  # there "me/joy" is the folder
         model: Any = tiny.build("llama")
-        model.generation_config.max_new_tokens = 3
-        inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-        names: dict[str, Any] = {"model": model, "inputs": inputs}
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny.tokenizer())
+        names: dict[str, Any] = {}
         exec(code, names)
-        with vector[2].apply(model):  # the snippet names one layer of several
-            assert torch.equal(names["output"], model.generate(**inputs))
+        inputs = tiny.tokenizer()("I think", return_tensors="pt")
+        with vector[2].apply(model, tokens=generated(inputs)):  # the snippet names one layer of several
+            assert torch.equal(names["output"], model.generate(**inputs, max_new_tokens=40))
 
 
 PROGRAM = """
