@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         extract_activations,
         train_steering_vector,
     )
+    from steering_vectors.unembedding import LayerTokens, TopTokens, unembed
     from steering_vectors.versions import show_versions
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Aggregator",
     "LayerMatcher",
     "LayerSummary",
+    "LayerTokens",
     "LayerType",
     "ModelLayerConfig",
     "PatchDeltaOperator",
@@ -74,6 +76,7 @@ __all__ = [
     "SteeringVectorTrainingSample",
     "StreamingAggregator",
     "TokenPositions",
+    "TopTokens",
     "ablate_everywhere",
     "ablation_operator",
     "ablation_then_addition_operator",
@@ -100,6 +103,7 @@ __all__ = [
     "show_versions",
     "trace_steering",
     "train_steering_vector",
+    "unembed",
 ]
 
 # By module, the public names that are imported when they are first used.
@@ -159,13 +163,14 @@ _NAMES = {
         "extract_activations",
         "train_steering_vector",
     ),
+    "unembedding": ("LayerTokens", "TopTokens", "unembed"),
     "versions": ("show_versions",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 # Public modules, whose attributes are reached without importing them.
 _MODULES = {
     *("ablation", "aggregators", "hub", "interop", "layer_matching", "reading", "steering_operators"),
-    *("steering_vector", "token_selection", "torch_utils", "tracing", "versions"),
+    *("steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),
 }
 
 if not TYPE_CHECKING:  # to a type checker any name would be there

@@ -155,7 +155,21 @@ A [steering vector](https://pypi.org/project/steering-vectors/){for_model}: dire
 for the outputs of {kind}.
 Added to a model's activations while it runs, times a multiplier, they change its behaviour.
 
-```python
+{_snippet(base, repo_id, chosen)}
+
+This needs version 1.0 or newer of the library; until that is on PyPI, install it from a clone of its repository.
+
+## How it was made
+
+| | |
+|---|---|
+{chr(10).join(_made(vector, base))}
+"""
+
+
+def _snippet(base: str | None, repo_id: str, chosen: str) -> str:
+    """Return the card's code: load the model, load the vector, and steer."""
+    return f"""```python
 from steering_vectors import SteeringVector, generated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,16 +182,7 @@ vector = SteeringVector.from_pretrained({json.dumps(repo_id)})
 with vector{chosen}.apply(model, multiplier=1.0, tokens=generated(inputs)):
     output = model.generate(**inputs, max_new_tokens=40)
 print(tokenizer.decode(output[0]))
-```
-
-This needs version 1.0 or newer of the library; until that is on PyPI, install it from a clone of its repository.
-
-## How it was made
-
-| | |
-|---|---|
-{chr(10).join(_made(vector, base))}
-"""
+```"""
 
 
 def _made(vector: SteeringVector, base: str | None) -> list[str]:

@@ -47,6 +47,7 @@ from steering_vectors._vectors import (
 )
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type
 from steering_vectors.steering_operators import PatchDeltaOperator, unit_direction
+from steering_vectors.unembedding import TopTokens, top_tokens
 
 __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
@@ -337,6 +338,31 @@ class SteeringVector(ByLayer):
         if not found:
             raise ValueError(f"activations must have one of the layers {self.layers}, got only {sorted(activations)}")
         return found
+
+    def top_tokens(self, model: nn.Module, tokenizer: Any, k: int = 10) -> TopTokens:
+        """Return the tokens that each direction promotes most and suppresses most, printed as a table.
+
+        The model's final norm and head are applied to the direction: :func:`~steering_vectors.unembed`.
+
+        Args:
+            model: The model that the vector was made for.
+            tokenizer: The model's tokenizer, or a processor that has one.
+            k: The number of tokens of each kind.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If the vector is of a norm's output, which isn't part of the residual
+                stream, and as :func:`~steering_vectors.unembed` does.
+
+        >>> vector.top_tokens(model, tokenizer, k=2)[1].promoted
+        ((..., ...), (..., ...))
+        """
+        if self.layer_type.endswith("layernorm"):
+            raise ValueError(
+                f"the vector is of {self.layer_type}, whose output is no part of the residual stream, so it has no "
+                f"logits"
+            )
+        return top_tokens(model, tokenizer, checked_directions(self.layer_activations), k)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vector to one safetensors file, bit for bit, and whole or not at all.

@@ -32,7 +32,7 @@ LEVELS: list[set[str]] = [
     {"_extraction"},
     {
         *("ablation", "hub", "interop", "reading", "record_activations", "steering_vector", "tracing"),
-        *("train_steering_vector", "versions"),
+        *("train_steering_vector", "unembedding", "versions"),
     },
     {"demo", "__main__"},
 ]

@@ -16,6 +16,7 @@ from steering_vectors._models.anatomy import (
 )
 from steering_vectors._models.attention import Attention, MaskKinds
 from steering_vectors._models.axes import along_tokens, are_columns_first, by_tokens, expand_rows
+from steering_vectors._models.head import logits_of
 from steering_vectors._models.hooks import (
     INPUT,
     OUTPUT,
@@ -67,6 +68,7 @@ __all__ = [
     "is_sharded",
     "kept_states",
     "learns_prompts",
+    "logits_of",
     "mark",
     "never_compiled",
     "parameters_of",
