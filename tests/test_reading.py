@@ -149,3 +149,60 @@ def test_pairs_may_be_what_the_tokenizer_returns(return_tensors: str | None) -> 
     for sample in (pair, list(pair), tuple(side["input_ids"] for side in pair), SteeringVectorTrainingSample(*pair)):
         vector = train_steering_vector(model, tokenizer, [sample], layers=[1])
         assert vector == expected
+
+
+PROMPTS = ["I love it so", "I hate it", "Well, I love owls", "I love it"]
+
+
+class TestSeveralRowsOfAPrompt:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+    def test_are_those_that_are_read_one_by_one(self, name: str) -> None:
+        model, tokenizer = tiny.shared(name), tiny.tokenizer()
+        indices = [-1, 0, -3]
+        found = read_activations(model, tokenizer, PROMPTS, layers=[0, 2], read_token_index=indices, batch_size=2)
+        for place, index in enumerate(indices):
+            alone = read_activations(model, tokenizer, PROMPTS, layers=[0, 2], read_token_index=index)
+            for layer, rows in alone.items():
+                torch.testing.assert_close(found[layer][:, place], rows, atol=1e-5, rtol=1e-5)
+
+    def test_without_pooling_are_the_hidden_states_of_the_selected_tokens(self) -> None:
+        model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+        found = read_activations(model, tokenizer, PROMPTS, layers=1, tokens=from_index(1), pool=False)
+        assert list(found) == [1]
+        for prompt, rows in zip(PROMPTS, found[1], strict=True):
+            with torch.no_grad():
+                states = model(**tokenizer(prompt, return_tensors="pt"), output_hidden_states=True).hidden_states
+            torch.testing.assert_close(rows, states[2][0, 1:], atol=1e-5, rtol=1e-5)
+
+    def test_run_each_distinct_beginning_once(self) -> None:
+        model = tiny.build("llama")
+        few, many = (self.tokens_run(model, read_token_index=index) for index in (-1, [-1, -2, -3]))
+        assert many <= few + 26  # one more prompt is run alone to compare
+
+    def tokens_run(self, model: Any, **options: Any) -> int:
+        seen: list[int] = []
+        block = tiny.blocks(model)[0]
+        run = type(block).forward
+
+        def counting(module: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append((args[0] if args else kwargs["hidden_states"])[..., 0].numel() if module is block else 0)
+            return run(module, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(block), "forward", counting)
+            read_activations(model, tiny.tokenizer(), ["one two three four five six"] * 3, layers=1, **options)
+        return sum(seen)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"read_token_index": []}, ValueError, "read_token_index is empty"),
+            ({"read_token_index": [-1], "tokens": from_index(1)}, ValueError, "were given: choose one of them"),
+            ({"read_token_index": [-1, 0.5]}, TypeError, "prompt 0: read_token_index must be a whole number"),
+            ({"read_token_index": [-1, -99]}, ValueError, "prompt 0: read_token_index -99 is outside the prompt"),
+            ({"pool": False}, ValueError, "pool=False reads each of several tokens: select them with tokens="),
+        ],
+    )
+    def test_bad_arguments(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            read_activations(tiny.shared("llama"), tiny.tokenizer(), PROMPTS, **options)

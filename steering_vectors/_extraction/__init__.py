@@ -5,7 +5,7 @@ Each row is what its prompt alone gives, which is verified against the model and
 Directions are made of the rows elsewhere.
 """
 
-from steering_vectors._extraction.extractor import LayerRows
+from steering_vectors._extraction.extractor import Extractor, LayerRows
 from steering_vectors._extraction.packs import shared_prefix
 from steering_vectors._extraction.pairs import by_side, rows_of_pairs
 from steering_vectors._extraction.read_model import ReadPrompt
@@ -16,6 +16,7 @@ from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, cha
 __all__ = [
     "SIDES",
     "WINDOW",
+    "Extractor",
     "LayerRows",
     "Prompt",
     "PromptTokenizer",
