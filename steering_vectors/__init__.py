@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from steering_vectors.aggregators import (
         Accumulator,
         Aggregator,
+        SetAggregator,
         StreamingAggregator,
+        geometric_median_aggregator,
         logistic_aggregator,
         mean_aggregator,
         pca_aggregator,
+        winsorized_aggregator,
     )
     from steering_vectors.layer_matching import (
         LayerMatcher,
@@ -69,6 +72,7 @@ __all__ = [
     "ModelLayerConfig",
     "PatchDeltaOperator",
     "Selector",
+    "SetAggregator",
     "SteeringContext",
     "SteeringPatchHandle",
     "SteeringTrace",
@@ -89,6 +93,7 @@ __all__ = [
     "extract_activations",
     "from_index",
     "generated",
+    "geometric_median_aggregator",
     "get_num_matching_layers",
     "guess_and_enhance_layer_config",
     "logistic_aggregator",
@@ -104,6 +109,7 @@ __all__ = [
     "trace_steering",
     "train_steering_vector",
     "unembed",
+    "winsorized_aggregator",
 ]
 
 # By module, the public names that are imported when they are first used.
@@ -113,10 +119,13 @@ _NAMES = {
     "aggregators": (
         "Accumulator",
         "Aggregator",
+        "SetAggregator",
         "StreamingAggregator",
+        "geometric_median_aggregator",
         "logistic_aggregator",
         "mean_aggregator",
         "pca_aggregator",
+        "winsorized_aggregator",
     ),
     "layer_matching": (
         "LayerMatcher",

@@ -1,4 +1,4 @@
-"""Streaming, mergeable statistics of rows."""
+"""Statistics of rows. Those that are classes take them in batches, and merge."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 # The most steps of Lanczos' method, and the error in radians at which it has converged.
 _STEPS, _CONVERGED = 40, 1e-9
+# The same for Weiszfeld's algorithm, whose error is a share of the rows' mean distance.
+_MEDIAN_STEPS, _MEDIAN_CONVERGED = 1000, 1e-10
 
 
 class RunningMean:
@@ -97,6 +99,43 @@ class SecondMoment:
         self._rows = []
 
 
+def geometric_median(rows: Tensor) -> Tensor:
+    """Return the point ``(hidden,)`` with the least sum of distances to rows ``(n, hidden)``, in float64 if possible.
+
+    By Weiszfeld's algorithm as changed by Vardi and Zhang (2000): it doesn't stall at a row.
+    """
+    rows = _double(rows).detach()
+    mean = rows.mean(dim=0)
+    rows = rows - mean  # what the rows share would cost digits
+    median = torch.zeros_like(mean)
+    converged = max(_MEDIAN_CONVERGED, 10 * torch.finfo(rows.dtype).eps)
+    for _ in range(_MEDIAN_STEPS):
+        away = rows - median
+        distances = away.norm(dim=1)
+        weights = torch.where(distances > 0, 1 / distances, 0)
+        pull = weights @ away  # (hidden,)
+        # The rows at the median hold it with a force of 1 each.
+        free = pull.norm() - (distances == 0).sum()
+        if not bool(free > 0):
+            break
+        step = free / pull.norm() * pull / weights.sum()
+        median = median + step
+        if bool(step.norm() <= converged * distances.mean()):
+            break
+    return mean + median
+
+
+def winsorized_mean(rows: Tensor, quantile: float) -> Tensor:
+    """Return the mean of rows ``(n, hidden)`` whose extreme values are replaced, in float64 if the device has it.
+
+    In each column the k lowest values become the next one, and so the k highest, with k = ⌊quantile · n⌋.
+    """
+    rows = _double(rows).detach()
+    k = int(quantile * len(rows))
+    ordered = rows.sort(dim=0).values
+    return rows.clamp(ordered[k], ordered[-1 - k]).mean(dim=0)
+
+
 def _dominant_eigenvector(times: Callable[[Tensor], Tensor], near: Tensor) -> Tensor | None:
     """Return the eigenvector of the largest eigenvalue of a symmetric matrix, by Lanczos' method with all vectors kept.
 
@@ -143,5 +182,5 @@ def _by_decomposition(rows: Tensor, squares: Tensor | None) -> Tensor:
 
 
 def _double(rows: Tensor) -> Tensor:
-    """Return the rows in float64, which Apple's GPUs lack."""
-    return rows if rows.device.type == "mps" else rows.double()
+    """Return the rows in float64, or in float32 on Apple's GPUs, which lack it."""
+    return rows.float() if rows.device.type == "mps" else rows.double()

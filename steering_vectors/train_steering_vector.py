@@ -10,33 +10,32 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steering_vectors._accumulators import Accumulators, merged_accumulators, rows_of_both
 from steering_vectors._arguments import check_takes, with_hints
 from steering_vectors._extraction import (
+    MISSING,
     SIDES,
-    LayerRows,
     Prompt,
     PromptTokenizer,
     Reading,
     ReadPrompt,
     ReadTokenIndex,
+    are_pairs,
     by_side,
     chat_template_of,
+    check_sides,
     extractor_for,
-    rows_of_pairs,
+    rows_of_samples,
     sides_of,
 )
 from steering_vectors._models import anatomy_of, check_unsharded
-from steering_vectors._precision import wide, without_autocast
 from steering_vectors._processes import Processes
 from steering_vectors._steering import TokenSelection, patches_of_this_thread
-from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_norms, of_template, without_addresses
+from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
 from steering_vectors.aggregators import (
-    Accumulator,
     Aggregator,
     Side,
-    accumulator_for,
     aggregate,
-    as_direction,
     mean_aggregator,
 )
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, written_config
@@ -80,6 +79,7 @@ TrainingSample: TypeAlias = (
     | list[Prompt]
     | Mapping[Literal["positive", "negative"], Prompt]
 )
+PromptSets: TypeAlias = Mapping[Literal["positive", "negative"], Iterable[Prompt]]
 
 
 # What to write instead of arguments that are missing or that don't exist.
@@ -94,7 +94,7 @@ _HINTS = {
 def train_steering_vector(
     model: nn.Module,
     tokenizer: Any,
-    training_samples: Iterable[TrainingSample],
+    training_samples: Iterable[TrainingSample] | PromptSets,
     layers: int | Iterable[int] | None = None,
     layer_type: LayerType = "decoder_block",
     layer_config: ModelLayerConfig | None = None,
@@ -136,9 +136,11 @@ def train_steering_vector(
         tokenizer: The model's tokenizer, or a processor that has one. It is not changed and needs
             no padding token.
         training_samples: Pairs ``(positive, negative)``, rows with the keys ``positive`` and
-            ``negative``, or :class:`SteeringVectorTrainingSample`, in any sequence or iterator. A
-            prompt is a text, a list of chat messages, or token ids: a list or a tensor, or what a
-            tokenizer returns for one prompt. An iterator is consumed in windows of 4,096 pairs.
+            ``negative``, or :class:`SteeringVectorTrainingSample`, in any sequence or iterator. Or
+            two sets of any sizes, ``{"positive": prompts, "negative": prompts}``, if no prompt
+            belongs to one of the other side. A prompt is a text, a list of chat messages, or token
+            ids: a list or a tensor, or what a tokenizer returns for one prompt. Iterators are
+            consumed in windows of 4,096 pairs, or of 4,096 prompts of each set.
         layers: The layers to train, as numbers from 0, or negative ones from the end. None trains
             all.
         layer_type: The kind of module that is read at each layer: the decoder block, or a part of
@@ -152,7 +154,8 @@ def train_steering_vector(
             ``tokenizer(text).char_to_token(text.index("owl"))``.
         show_progress: True to show a progress bar.
         aggregator: The callable that computes a direction from the rows of a layer, one row for
-            each prompt. By default, it is the mean of the differences.
+            each prompt. By default, it is the mean of the differences. Sets need one with the
+            method ``of_sets``: of the library's, all but :func:`pca_aggregator`.
         batch_size: The number of pairs to whose tokens a pass is limited; 512 tokens are always
             allowed. If memory runs out, a pass is halved.
         tqdm_desc: The label of the progress bar.
@@ -163,13 +166,14 @@ def train_steering_vector(
         chat_template_kwargs: Arguments for the tokenizer's chat template, such as
             ``{"enable_thinking": False}``.
         process_group: The processes that share the work, such as ``torch.distributed.group.WORLD``.
-            Each process of the group makes the same call, runs its share of the pairs, and returns
-            the same vector. Without a group, each process works alone.
+            Each process of the group makes the same call, runs its share of the samples, and
+            returns the same vector. Without a group, each process works alone.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the model doesn't have one of the layers or isn't decoder-only, if there are
-            no samples, or if one can't be read. Causes are a sample that is not a pair, an empty
+            no samples, if they are sets and the aggregator needs pairs, or if a sample can't be
+            read. Causes are a sample that is not a pair, an empty
             prompt, more tokens than the model has position embeddings for, a position outside the
             prompt, a selection of no token, and chat messages without a chat template, with content
             other than text, or with a last text that the template leaves out. With
@@ -183,28 +187,28 @@ def train_steering_vector(
     >>> train_steering_vector(model, tokenizer, pairs, layers=[0, 1])
     SteeringVector(layers=[0, 1], hidden_size=32, layer_type='decoder_block', norms=...)
     """
-    processes, record = Processes(process_group), TrainingRecord()
+    processes, on_cpu = Processes(process_group), move_to_cpu or process_group is not None
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         with processes.together("the rows") as accumulators:
-            accumulators.own = _Accumulators(aggregator, on_cpu=move_to_cpu or process_group is not None)
+            record = TrainingRecord(paired=are_pairs(training_samples))
+            accumulators.own = Accumulators(aggregator, paired=record.paired, on_cpu=on_cpu)
             tokenize, anatomy = PromptTokenizer(tokenizer, chat_template_kwargs), anatomy_of(model)
             extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-            prompts = _PromptsOf(Reading(tokenize, read_token_index, tokens, anatomy=anatomy))
+            prompts = _PromptsOf(Reading(tokenize, read_token_index, tokens, anatomy=anatomy), paired=record.paired)
             if process_group is not None:
                 check_unsharded(model)
             processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
             bar = tqdm_desc if show_progress else None
-            for rows in rows_of_pairs(extract, prompts, training_samples, bar, processes, record):
+            for rows in rows_of_samples(extract, prompts, training_samples, bar, processes, record):
                 accumulators.own.add(rows)
         with processes.together("the directions") as directions:
-            merged = _merged(aggregator, accumulators.by_rank)
+            merged = merged_accumulators(Accumulators(aggregator, paired=record.paired), accumulators.by_rank)
             directions.own = merged.directions()
-    _warn_of_zeros(directions.own, prompts.first_pair, tokenizer)
+    _warn_of_zeros(directions.own, prompts.first, tokenizer)
     site = written_config(anatomy, layer_type, layer_config, directions.own)
-    call = _of_call(model, aggregator, read_token_index, tokens, site)
-    call |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type, site)
-    metadata = of_model(anatomy) | call | record.entries() | of_libraries()
-    return SteeringVector(directions.own, layer_type, metadata=metadata)
+    entries = of_model(anatomy) | _of_call(model, aggregator, read_token_index, tokens, site)
+    entries |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type, site)
+    return SteeringVector(directions.own, layer_type, metadata=entries | record.entries() | of_libraries())
 
 
 @with_hints(**_HINTS)
@@ -227,7 +231,8 @@ def extract_activations(
     """Return the rows that training reads, by layer: the positive prompts', and the negative ones'.
 
     Inside ``apply``, they are the steered activations. Errors are those of
-    :func:`train_steering_vector`.
+    :func:`train_steering_vector`, and a TypeError for sets, whose rows :func:`read_activations`
+    returns.
 
     Args:
         model: The model to read, which must be decoder-only.
@@ -247,22 +252,27 @@ def extract_activations(
 
     Returns:
         Two mappings from layers to lists of tensors ``(batch_size, hidden)`` in the samples' order;
-        the last tensor may
-        be
-        shorter. Single tokens are in the model's dtype, and means over tokens in float32 or wider.
+        the last tensor may be shorter. Single tokens are in the model's dtype, and means over
+        tokens in float32 or wider.
 
     >>> pairs = [("I love it", "I hate it")]
     >>> positive, negative = extract_activations(model, tokenizer, pairs, layers=1)
     >>> positive[1][0].shape
     torch.Size([1, 32])
     """
+    if not are_pairs(training_samples):
+        raise TypeError(
+            "extract_activations takes pairs: call read_activations for the prompts of each set, and "
+            "aggregate_activations with the two results"
+        )
     found: dict[Side, dict[int, dict[int, Tensor]]] = {side: {} for side in SIDES}
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
     reading = Reading(tokenize, read_token_index, tokens, anatomy=anatomy)
+    bar = tqdm_desc if show_progress else None
     with torch.inference_mode(False):
-        for part in rows_of_pairs(extract, _PromptsOf(reading), training_samples, tqdm_desc if show_progress else None):
+        for part in rows_of_samples(extract, _PromptsOf(reading), training_samples, bar):
             rows = part.rows.to("cpu") if move_to_cpu else part.rows
             for side, indices, samples in by_side(part):
                 found[side].setdefault(part.layer, {}).update(zip(samples, rows[indices], strict=True))
@@ -273,25 +283,34 @@ def extract_activations(
 
 
 def aggregate_activations(
-    pos_acts_by_layer: Mapping[int, Sequence[Tensor]],
-    neg_acts_by_layer: Mapping[int, Sequence[Tensor]],
+    pos_acts_by_layer: Mapping[int, Sequence[Tensor] | Tensor],
+    neg_acts_by_layer: Mapping[int, Sequence[Tensor] | Tensor],
     aggregator: Aggregator = mean_aggregator(),
 ) -> dict[int, Tensor]:
-    """Compute a direction for each layer from the result of :func:`extract_activations`.
+    """Compute a direction for each layer from rows that were read before.
+
+    Lists of tensors, as :func:`extract_activations` returns them, are pairs: row i of one side
+    belongs to row i of the other. A single tensor for each layer, as :func:`read_activations`
+    returns it, is a set: its rows belong to none of the other side, and the sides may have any
+    numbers of rows. If the rows of such tensors are pairs, give each in a list.
 
     Directions are ``(hidden,)``, in float32.
 
     Args:
-        pos_acts_by_layer: The positive rows: a list of tensors ``(n, hidden)`` for each layer.
+        pos_acts_by_layer: The positive rows for each layer: a list of tensors ``(n, hidden)``, or
+            one such tensor.
         neg_acts_by_layer: The negative rows, in the same form.
         aggregator: The callable that computes a direction from the rows of a layer.
 
     Raises:
         TypeError: If the activations are not mappings.
-        ValueError: If the sides don't have the same layers and the same numbers of rows
-            ``(n, hidden)``.
+        ValueError: If the sides don't have the same layers, and rows ``(n, hidden)`` of one width;
+            for lists, if they don't have the same numbers of rows; for single tensors, if the
+            aggregator needs pairs.
 
     >>> aggregate_activations({0: [torch.ones(1, 2)]}, {0: [torch.zeros(1, 2)]})
+    {0: tensor([1., 1.])}
+    >>> aggregate_activations({0: torch.ones(3, 2)}, {0: torch.zeros(5, 2)})
     {0: tensor([1., 1.])}
     """
     for side in (pos_acts_by_layer, neg_acts_by_layer):
@@ -304,17 +323,8 @@ def aggregate_activations(
     check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
     directions = {}
     for layer, positive_rows in pos_acts_by_layer.items():
-        if not len(positive_rows) or not len(neg_acts_by_layer[layer]):
-            raise ValueError(f"layer {layer} has no rows: give at least one positive and one negative row")
-        parts = [*positive_rows, *neg_acts_by_layer[layer]]
-        if not all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
-            raise ValueError(f"layer {layer}: each side must have a list of tensors (n, hidden)")
-        positive, negative = torch.cat(list(positive_rows)), torch.cat(list(neg_acts_by_layer[layer]))
-        if positive.shape != negative.shape:
-            raise ValueError(
-                f"layer {layer}: sides must have one shape, got {tuple(positive.shape)} and {tuple(negative.shape)}"
-            )
-        directions[layer] = aggregate(aggregator, positive, negative)
+        positive, negative, paired = rows_of_both(layer, positive_rows, neg_acts_by_layer[layer])
+        directions[layer] = aggregate(aggregator, positive, negative, paired=paired)
     return directions
 
 
@@ -336,90 +346,52 @@ def _of_call(
     return {name: without_addresses(text) for name, text in entries.items() if text}
 
 
-def _merged(aggregator: Aggregator, parts: Sequence[_Accumulators]) -> _Accumulators:
-    """Return the accumulators of all processes' rows."""
-    if len(parts) == 1:
-        return parts[0]
-    merged = _Accumulators(aggregator)
-    for part in parts:  # in the same order in each process
-        merged.merge(part)
-    return merged
-
-
-class _Accumulators:
-    """An accumulator for each layer, with the width of its rows."""
-
-    def __init__(self, aggregator: Aggregator, *, on_cpu: bool = False) -> None:
-        check_takes(aggregator, 2, "aggregator", "mean_aggregator()")
-        self._aggregator = aggregator
-        self._on_cpu = on_cpu
-        self._by_layer: dict[int, tuple[int, Accumulator]] = {}
-        self._norms: dict[int, list[Tensor]] = {}  # of the rows, by layer
-
-    @without_autocast
-    def add(self, part: LayerRows) -> None:
-        rows = part.rows.to("cpu" if self._on_cpu else part.rows.device)
-        rows = wide(rows)
-        accumulator = self._at(part.layer, rows.shape[-1])
-        self._norms.setdefault(part.layer, []).append(rows.norm(dim=-1))
-        for side, indices, samples in by_side(part):
-            accumulator.add(rows[indices], side, samples)
-
-    def merge(self, other: _Accumulators) -> None:
-        for layer, (hidden, accumulator) in other._by_layer.items():
-            self._at(layer, hidden).merge(accumulator)
-            self._norms.setdefault(layer, []).extend(other._norms[layer])
-
-    @without_autocast
-    def directions(self) -> dict[int, Tensor]:
-        return {
-            layer: as_direction(self._aggregator, accumulator.direction(), hidden)
-            for layer, (hidden, accumulator) in sorted(self._by_layer.items())
-        }
-
-    def norms_of_stream(self, layer_type: LayerType, site: str) -> dict[str, str]:
-        """Return the metadata entry for the median norm of the rows of each block; none for other modules."""
-        if layer_type != "decoder_block" or site:
-            return {}
-        return of_norms({layer: float(torch.cat(norms).median()) for layer, norms in self._norms.items()})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_aggregator": None}  # it may be impossible to send, and the other process has one
-
-    def _at(self, layer: int, hidden: int) -> Accumulator:
-        if layer not in self._by_layer:
-            self._by_layer[layer] = (hidden, accumulator_for(self._aggregator, hidden))
-        return self._by_layer[layer][1]
-
-
 class _PromptsOf:
-    """The prompts of a sample, as ``reading`` reads them. Errors name the sample's number."""
+    """The prompts of a sample, as ``reading`` reads them. Errors name the sample's number.
 
-    def __init__(self, reading: Reading) -> None:
+    A sample of sets has a prompt of each, or MISSING where one has no more.
+    """
+
+    def __init__(self, reading: Reading, *, paired: bool = True) -> None:
         self.reading = reading
-        self.first_pair: list[ReadPrompt] = []
+        self.paired = paired
+        self.first: Sequence[ReadPrompt | None] = ()
 
-    def __call__(self, number: int, sample: Any) -> list[ReadPrompt]:
+    def __call__(self, number: int, sample: Any) -> Sequence[ReadPrompt | None]:
+        prompts = self._of_pair(number, sample) if self.paired else self._of_sets(number, sample)
+        self.first = self.first or prompts
+        return prompts
+
+    def _of_sets(self, number: int, sides: Sequence[Any]) -> Sequence[ReadPrompt | None]:
+        if number == 0:  # sets may mix chats and texts, but one of chats and one of texts is a mistake
+            check_sides(sides, "training_samples")
+        return [
+            None if prompt is MISSING else self.reading(prompt, name=f"{side} prompt {number}")
+            for side, prompt in zip(SIDES, sides, strict=True)
+        ]
+
+    def _of_pair(self, number: int, sample: Any) -> Sequence[ReadPrompt]:
         pair = _as_sample(number, sample)
         texts = (pair.positive_str, pair.negative_str)
         indices = (pair.read_positive_token_index, pair.read_negative_token_index)
-        prompts = [
+        return [
             self.reading(text, index, name=f"sample {number}, {side} side")
             for side, text, index in zip(SIDES, texts, indices, strict=True)
         ]
-        self.first_pair = self.first_pair or prompts
-        return prompts
 
 
-def _warn_of_zeros(directions: Mapping[int, Tensor], pair: Sequence[ReadPrompt], tokenizer: Any) -> None:
-    """Warn if all directions are zeros, with the tokens that were read of the first pair."""
+def _warn_of_zeros(directions: Mapping[int, Tensor], first: Sequence[ReadPrompt | None], tokenizer: Any) -> None:
+    """Warn if all directions are zeros, with the tokens that were read of each side's first prompt."""
     if any(bool(direction.any()) for direction in directions.values()):
         return
     decode = getattr(tokenizer, "decode", repr)
-    read = " and ".join(repr(decode([prompt.input_ids[place] for place in prompt.positions])) for prompt in pair)
+    read = " and ".join(
+        repr(decode([prompt.input_ids[place] for place in prompt.positions])) for prompt in first if prompt
+    )
     warnings.warn(
-        f"all directions are zeros: both sides of the pairs read the same. Of the first pair, {read} was read. Does "
-        f"the chat template leave out what differs, or do the prompts differ only after the token that is read?",
+        f"all directions are zeros: both sides read the same. Of the first positive and the first negative prompt, "
+        f"{read} were read. Does the chat template leave out what differs, or do the prompts differ only after the "
+        f"token that is read?",
         UserWarning,
         stacklevel=4,  # where train_steering_vector was called, which is decorated
     )

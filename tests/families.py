@@ -23,12 +23,14 @@ from steering_vectors import (
     completion,
     from_index,
     generated,
+    geometric_median_aggregator,
     logistic_aggregator,
     mean_aggregator,
     norm_preserving_operator,
     pca_aggregator,
     prompted,
     rotation_operator,
+    winsorized_aggregator,
 )
 
 
@@ -158,11 +160,16 @@ FIRST_PASS: dict[str, Selection] = {
 
 @dataclass(frozen=True)
 class AggregatorCase:
-    """An aggregator, made anew by ``make``, and its formula for rows ``(n, hidden)`` in float64."""
+    """An aggregator, made anew by ``make``, and its formula for rows ``(n, hidden)`` in float64.
+
+    ``of_sets_by_hand`` is the one for two sets ``(n, hidden)`` and ``(m, hidden)``, if it takes them.
+    """
 
     make: Callable[[], Aggregator]
     by_hand: Callable[[Tensor, Tensor], Tensor]
+    of_sets_by_hand: Callable[[Tensor, Tensor], Tensor] | None = None
     has_norm_1: bool = False
+    shown: str = ""
 
 
 def first_component(positive: Tensor, negative: Tensor) -> Tensor:
@@ -178,9 +185,58 @@ def normal(positive: Tensor, negative: Tensor) -> Tensor:
     return torch.nn.functional.normalize(torch.tensor(regression.coef_[0]), dim=0)
 
 
+def normal_of_sets(positive: Tensor, negative: Tensor) -> Tensor:
+    """No rows are centred: where there is an intercept, it makes no difference."""
+    regression = LogisticRegression(tol=1e-8, max_iter=1000)
+    regression.fit(torch.cat([positive, negative]).numpy(), [1] * len(positive) + [0] * len(negative))
+    return torch.nn.functional.normalize(torch.tensor(regression.coef_[0]), dim=0)
+
+
+def median_by_descent(rows: Tensor) -> Tensor:
+    """The least sum of distances, found by a general optimizer; the distances are rounded off near 0."""
+    point = rows.mean(dim=0).clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [point], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = ((rows - point).square().sum(dim=1) + 1e-12).sqrt().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return point.detach()
+
+
+def winsorized_by_hand(rows: Tensor) -> Tensor:
+    """A quarter of the values is cut at each end, column by column."""
+    k, columns = len(rows) // 4, [sorted(column.tolist()) for column in rows.T]
+    replaced = [[c[k]] * k + c[k : len(c) - k] + [c[len(c) - k - 1]] * k for c in columns]
+    return torch.tensor([sum(column) / len(column) for column in replaced], dtype=torch.float64)
+
+
+def each(statistic: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda positive, negative: statistic(positive) - statistic(negative)
+
+
+def mean_of(rows: Tensor) -> Tensor:
+    return rows.mean(dim=0)
+
+
 # Each factory once, by its name.
 AGGREGATORS: dict[str, AggregatorCase] = {
-    "mean_aggregator": AggregatorCase(mean_aggregator, lambda p, n: (p - n).mean(dim=0)),
+    "mean_aggregator": AggregatorCase(mean_aggregator, lambda p, n: (p - n).mean(dim=0), each(mean_of)),
     "pca_aggregator": AggregatorCase(pca_aggregator, first_component, has_norm_1=True),
-    "logistic_aggregator": AggregatorCase(logistic_aggregator, normal, has_norm_1=True),
+    "logistic_aggregator": AggregatorCase(logistic_aggregator, normal, normal_of_sets, has_norm_1=True),
+    "geometric_median_aggregator": AggregatorCase(
+        geometric_median_aggregator, each(median_by_descent), each(median_by_descent)
+    ),
+    "winsorized_aggregator": AggregatorCase(
+        lambda: winsorized_aggregator(0.25),
+        each(winsorized_by_hand),
+        each(winsorized_by_hand),
+        shown="winsorized_aggregator(0.25)",
+    ),
 }
+TAKE_SETS = [name for name, case in AGGREGATORS.items() if case.of_sets_by_hand is not None]

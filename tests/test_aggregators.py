@@ -19,11 +19,14 @@ from steering_vectors import (
     Aggregator,
     StreamingAggregator,
     aggregate_activations,
+    geometric_median_aggregator,
     logistic_aggregator,
     mean_aggregator,
     pca_aggregator,
     train_steering_vector,
+    winsorized_aggregator,
 )
+from steering_vectors._statistics import geometric_median
 from steering_vectors.aggregators import Side, accumulator_for, aggregate
 from tests import families, tiny
 
@@ -152,6 +155,68 @@ class TestLogistic:
             logistic_aggregator()
 
 
+class TestGeometricMedian:
+    @pytest.mark.parametrize("n", [1, 2, 3, 10, 101])
+    def test_has_no_point_around_it_with_a_smaller_sum_of_distances(self, n: int) -> None:
+        rows = torch.randn(n, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        median = geometric_median(rows)
+        least = (rows - median).norm(dim=1).sum()
+        for seed in range(20):
+            step = 1e-4 * torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            assert (rows - median - step).norm(dim=1).sum() >= least - 1e-9
+
+    def test_leaves_a_row_at_which_the_search_begins(self) -> None:
+        """The mean of these is the row of zeros, and the median is where three of them are."""
+        rows = torch.tensor([[-3.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+        torch.testing.assert_close(geometric_median(rows), torch.tensor([1.0, 0.0]).double(), atol=1e-8, rtol=0)
+
+    def test_stays_at_rows_that_hold_it_against_the_pull_of_the_others(self) -> None:
+        rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [-1.0, 0.0], [-2.0, 0.0]])  # their mean is 0
+        assert torch.equal(geometric_median(rows), torch.zeros(2).double())
+
+    def test_may_be_one_of_the_rows(self) -> None:
+        rows = torch.tensor([[0.0, 0.0], [4.0, 0.1], [-4.0, 0.1]])
+        torch.testing.assert_close(geometric_median(rows), rows[0].double(), atol=1e-8, rtol=0)
+
+    @pytest.mark.parametrize("rows", [[[3.0, 4.0]], [[3.0, 4.0]] * 5, [[2.0, 4.0], [4.0, 4.0]]], ids=str)
+    def test_of_one_row_equal_rows_or_two_is_their_mean(self, rows: list[list[float]]) -> None:
+        assert torch.equal(geometric_median(torch.tensor(rows)), torch.tensor([3.0, 4.0]).double())
+
+    def test_stays_near_the_rows_beside_outliers_however_far(self) -> None:
+        rows = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
+        rows[:4] = 1e8
+        assert float(geometric_median(rows).norm()) < 10
+
+    def test_keeps_the_digits_beside_a_large_common_part(self) -> None:
+        rows = torch.randn(11, 8, generator=torch.Generator().manual_seed(0)).double()
+        torch.testing.assert_close(geometric_median(rows + 1e6) - 1e6, geometric_median(rows), atol=1e-8, rtol=0)
+
+    def test_carries_no_gradients(self) -> None:
+        rows = torch.ones(3, 2, requires_grad=True)
+        assert not geometric_median_aggregator()(rows, 2 * rows).requires_grad
+
+
+class TestWinsorizedMean:
+    def test_is_scipys(self) -> None:
+        stats = pytest.importorskip("scipy.stats")
+        for n in (1, 4, 5, 19, 40):
+            rows = torch.randn(n, 6, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            for quantile in (0.0, 0.05, 0.1, 0.25, 0.49):
+                expected = np.asarray(stats.mstats.winsorize(rows.numpy(), (quantile, quantile), axis=0)).mean(axis=0)
+                found = winsorized_aggregator(quantile)(rows, torch.zeros(n, 6))
+                torch.testing.assert_close(found.double(), torch.tensor(expected), atol=1e-6, rtol=1e-6)
+
+    @pytest.mark.parametrize("quantile", [-0.1, 0.5, 1, float("nan")])
+    def test_refuses_quantiles_that_leave_nothing(self, quantile: float) -> None:
+        with pytest.raises(ValueError, match=r"quantile must be (from 0 to below 0\.5|finite)"):
+            winsorized_aggregator(quantile)
+
+    @pytest.mark.parametrize("quantile", ["0.1", None, True])
+    def test_refuses_what_is_no_number(self, quantile: Any) -> None:
+        with pytest.raises(TypeError, match="quantile must be a number"):
+            winsorized_aggregator(quantile)
+
+
 class TestAllOfThem:
     @pytest.mark.parametrize("name", UNIT)
     @pytest.mark.parametrize("n", [1, 2, 7])
@@ -176,7 +241,7 @@ class TestAllOfThem:
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_repr_is_the_call_that_made_it(self, name: str) -> None:
-        assert repr(AGGREGATORS[name]()) == f"{name}()"
+        assert repr(AGGREGATORS[name]()) == (families.AGGREGATORS[name].shown or f"{name}()")
 
     def test_repr_shows_arguments(self) -> None:
         assert repr(logistic_aggregator({"C": 0.5})) == "logistic_aggregator({'C': 0.5})"

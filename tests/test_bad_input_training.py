@@ -29,7 +29,7 @@ from steering_vectors import (
     pca_aggregator,
     train_steering_vector,
 )
-from steering_vectors._extraction import pairs
+from steering_vectors._extraction import walk
 from tests import tiny
 
 SAMPLES: list[Any] = [("I love it", "I hate it"), ("Great", "Bad")]
@@ -125,7 +125,7 @@ class TestSamples:
         message = rf"sample 2 must be a pair \(positive, negative\) or a SteeringVectorTrainingSample, got {got}$"
         refused(function, TypeError, message, [*SAMPLES, sample])
 
-    @pytest.mark.parametrize("samples", ["a text", {"a": "b"}, 3, None.__class__])
+    @pytest.mark.parametrize("samples", ["a text", 3, None.__class__])
     def test_no_pairs_but_something_else(self, function: Callable[..., Any], samples: Any) -> None:
         refused(function, TypeError, r"training_samples must be pairs \(positive, negative\), got", samples)
 
@@ -147,7 +147,7 @@ class TestSamples:
     def test_a_late_one_in_a_stream_after_some_work(
         self, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pairs, "WINDOW", 2)
+        monkeypatch.setattr(walk, "WINDOW", 2)
 
         def stream() -> Iterator[Any]:
             yield from SAMPLES

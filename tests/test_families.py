@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import steering_vectors
-from steering_vectors import Aggregator, PatchDeltaOperator, Selector, aggregators, steering_operators, token_selection
-from tests.families import AGGREGATORS, FIRST_PASS, OPERATORS, SELECTIONS
+from steering_vectors import (
+    Aggregator,
+    PatchDeltaOperator,
+    Selector,
+    SetAggregator,
+    aggregators,
+    steering_operators,
+    token_selection,
+)
+from tests.families import AGGREGATORS, FIRST_PASS, OPERATORS, SELECTIONS, TAKE_SETS
 from tests.test_structure import PUBLIC_SINCE_0_12_2
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +91,21 @@ def test_aggregators_give_their_formulas(name: str, n: int) -> None:
     positive, negative = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     expected = case.by_hand(positive + 1, negative)
     torch.testing.assert_close(case.make()(positive + 1, negative).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TAKE_SETS)
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (9, 4), (12, 12)], ids=str)
+def test_aggregators_give_their_formulas_of_sets(name: str, sizes: tuple[int, int]) -> None:
+    case = AGGREGATORS[name]
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randn(n, 6, generator=generator, dtype=torch.float64) + 3 for n in sizes)
+    assert case.of_sets_by_hand is not None
+    aggregator = case.make()
+    assert isinstance(aggregator, SetAggregator)
+    expected = case.of_sets_by_hand(positive + 1, negative)
+    torch.testing.assert_close(aggregator.of_sets(positive + 1, negative).double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_aggregators_take_sets_where_they_have_a_formula_for_them(name: str) -> None:
+    assert isinstance(AGGREGATORS[name].make(), SetAggregator) == (name in TAKE_SETS)

@@ -136,8 +136,8 @@ def test_parts_that_the_template_does_not_take(template: str) -> None:
 @pytest.mark.parametrize(
     ("samples", "options", "read"),
     [
-        (PAIRS, {"read_token_index": 0}, "'I' and 'I' was read"),
-        ([("yes", "yes"), ("no", "no")], {"layers": [0, 1]}, "'s' and 's' was read"),
+        (PAIRS, {"read_token_index": 0}, "'I' and 'I' were read"),
+        ([("yes", "yes"), ("no", "no")], {"layers": [0, 1]}, "'s' and 's' were read"),
     ],
 )
 def test_sides_that_read_the_same(samples: Any, options: dict[str, Any], read: str) -> None:

@@ -436,6 +436,21 @@ class TestPaddingAndPartitionDoNotMatter:
         vector = train_steering_vector(model, tokenizer, pairs, layers=1, tokens=from_index(1), batch_size=2)
         torch.testing.assert_close(vector.layer_activations[1], direction, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_sets_are_averaged_side_by_side_whatever_their_sizes(self, architecture: str) -> None:
+        model, tokenizer = tiny.shared(architecture), tiny.tokenizer()
+        sets: Any = {
+            "positive": ["some text", "a b", "more text than that"],
+            "negative": ["longer than a window of it"],
+        }
+        means = [
+            torch.stack([tiny.hidden_states(model, tokenizer(text)["input_ids"])[1][-1] for text in texts]).mean(dim=0)
+            for texts in sets.values()
+        ]
+        for batch_size in (1, 3):
+            vector = train_steering_vector(model, tokenizer, sets, layers=1, batch_size=batch_size)
+            torch.testing.assert_close(vector.layer_activations[1], means[0] - means[1], atol=1e-5, rtol=1e-5)
+
 
 class TestNothingIsLeftBehind:
     """Law 4."""

@@ -97,7 +97,7 @@ def test_is_kept_by_the_decorator_for_hints(function: Any) -> None:
 def test_stands_in_help() -> None:
     page = plain(render_doc(steering_vectors.train_steering_vector)).replace("'", "")  # newer Pythons leave quotes out
     for part in (
-        "training_samples: Iterable[TrainingSample]",
+        "training_samples: Iterable[TrainingSample] | PromptSets",
         "aggregator: Aggregator = mean_agg",
         "-> SteeringVector",
     ):

@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
     {"_steering"},
     {"_extraction"},
     {
-        *("ablation", "hub", "interop", "reading", "record_activations", "steering_vector", "tracing"),
+        *("_accumulators", "ablation", "hub", "interop", "reading", "record_activations", "steering_vector", "tracing"),
         *("train_steering_vector", "unembedding", "versions"),
     },
     {"demo", "__main__"},
@@ -47,8 +47,9 @@ PUBLIC_SINCE_0_12_2 = {
     *("record_activations", "train_steering_vector"),
 }
 PUBLIC_SINCE_1_0 = {
-    *("Accumulator", "Selector", "SteeringContext", "StreamingAggregator", "TokenPositions", "active_patches"),
-    *("at", "completion", "from_index", "generated", "prompted", "read_activations"),
+    *("Accumulator", "Selector", "SetAggregator", "SteeringContext", "StreamingAggregator", "TokenPositions"),
+    *("active_patches", "at", "completion", "from_index", "generated", "prompted", "read_activations"),
+    *("geometric_median_aggregator", "winsorized_aggregator"),
     *(
         "LayerSummary",
         "SteeringTrace",

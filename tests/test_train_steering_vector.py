@@ -28,7 +28,7 @@ from steering_vectors import (
     record_activations,
     train_steering_vector,
 )
-from steering_vectors._extraction import pairs as walk
+from steering_vectors._extraction import walk
 from tests import tiny
 from tests.test_extraction import states_of
 

@@ -7,13 +7,14 @@ Directions are made of the rows elsewhere.
 
 from steering_vectors._extraction.extractor import Extractor, LayerRows
 from steering_vectors._extraction.packs import shared_prefix
-from steering_vectors._extraction.pairs import by_side, rows_of_pairs
 from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
-from steering_vectors._extraction.samples import SIDES, sides_of
+from steering_vectors._extraction.samples import MISSING, SIDES, are_pairs, check_sides, sides_of
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
+from steering_vectors._extraction.walk import by_side, rows_of_samples
 
 __all__ = [
+    "MISSING",
     "SIDES",
     "WINDOW",
     "Extractor",
@@ -23,10 +24,12 @@ __all__ = [
     "ReadPrompt",
     "ReadTokenIndex",
     "Reading",
+    "are_pairs",
     "by_side",
     "chat_template_of",
+    "check_sides",
     "extractor_for",
-    "rows_of_pairs",
+    "rows_of_samples",
     "shared_prefix",
     "sides_of",
 ]

@@ -1,27 +1,52 @@
-"""Take pairs of prompts in the forms in which they come: tuples, lists, rows of tables."""
+"""Take samples in the forms in which they come: pairs as tuples, lists or rows of tables, and sets by side."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
+from steering_vectors._arguments import is_whole_number
 from steering_vectors.aggregators import Side
 
 SIDES: tuple[Side, Side] = ("positive", "negative")
+# In the place of a prompt of the smaller set, once all of them were taken.
+MISSING = object()
 
 
-def check_samples(samples: object) -> None:
-    """Raise TypeError for samples that can't be pairs: one text, a table, or all positives beside all negatives."""
-    if hasattr(samples, "columns") and hasattr(samples, "to_dict"):
+def are_pairs(samples: object) -> bool:
+    """Return True for samples that are pairs, and False for two sets.
+
+    Raises TypeError for samples that are neither, such as one text, a table, or one pair.
+    """
+    if _is_table(samples):
         raise TypeError('training_samples is a table: pass its rows, as in table.to_dict("records")')
-    if isinstance(samples, (str, Mapping)) or not isinstance(samples, Iterable):
+    if isinstance(samples, Mapping):
+        _check_sets(samples)
+        return False
+    if isinstance(samples, str) or not isinstance(samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(samples).__name__}")
     if not isinstance(samples, (list, tuple)) or len(samples) != 2 or not all(isinstance(s, list) for s in samples):
-        return
+        return True
     # A list of two lists of two texts is two pairs, as they come from JSON; a tuple of two lists isn't.
     if all(map(_are_texts, samples)) and (isinstance(samples, tuple) or any(len(side) != 2 for side in samples)):
         raise TypeError(
             "training_samples looks like a list of positive prompts and a list of negative ones: make pairs of them, "
-            "as in list(zip(positives, negatives))"
+            'as in list(zip(positives, negatives)), or two sets, as in {"positive": positives, "negative": negatives}'
+        )
+    return True
+
+
+def side_by_side(positive: Iterable[Any], negative: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Return the first prompt of both sets, then the second ones, and so on; MISSING after the smaller one's last."""
+    return zip_longest(positive, negative, fillvalue=MISSING)
+
+
+def check_sides(sides: Sequence[object], name: str) -> None:
+    """Raise TypeError for a chat beside a text; ``name`` is what the error calls them."""
+    if len({_is_chat(prompt) for prompt in sides if isinstance(prompt, str) or _is_chat(prompt)}) == 2:
+        raise TypeError(
+            f"{name} has a chat on one side and a text on the other, which differ in all their tokens: give both as "
+            f"chats, or both as texts"
         )
 
 
@@ -45,12 +70,37 @@ def sides_of(sample: Any, number: int) -> tuple[Any, Any]:
     ]
     if missing:
         raise TypeError(f"sample {number}, {missing[0]} side: expected a prompt, got {sample!r}: leave empty rows out")
-    if len({_is_chat(prompt) for prompt in sample if isinstance(prompt, str) or _is_chat(prompt)}) == 2:
-        raise TypeError(
-            f"sample {number} has a chat on one side and a text on the other, which differ in all their tokens: give "
-            f"both as chats, or both as texts"
-        )
+    check_sides(sample, f"sample {number}")
     return sample[0], sample[1]
+
+
+def _check_sets(samples: Mapping[Any, Any]) -> None:
+    """Raise TypeError unless the mapping has two sides, and each of them several prompts."""
+    if set(samples) != set(SIDES):
+        keys = sorted(map(str, samples))
+        raise TypeError(f"training_samples is a mapping with the keys {keys}, expected the keys {' and '.join(SIDES)}")
+    single = [side for side in SIDES if _is_one_prompt(samples[side])]
+    if len(single) == 2:
+        raise TypeError("training_samples is a single pair: put it in a list, [{…}]; sets have a list on each side")
+    for side in SIDES:
+        prompts = samples[side]
+        if side in single:
+            raise TypeError(f"the {side} side of training_samples is a single prompt: put it in a list, […]")
+        if _is_table(prompts):
+            raise TypeError(f"the {side} side of training_samples is a table: pass the column that has the prompts")
+        if not isinstance(prompts, Iterable):
+            raise TypeError(f"the {side} side of training_samples must be prompts, got {type(prompts).__name__}")
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # tensors and arrays
+    if isinstance(prompts, (list, tuple)) and prompts:
+        return _is_chat(prompts) or all(map(is_whole_number, prompts))
+    return isinstance(prompts, (str, Mapping))
+
+
+def _is_table(samples: object) -> bool:
+    return hasattr(samples, "columns") and hasattr(samples, "to_dict")
 
 
 def _got(sample: object) -> str:

@@ -54,23 +54,26 @@ class TrainingRecord:
     """A record of the training samples: their number, and hashes of them.
 
     ``samples_hash`` is the SHA-256 of the token ids, prompt after prompt, each written as Python writes a list. The
-    positive prompt of a sample comes before the negative one. ``read_hash`` is the same for the positions to read.
+    positive prompt of a sample comes before the negative one. Sample n of two sets is prompt n of each, if there is
+    one. ``read_hash`` is the same for the positions to read.
     """
 
-    def __init__(self) -> None:
-        self._prompts = 0
+    def __init__(self, *, paired: bool) -> None:
+        self.paired = paired
+        self._prompts = {"positive": 0, "negative": 0}
         self._ids, self._positions = sha256(), sha256()
 
-    def add(self, input_ids: Sequence[int], positions: Sequence[int]) -> None:
+    def add(self, side: str, input_ids: Sequence[int], positions: Sequence[int]) -> None:
         """Add the next prompt."""
-        self._prompts += 1
+        self._prompts[side] += 1
         self._ids.update(repr(list(input_ids)).encode())
         self._positions.update(repr(list(positions)).encode())
 
     def entries(self) -> dict[str, str]:
         """Return the metadata entries for the prompts added so far."""
         hashes = {"samples_hash": self._ids.hexdigest(), "read_hash": self._positions.hexdigest()}
-        return {"samples": str(self._prompts // 2), **hashes}
+        positive, negative = self._prompts.values()
+        return {"samples": str(positive) if self.paired else f"{positive} + {negative}", **hashes}
 
 
 def of_model(anatomy: Anatomy) -> dict[str, str]:

@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from steering_vectors import (
     SteeringVector,
+    geometric_median_aggregator,
+    logistic_aggregator,
     mean_aggregator,
     pca_aggregator,
     record_activations,
     train_steering_vector,
 )
-from steering_vectors._extraction import pairs as walk
+from steering_vectors._extraction import walk
 from tests import tiny
 from tests.wrapped.promises import (
     INPUTS,
@@ -166,6 +168,37 @@ def processes_together_give_one_processes_vector() -> None:
             )
 
 
+def sets_are_shared_and_give_one_processes_vector() -> None:
+    rank = torch.distributed.get_rank()
+    sets = {"positive": [pair[0] for pair in PAIRS], "negative": [pair[1] for pair in PAIRS[:3]]}
+    for aggregator in (mean_aggregator(), logistic_aggregator(), geometric_median_aggregator()):
+        alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), sets, aggregator=aggregator, **SHARED)
+        for window in (4096, 2):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(walk, "WINDOW", window)
+                for given in (sets, {side: iter(texts) for side, texts in sets.items()}):
+                    vector = together(given, aggregator=aggregator)
+                    assert_vectors_close(vector, alone.layer_activations, atol=1e-4, rtol=1e-3)
+                    assert vector.metadata["samples_hash"] == alone.metadata["samples_hash"]
+    # The prompts are the same and in the same order, but one of them is on the other side.
+    others = [{"positive": ["a"], "negative": ["b", "c"]}, {"positive": ["a", "c"], "negative": ["b"]}]
+    with pytest.raises(RuntimeError, match="were given different samples"):
+        together(others[rank])
+    with pytest.raises(RuntimeError, match="were given different samples or arguments"):
+        together([sets, PAIRS][rank])
+    with pytest.raises((RuntimeError, ValueError), match="the negative side of training_samples is empty"):
+        together({"positive": ["a"], "negative": ["b"] * rank})
+
+
+def each_process_runs_its_share_of_both_sets() -> None:
+    model = tiny.build("llama")
+    seen: set[int] = set()
+    model.model.embed_tokens.register_forward_pre_hook(lambda _m, args: seen.update(args[0].flatten().tolist()))
+    together({"positive": [[10 + n] for n in range(6)], "negative": [[20 + n] for n in range(4)]}, model)
+    shares = [{10, 11, 12, 20, 21}, {13, 14, 15, 22, 23}]
+    assert seen == shares[torch.distributed.get_rank()]
+
+
 def fewer_pairs_than_processes_are_no_matter() -> None:
     alone = train_steering_vector(tiny.shared("llama"), tiny.tokenizer(), PAIRS[:1], **SHARED)
     assert_vectors_close(together(PAIRS[:1]), alone.layer_activations, atol=1e-6, rtol=1e-5)
@@ -264,6 +297,8 @@ WITH_A_PROCESS_GROUP = (
     an_aggregator_that_fails_in_one_process_fails_all,
     groups_that_are_none_are_refused,
     processes_together_give_one_processes_vector,
+    sets_are_shared_and_give_one_processes_vector,
+    each_process_runs_its_share_of_both_sets,
     fewer_pairs_than_processes_are_no_matter,
     each_process_runs_its_share_alone_and_one_shows_the_bar,
     other_samples_in_one_process_are_an_error_in_all,
