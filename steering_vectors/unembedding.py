@@ -56,7 +56,7 @@ def unembed(model: nn.Module, directions: Tensor) -> Tensor:
         raise ValueError("directions must be finite, and none may be all zeros")
     rows = (wide / norms * wide.shape[-1] ** 0.5).reshape(-1, wide.shape[-1])  # (n, hidden)
     anatomy = anatomy_of(model)
-    (zero,) = logits_of(anatomy, torch.zeros(1, rows.shape[-1]))
+    (zero,) = logits_of(anatomy, torch.zeros_like(rows[:1]))
     logits = torch.cat([logits_of(anatomy, part) - zero for part in rows.split(_ROWS)])
     return logits.reshape(*directions.shape[:-1], -1)
 
