@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,12 @@ class Accumulators:
         self._by_layer: dict[int, tuple[int, Accumulator]] = {}
         self._norms: dict[int, list[Tensor]] = {}  # of the rows, by layer
 
+    def add(self, parts: Iterable[LayerRows]) -> None:
+        for part in parts:  # the model runs in between
+            self._add(part)
+
     @without_autocast
-    def add(self, part: LayerRows) -> None:
+    def _add(self, part: LayerRows) -> None:
         rows = part.rows.to("cpu" if self._on_cpu else part.rows.device)
         rows = wide(rows)
         accumulator = self._at(part.layer, rows.shape[-1])

@@ -134,7 +134,12 @@ class SteeringTrace:
         for text in texts:
             print(_marked(text, _COLOUR if sys.stdout.isatty() else _BRACKETS))
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
+        if not self._notes:
+            return "SteeringTrace: no steered layer ran"
         return "\n".join(f"{a:>5}  {b:>6}  {c:>14}  {d:>8}" for a, b, c, d in [_COLUMNS, *self._rows()])
 
     def _repr_html_(self) -> str:

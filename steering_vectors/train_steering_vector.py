@@ -87,6 +87,7 @@ _HINTS = {
     "missing": "the arguments begin with model, tokenizer, training_samples",
     "layer": "the argument is layers=",
     "pairs": "the argument is training_samples=",
+    "positive": 'both sides are one argument, training_samples={"positive": prompts, "negative": prompts}',
 }
 
 
@@ -181,7 +182,8 @@ def train_steering_vector(
         RuntimeError: If another process of the group failed or was given other samples.
 
     Warns:
-        UserWarning: If all directions are zeros, since both sides of the pairs read the same.
+        UserWarning: If all directions are zeros, since both sides of the pairs read the same, and
+            if prompts are read at their first token.
 
     >>> pairs = [("I love it", "I hate it"), ("Great!", "Awful!")]
     >>> train_steering_vector(model, tokenizer, pairs, layers=[0, 1])
@@ -199,16 +201,16 @@ def train_steering_vector(
                 check_unsharded(model)
             processes.check_alike("the arguments", without_addresses(f"{extract.layers} {layer_type} {aggregator!r}"))
             bar = tqdm_desc if show_progress else None
-            for rows in rows_of_samples(extract, prompts, training_samples, bar, processes, record):
-                accumulators.own.add(rows)
+            accumulators.own.add(rows_of_samples(extract, prompts, training_samples, bar, processes, record))
         with processes.together("the directions") as directions:
             merged = merged_accumulators(Accumulators(aggregator, paired=record.paired), accumulators.by_rank)
             directions.own = merged.directions()
-    _warn_of_zeros(directions.own, prompts.first, tokenizer)
+    _warn_of_what_was_read(directions.own, prompts, tokenizer)
     site = written_config(anatomy, layer_type, layer_config, directions.own)
     entries = of_model(anatomy) | _of_call(model, aggregator, read_token_index, tokens, site)
-    entries |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | merged.norms_of_stream(layer_type, site)
-    return SteeringVector(directions.own, layer_type, metadata=entries | record.entries() | of_libraries())
+    entries |= merged.norms_of_stream(layer_type, site) if prompts.show_the_stream else {}
+    entries |= of_template(chat_template_of(tokenizer), chat_template_kwargs) | record.entries() | of_libraries()
+    return SteeringVector(directions.own, layer_type, metadata=entries)
 
 
 @with_hints(**_HINTS)
@@ -356,11 +358,21 @@ class _PromptsOf:
         self.reading = reading
         self.paired = paired
         self.first: Sequence[ReadPrompt | None] = ()
+        self.count = 0
+        self.read_at_first: list[ReadPrompt] = []  # those of which the first token alone is read
 
     def __call__(self, number: int, sample: Any) -> Sequence[ReadPrompt | None]:
         prompts = self._of_pair(number, sample) if self.paired else self._of_sets(number, sample)
         self.first = self.first or prompts
+        known = [prompt for prompt in prompts if prompt]
+        self.count += len(known)
+        self.read_at_first += [prompt for prompt in known if list(prompt.positions) == [0]]
         return prompts
+
+    @property
+    def show_the_stream(self) -> bool:
+        """True if the median of what is read is a token's that follows others; first tokens' norms tell nothing."""
+        return 2 * len(self.read_at_first) < self.count
 
     def _of_sets(self, number: int, sides: Sequence[Any]) -> Sequence[ReadPrompt | None]:
         if number == 0:  # sets may mix chats and texts, but one of chats and one of texts is a mistake
@@ -380,21 +392,28 @@ class _PromptsOf:
         ]
 
 
-def _warn_of_zeros(directions: Mapping[int, Tensor], first: Sequence[ReadPrompt | None], tokenizer: Any) -> None:
-    """Warn if all directions are zeros, with the tokens that were read of each side's first prompt."""
-    if any(bool(direction.any()) for direction in directions.values()):
+def _warn_of_what_was_read(directions: Mapping[int, Tensor], prompts: _PromptsOf, tokenizer: Any) -> None:
+    """Warn if all directions are zeros, or if prompts were read at their first token, with the tokens."""
+
+    def texts(read: Iterable[ReadPrompt | None]) -> list[str]:
+        decode = getattr(tokenizer, "decode", repr)
+        return [repr(decode([one.input_ids[place] for place in one.positions])) for one in read if one]
+
+    if not any(bool(direction.any()) for direction in directions.values()):
+        message = (
+            f"all directions are zeros: both sides read the same. Of the first positive and the first negative prompt, "
+            f"{' and '.join(texts(prompts.first))} were read. Does the chat template leave out what differs, or do the "
+            f"prompts differ only after the token that is read?"
+        )
+    elif prompts.read_at_first:
+        message = (
+            f"{len(prompts.read_at_first)} of {prompts.count} prompts were read at their first token, such as "
+            f"{texts(prompts.read_at_first[:1])[0]}. In many models its activation is a hundred times as long as the "
+            f"others' and says little of the text: put words into sentences, such as 'I love it.', or use chats"
+        )
+    else:
         return
-    decode = getattr(tokenizer, "decode", repr)
-    read = " and ".join(
-        repr(decode([prompt.input_ids[place] for place in prompt.positions])) for prompt in first if prompt
-    )
-    warnings.warn(
-        f"all directions are zeros: both sides read the same. Of the first positive and the first negative prompt, "
-        f"{read} were read. Does the chat template leave out what differs, or do the prompts differ only after the "
-        f"token that is read?",
-        UserWarning,
-        stacklevel=4,  # where train_steering_vector was called, which is decorated
-    )
+    warnings.warn(message, UserWarning, stacklevel=4)  # where train_steering_vector was called, which is decorated
 
 
 def _as_sample(number: int, sample: Any) -> SteeringVectorTrainingSample:

@@ -44,6 +44,19 @@ def train(samples: Any, **options: Any) -> SteeringVector:
             "of length 2 that holds chat messages: put each chat in a list of its own",
         ),
         ("a text", "training_samples must be pairs (positive, negative), got str"),
+        (("I love", "I hate"), "training_samples is a single pair: put it in a list, [(positive, negative)]"),
+        ((CHAT, CHAT), "training_samples is a single pair: put it in a list, [(positive, negative)]"),
+        (
+            ["I love", "I hate", "Good"],
+            "training_samples is a list of texts: expected pairs, as list(zip(positives, negatives)) makes them",
+        ),
+        (([CHAT] * 3, [CHAT] * 3), "as in list(zip(positives, negatives))"),
+        ([("positive", "negative"), ("a", "b")], "sample 0 is the header of a table: read it with csv.DictReader"),
+        (
+            [{"\ufeffpositive": "a", "negative": "b"}],
+            'begins with a byte order mark, so open it with encoding="utf-8-sig"',
+        ),
+        ([{"chosen": "a", "rejected": "b"}], 'write [(row["chosen"], row["rejected"]) for row in rows]'),
     ],
 )
 def test_samples_that_are_no_pairs(samples: Any, message: str) -> None:
@@ -208,3 +221,27 @@ def test_files_folders_and_repositories_name_each_other(tmp_path: Path) -> None:
         FileNotFoundError, match="there is no file user/name; for a repository, use SteeringVector.from_pretrained"
     ):
         SteeringVector.load("user/name")
+
+
+def test_positives_and_negatives_as_two_arguments() -> None:
+    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    with pytest.raises(TypeError, match=re.escape("expected pairs, as list(zip(positives, negatives))")):
+        train_steering_vector(model, tokenizer, ["I love it"], ["I hate it"])  # type: ignore[list-item, arg-type]
+    with pytest.raises(
+        TypeError, match=re.escape('both sides are one argument, training_samples={"positive": prompts')
+    ):
+        train_steering_vector(model, tokenizer, positive=["a"], negative=["b"])  # type: ignore[call-arg]
+
+
+def test_prompts_that_are_read_at_their_first_token() -> None:
+    samples = [("I", "you"), ("I love it", "I hate it"), ("I like it", "I loathe it")]
+    tokenizer = tiny.tokenizer()
+    count = sum(len(tokenizer(text)["input_ids"]) == 1 for sample in samples for text in sample)
+    assert count == 1
+    with pytest.warns(UserWarning, match="1 of 6 prompts were read at their first token, such as 'I'. In many") as told:
+        vector = train(samples)
+    assert told[0].filename == __file__
+    assert vector.shares()
+    with pytest.warns(UserWarning, match="2 of 2 prompts were read at their first token"):
+        vector = train([("I", "a")])
+    assert vector.shares() == {}  # the stream's norm isn't known

@@ -25,15 +25,28 @@ def are_pairs(samples: object) -> bool:
         return False
     if isinstance(samples, str) or not isinstance(samples, Iterable):
         raise TypeError(f"training_samples must be pairs (positive, negative), got {type(samples).__name__}")
-    if not isinstance(samples, (list, tuple)) or len(samples) != 2 or not all(isinstance(s, list) for s in samples):
-        return True
+    if isinstance(samples, (list, tuple)) and samples:
+        _check_list(samples)
+    return True
+
+
+def _check_list(samples: Sequence[Any]) -> None:
+    """Raise TypeError for what isn't a list of pairs: one pair, texts alone, all of one side and all of the other."""
+    if (isinstance(samples, tuple) and _are_texts(samples)) or (len(samples) == 2 and all(map(_is_chat, samples))):
+        raise TypeError("training_samples is a single pair: put it in a list, [(positive, negative)]")
+    if _are_texts(samples):
+        raise TypeError(
+            "training_samples is a list of texts: expected pairs, as list(zip(positives, negatives)) makes them"
+        )
+    if len(samples) != 2 or not all(isinstance(side, list) for side in samples):
+        return
     # A list of two lists of two texts is two pairs, as they come from JSON; a tuple of two lists isn't.
-    if all(map(_are_texts, samples)) and (isinstance(samples, tuple) or any(len(side) != 2 for side in samples)):
+    are_sides = isinstance(samples, tuple) or any(len(side) != 2 for side in samples)
+    if are_sides and (all(map(_are_texts, samples)) or all(map(_are_chats, samples))):
         raise TypeError(
             "training_samples looks like a list of positive prompts and a list of negative ones: make pairs of them, "
             'as in list(zip(positives, negatives)), or two sets, as in {"positive": positives, "negative": negatives}'
         )
-    return True
 
 
 def side_by_side(positive: Iterable[Any], negative: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -71,6 +84,8 @@ def sides_of(sample: Any, number: int) -> tuple[Any, Any]:
     if missing:
         raise TypeError(f"sample {number}, {missing[0]} side: expected a prompt, got {sample!r}: leave empty rows out")
     check_sides(sample, f"sample {number}")
+    if number == 0 and tuple(sample) == SIDES:
+        raise TypeError("sample 0 is the header of a table: read it with csv.DictReader, or leave the first row out")
     return sample[0], sample[1]
 
 
@@ -105,7 +120,13 @@ def _is_table(samples: object) -> bool:
 
 def _got(sample: object) -> str:
     if isinstance(sample, Mapping):
-        return f"got a mapping with the keys {sorted(map(str, sample))}, expected the keys {' and '.join(SIDES)}"
+        keys = sorted(map(str, sample))
+        found = f"got a mapping with the keys {keys}, expected the keys {' and '.join(SIDES)}"
+        if any(key.startswith("\ufeff") for key in keys):
+            return f'{found}: the file begins with a byte order mark, so open it with encoding="utf-8-sig"'
+        if {"chosen", "rejected"} <= set(keys):
+            return f'{found}: write [(row["chosen"], row["rejected"]) for row in rows]'
+        return found
     got = f"got {type(sample).__name__}"
     if not isinstance(sample, (tuple, list)):
         return got
@@ -116,6 +137,10 @@ def _got(sample: object) -> str:
 
 def _are_texts(side: Sequence[object]) -> bool:
     return all(isinstance(prompt, str) for prompt in side)
+
+
+def _are_chats(side: Sequence[object]) -> bool:
+    return bool(side) and all(map(_is_chat, side))
 
 
 def _is_message(prompt: object) -> bool:
