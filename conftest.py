@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from steering_vectors import SteeringVector, generated, train_steering_vector
+from steering_vectors import SteeringVector, clamp_operator, generated, train_steering_vector
 from tests import tiny
 
 torch.set_num_threads(1)  # two processes of tests share two cores
@@ -40,6 +40,7 @@ def example_names(request: pytest.FixtureRequest) -> None:
             vector=SteeringVector({1: torch.ones(tiny.HIDDEN)}),
             inputs=inputs,
             generated=generated,
+            clamp_operator=clamp_operator,
             torch=torch,
         )
 

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         get_num_matching_layers,
         guess_and_enhance_layer_config,
     )
-    from steering_vectors.reading import read_activations, residual_norms
+    from steering_vectors.reading import projection_quantiles, read_activations, residual_norms
     from steering_vectors.record_activations import record_activations
+    from steering_vectors.steering import steer
     from steering_vectors.steering_operators import (
         PatchDeltaOperator,
         ablation_operator,
@@ -100,12 +101,14 @@ __all__ = [
     "mean_aggregator",
     "norm_preserving_operator",
     "pca_aggregator",
+    "projection_quantiles",
     "prompted",
     "read_activations",
     "record_activations",
     "residual_norms",
     "rotation_operator",
     "show_versions",
+    "steer",
     "trace_steering",
     "train_steering_vector",
     "unembed",
@@ -135,10 +138,12 @@ _NAMES = {
         "guess_and_enhance_layer_config",
     ),
     "reading": (
+        "projection_quantiles",
         "read_activations",
         "residual_norms",
     ),
     "record_activations": ("record_activations",),
+    "steering": ("steer",),
     "steering_operators": (
         "PatchDeltaOperator",
         "ablation_operator",
@@ -178,7 +183,7 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 # Public modules, whose attributes are reached without importing them.
 _MODULES = {
-    *("ablation", "aggregators", "hub", "interop", "layer_matching", "reading", "steering_operators"),
+    *("ablation", "aggregators", "hub", "interop", "layer_matching", "reading", "steering", "steering_operators"),
     *("steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),
 }
 

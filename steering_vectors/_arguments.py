@@ -3,17 +3,23 @@
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, get_origin, get_type_hints
+
+from torch import nn
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def check_takes(function: object, arguments: int, what: str, example: str) -> None:
-    """Raise TypeError unless ``function`` can be called with this number of arguments.
+def check_takes(
+    function: object, arguments: int, what: str, example: str, *, keywords: Iterable[str] = (), hint: str = ""
+) -> None:
+    """Raise TypeError unless ``function`` can be called with this number of arguments, and with these ``keywords``.
+
+    The message about another number ends with ``hint``.
 
     >>> check_takes(len, 1, "selector", "from_index(1)")
     """
@@ -23,11 +29,37 @@ def check_takes(function: object, arguments: int, what: str, example: str) -> No
     if _makes_callables(function):
         raise TypeError(f"{wanted}, but {_name(function)} returns one instead{call_hint(function)}")
     try:
-        inspect.signature(function).bind(*range(arguments))
+        _signature_of(function).bind(*range(arguments), **dict.fromkeys(keywords))
     except TypeError as error:
-        raise TypeError(f"{wanted}, but {_name(function)} is not ({error}){call_hint(function)}") from error
+        raise TypeError(f"{wanted}, but {_name(function)} is not ({error}){call_hint(function)}{hint}") from error
     except ValueError:  # some functions written in C have no signature
         return
+
+
+def asked_keywords(function: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the ``names`` that are keyword-only parameters of ``function``, unless a partial binds them.
+
+    Neither ``**kwargs`` nor a parameter that may be positional counts, as in ``lambda h, layer=layer: …``.
+
+    >>> asked_keywords(sorted, ["key", "iterable"])
+    ('key',)
+    """
+    bound: set[str] = set()
+    inner = inspect.unwrap(function)
+    while isinstance(inner, partial):
+        bound.update(inner.keywords)
+        inner = inspect.unwrap(inner.func)
+    try:
+        parameters = _signature_of(inner).parameters
+    except (TypeError, ValueError):  # some functions written in C have no signature
+        return ()
+    only = {name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    return tuple(name for name in names if name in only - bound)
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature by which a callable is called: a module's is that of its ``forward``."""
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
 
 def call_hint(function: object) -> str:

@@ -1,16 +1,18 @@
-"""Read the activations of single prompts, for probes, and measure their norms."""
+"""Read the activations of single prompts, for probes, and measure their norms and projections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import count, islice
+from math import floor
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steering_vectors._arguments import with_hints
+from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors._extraction import (
     WINDOW,
     Extractor,
@@ -23,8 +25,11 @@ from steering_vectors._extraction import (
 )
 from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._precision import wide
-from steering_vectors._steering import TokenSelection
+from steering_vectors._steering import TokenSelection, as_multiplier, config_for, steering_of
+from steering_vectors._vectors import projections
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
+from steering_vectors.steering_vector import SteeringVector
+from steering_vectors.token_selection import from_index
 
 # The number of texts within which their order in the model's passes is free.
 _WINDOW = 256
@@ -115,9 +120,7 @@ def read_activations(
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     anatomy = anatomy_of(model)
     extract = extractor_for(anatomy, layers, layer_type, layer_config, batch_size)
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        one = f": put it in a list, [{prompts!r}]" if isinstance(prompts, str) else ""
-        raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}{one}")
+    _check_prompts(prompts)
     reads = _reads(tokenize, anatomy, read_token_index, tokens, pool)
     device = "cpu" if move_to_cpu else None
     with torch.inference_mode(False):  # inference tensors could not be used in training later
@@ -228,26 +231,140 @@ def residual_norms(
     extract = extractor_for(anatomy, None, "decoder_block", layer_config, batch_size)
     tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
     reading = Reading(tokenize, -1, None, anatomy=anatomy)
-    read = (reading(text, name=f"text {number}") for number, text in enumerate(texts))
-    norms: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
-    count = 0
+    numbers = count()
+    read = (reading(text, name=f"text {next(numbers)}") for text in texts)
+    without_first = (replace(text, positions=range(1, len(text.input_ids))) for text in read)
     with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
-        while window := list(islice(read, _WINDOW)):
-            for part in extract(list(_single_tokens(window))):
-                norms[part.layer].append(wide(part.rows).norm(dim=-1).cpu())
-            bar.update(len(window))
-            count += len(window)
-    if not norms[extract.layers[0]]:
-        alone = "all texts have only one token, which is left out: give longer ones"
-        raise ValueError(alone if count else "texts is empty: give at least one")
-    return {layer: _median(torch.cat(parts)) for layer, parts in norms.items()}
+        norms = _by_token(extract, without_first, lambda _, rows: wide(rows).norm(dim=-1), bar)
+        if not norms:
+            alone = "all texts have only one token, which is left out: give longer ones"
+            raise ValueError(alone if next(numbers) else "texts is empty: give at least one")
+    return {layer: _quantile(values.sort().values, 0.5) for layer, values in norms.items()}
 
 
-def _single_tokens(texts: Iterable[ReadPrompt]) -> Iterator[ReadPrompt]:
-    """Yield a prompt for each token but the first of each text, so that each has a row."""
-    return (ReadPrompt(text.input_ids, [n]) for text in texts for n in range(1, len(text.input_ids)))
+@with_hints(missing="the arguments begin with model, tokenizer, prompts, vector, quantiles")
+def projection_quantiles(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Iterable[Prompt | Sequence[int]],
+    vector: SteeringVector,
+    quantiles: Sequence[float],
+    *,
+    layer_config: ModelLayerConfig | None = None,
+    tokens: TokenSelection | None = None,
+    batch_size: int = 1,
+    show_progress: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[dict[int, float]]:
+    """Return quantiles of the projections ``h·u`` of prompts' tokens, for each layer of ``vector``.
+
+    ``u`` is the direction at norm 1, and each selected token of each prompt counts once. The
+    quantile ``q`` of ``n`` projections in ascending order stands at place ``q * (n - 1)``, counted
+    from 0; between two places it is interpolated linearly, as by ``numpy.quantile``.
+
+    They are the bounds for :func:`~steering_vectors.clamp_operator`, which caps activations at what
+    is usual for the prompts (arXiv 2601.10387).
+
+    Projections are in float32 or wider. One number for each token and layer is kept, and no
+    activation. Guarantees and errors are those of :func:`train_steering_vector`.
+
+    Args:
+        model: The model to read, which must be decoder-only.
+        tokenizer: The model's tokenizer, or a processor that has one.
+        prompts: Texts, lists of chat messages, or token ids.
+        vector: The directions. Their lengths don't matter.
+        quantiles: The quantiles, from 0 to 1, such as ``[0.25]``.
+        layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
+        tokens: The tokens to project, as in :meth:`SteeringVector.apply`; by default all.
+        batch_size: The size of a pass in pairs of prompts, as in :func:`train_steering_vector`.
+        show_progress: True to show a progress bar.
+        chat_template_kwargs: Arguments for the tokenizer's chat template.
+
+    Returns:
+        A mapping from layer numbers to projections, for each quantile.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: As in :func:`train_steering_vector`, if a quantile isn't between 0 and 1, if a
+            direction is all zeros, or if ``tokens`` weights tokens differently.
+
+    >>> texts = ["I love it", "It rains"]
+    >>> [low] = projection_quantiles(model, tokenizer, texts, vector, [0.25])
+    >>> with vector.apply(model, operator=clamp_operator(min=low)):
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    """
+    shares = _checked_quantiles(quantiles)
+    _check_prompts(prompts)
+    if not isinstance(vector, SteeringVector):
+        raise TypeError(f"vector must be a SteeringVector, got {type(vector).__name__}")
+    anatomy = anatomy_of(model)
+    directions = steering_of(vector, model, layer_config, None, as_multiplier(1), None, False).directions
+    assert directions is not None
+    projections(directions, directions)  # raises for a direction of zeros
+    config = config_for(anatomy, vector, layer_config)
+    extract = extractor_for(anatomy, list(directions), vector.layer_type, config, batch_size)
+    tokenize = PromptTokenizer(tokenizer, chat_template_kwargs)
+    reading = Reading(tokenize, -1, from_index(0) if tokens is None else tokens, anatomy=anatomy)
+    named = ((prompt, f"prompt {number}") for number, prompt in enumerate(prompts))
+    read = (_evenly_read(reading(prompt, name=name), name) for prompt, name in named)
+
+    def project(layer: int, rows: Tensor) -> Tensor:
+        projected: Tensor = projections(directions, {layer: rows})[layer].detach()
+        return projected
+
+    with tqdm(desc="Projecting activations", unit="prompt", disable=not show_progress) as bar:
+        found = _by_token(extract, read, project, bar)
+    if not found:
+        raise ValueError("prompts is empty: give at least one")
+    ordered = {layer: values.sort().values for layer, values in sorted(found.items())}
+    return [{layer: _quantile(values, share) for layer, values in ordered.items()} for share in shares]
 
 
-def _median(values: Tensor) -> float:
-    ordered = values.sort().values
-    return float((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)
+def _check_prompts(prompts: object) -> None:
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        one = f": put it in a list, [{prompts!r}]" if isinstance(prompts, str) else ""
+        raise TypeError(f"prompts must be texts, chats or lists of token ids, got {type(prompts).__name__}{one}")
+
+
+def _checked_quantiles(quantiles: object) -> list[float]:
+    if not isinstance(quantiles, Iterable) or isinstance(quantiles, (str, bytes, Mapping)):
+        raise TypeError(f"quantiles must be a list of numbers from 0 to 1, such as [0.25], got {quantiles!r}")
+    numbers = [finite_number(number, "a quantile") for number in quantiles]
+    if not numbers:
+        raise ValueError("quantiles is empty: give at least one, such as [0.25]")
+    outside = [number for number in numbers if not 0 <= number <= 1]
+    if outside:
+        percent = f": for {outside[0]:g} % write {outside[0] / 100:g}" if 1 < outside[0] <= 100 else ""
+        raise ValueError(f"quantiles must be from 0 to 1, got {outside[0]:g}{percent}")
+    return numbers
+
+
+def _evenly_read(prompt: ReadPrompt, name: str) -> ReadPrompt:
+    """Return the prompt. Raises ValueError if its tokens have different weights."""
+    weights = prompt.weights or [1.0]
+    if max(weights) - min(weights) > 1e-6 * max(weights):
+        raise ValueError(f"{name}: tokens weights the tokens differently, but each counts once: select them by a mask")
+    return prompt
+
+
+def _by_token(
+    extract: Extractor, prompts: Iterator[ReadPrompt], measure: Callable[[int, Tensor], Tensor], bar: Any
+) -> dict[int, Tensor]:
+    """Return a number for each of the tokens to read of each prompt, by layer, in no promised order.
+
+    ``measure`` gets a layer's number and rows ``(n, hidden)``. Layers are left out if there are no tokens.
+    """
+    found: dict[int, list[Tensor]] = {}
+    while window := list(islice(prompts, _WINDOW)):
+        for part in extract([ReadPrompt(prompt.input_ids, [n]) for prompt in window for n in prompt.positions]):
+            found.setdefault(part.layer, []).append(measure(part.layer, part.rows).cpu())
+        bar.update(len(window))
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def _quantile(ordered: Tensor, share: float) -> float:
+    """Return a quantile of ascending values, interpolated linearly."""
+    place = share * (len(ordered) - 1)
+    below = floor(place)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return low + (place - below) * (high - low)

@@ -106,7 +106,7 @@ class SteeringVector(ByLayer):
         self,
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
-        operator: PatchDeltaOperator | None = None,
+        operator: PatchDeltaOperator | Callable[..., Tensor] | None = None,
         multiplier: Numbers = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,
@@ -141,7 +141,8 @@ class SteeringVector(ByLayer):
                 with, if that named other modules than the model's own layers.
             operator: A callable that gets the activation, in its dtype, and the direction times
                 ``multiplier``, on the activation's device in float32 or wider. It returns what is
-                added to the activation; by default, that is the direction times ``multiplier``.
+                added to the activation; by default, that is the direction times ``multiplier``. It
+                may ask for more: see :class:`~steering_vectors.PatchDeltaOperator`.
             multiplier: One number, or a sequence or tensor ``(rows,)`` with one for each row of a
                 batch. At 0 the model runs as if it weren't steered.
             min_token_index: An older way to write ``tokens=from_index(min_token_index)``.
@@ -186,7 +187,7 @@ class SteeringVector(ByLayer):
         self,
         model: nn.Module,
         layer_config: ModelLayerConfig | None = None,
-        operator: PatchDeltaOperator | None = None,
+        operator: PatchDeltaOperator | Callable[..., Tensor] | None = None,
         multiplier: Numbers = 1.0,
         min_token_index: int | None = None,
         token_indices: TokenSelection | None = None,

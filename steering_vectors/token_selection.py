@@ -93,16 +93,19 @@ class Selector(Protocol):
         """Return a mask of the selected tokens, or the tokens' weights."""
 
 
-def goes_by_row_or_end(selector: Selector) -> bool | None:
-    """Return True if the selector distinguishes rows or counts from a row's end, and None if that is left open."""
+def goes_by_row_or_end(selector: object) -> bool | None:
+    """Return True if the selector, or an operator that asks for positions, distinguishes rows or counts from their end.
+
+    The result is None if its attributes leave that open.
+    """
     rows, counts_from_end = (getattr(selector, name, None) for name in ("rows", "counts_from_end"))
     if counts_from_end or rows not in (None, 1):
         return True
     return None if rows is None or counts_from_end is None else False
 
 
-def may_need_prompt_length(selector: Selector) -> bool:
-    """Return False only for a selector whose attributes rule out that it reads the prompt's length."""
+def may_need_prompt_length(selector: object) -> bool:
+    """Return False only if the attributes of a selector or operator rule out that it reads the prompt's length."""
     return bool(getattr(selector, "needs_prompt_length", True))
 
 

@@ -1,7 +1,9 @@
 """The laws: what holds for every architecture."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from steering_vectors import (
     generated,
     prompted,
     record_activations,
+    steer,
     train_steering_vector,
 )
 from tests import families, tiny
@@ -662,6 +665,203 @@ class TestParity:
                     total += sign * activation[0, -1]
         vector = train_steering_vector(model, tokenizer, pairs, layers=[1], batch_size=2)
         torch.testing.assert_close(vector.layer_activations[1], total / len(pairs), atol=1e-5, rtol=1e-5)
+
+
+def fading(activation: Tensor, direction: Tensor, *, layer: int, positions: TokenPositions) -> Tensor:
+    """A user's operator that asks: the direction fades from token to token, faster in deeper layers."""
+    age = positions.index.clamp(min=0)[..., None]
+    return direction * 0.9 ** (age * (layer + 1))
+
+
+def squeezing(activation: Tensor, *, layer: int, positions: TokenPositions) -> Tensor:
+    """A user's operator that needs no direction, and asks."""
+    return 0.5 * (layer + 1) * (positions.index[..., None] % 3) * activation.tanh()
+
+
+def mixing(activation: Tensor) -> Tensor:
+    """A user's operator that needs no direction."""
+    return 0.7 * activation.roll(1, dims=-1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to steer layers 0 and 2, and its change by hand of one token: ``(h, layer, index) → change``."""
+
+    enter: Callable[..., Any]
+    change: Callable[[Tensor, int, int], Tensor]
+
+
+LAYERS = [0, 2]
+OF_LAYERS = random_vector(LAYERS)
+# What the laws ask of directions, they ask of these.
+WAYS = {
+    "an operator that asks": Way(
+        lambda model, **kwargs: OF_LAYERS.apply(model, operator=fading, **kwargs),
+        lambda h, layer, index: OF_LAYERS.layer_activations[layer] * 0.9 ** (index * (layer + 1)),
+    ),
+    "steer with one that asks": Way(
+        lambda model, **kwargs: steer(model, squeezing, layers=LAYERS, **kwargs),
+        lambda h, layer, index: 0.5 * (layer + 1) * (index % 3) * h.tanh(),
+    ),
+    "steer": Way(
+        lambda model, **kwargs: steer(model, mixing, layers=LAYERS, **kwargs),
+        lambda h, layer, index: 0.7 * h.roll(1, dims=-1),
+    ),
+}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@contextmanager
+def changed_by_hand(
+    model: Any, way: Way, mask: Tensor, multipliers: Sequence[float], first: Callable[[int], int] = lambda length: 0
+) -> Iterator[None]:
+    """Hooks on whole rows, not cached, whose prompts have this mask; row i has the multiplier of prompt i // k.
+
+    The tokens from ``first(length of the prompt)`` on are changed.
+    """
+
+    def steer_by_hand(layer: int, output: Any) -> Any:
+        activation = output if isinstance(output, Tensor) else output[0]
+        steered = activation.clone()
+        for row in range(len(steered)):
+            prompt = row // (len(steered) // len(mask))
+            length, padding = int(mask[prompt].sum()), int((mask[prompt] == 0).sum())
+            for column in range(padding + first(length), steered.shape[1]):
+                change = way.change(activation[row, column], layer, column - padding)
+                steered[row, column] = activation[row, column] + multipliers[prompt] * change
+        return steered if isinstance(output, Tensor) else type(output)([steered, *output[1:]])
+
+    handles = [
+        tiny.blocks(model)[n].register_forward_hook(lambda _m, _a, output, n=n: steer_by_hand(n, output))
+        for n in LAYERS
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TestOperatorsThatAskOrNeedNoDirection:
+    """Laws 1 to 3, 5 and 8 for operators that ask for layer and positions, and for ``steer``."""
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_what_is_read_is_what_was_there_plus_the_change(self, architecture: str, way: Way) -> None:
+        model, inputs = tiny.shared(architecture), padded([PROMPTS[1]])
+        with record_activations(model, layers=0) as plain, torch.no_grad():
+            model(**inputs)
+        with way.enter(model, tokens=from_index(2)), record_activations(model, layers=0) as steered, torch.no_grad():
+            model(**inputs)
+        for n, (before, after) in enumerate(zip(plain[0][0][0], steered[0][0][0], strict=True)):
+            if n < 2:
+                assert torch.equal(after, before)
+            else:
+                torch.testing.assert_close(after, before + way.change(before, 0, n), atol=1e-5, rtol=1e-5)
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_padded_rows_with_multipliers_are_steered_as_alone_with_a_cache_and_without(
+        self, architecture: str, way: Way
+    ) -> None:
+        model, multipliers = tiny.shared(architecture), [1.5, 0.0, -2.0]
+        together = architecture not in tiny.IGNORE_PADDING
+        batches = [range(3)] if together else [range(n, n + 1) for n in range(3)]
+        for rows in batches:
+            inputs, factors = padded([PROMPTS[n] for n in rows]), [multipliers[n] for n in rows]
+            for use_cache in (True, False) if architecture not in tiny.UNLIKE_UNCACHED else (False,):
+                with way.enter(model, multiplier=factors, tokens=generated(inputs)):
+                    answers, logits = generate(model, inputs, use_cache=use_cache)
+                for row, (n, factor) in enumerate(zip(rows, factors, strict=True)):
+                    alone = padded([PROMPTS[n]])
+                    with changed_by_hand(model, way, alone["attention_mask"], [factor], lambda length: length - 1):
+                        expected, expected_logits = generate(model, alone, use_cache=False)
+                    assert torch.equal(answers[row], expected[0])
+                    torch.testing.assert_close(logits[row], expected_logits[0], atol=2e-4, rtol=1e-3)
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_either_side_of_padding_is_the_same(self, architecture: str, way: Way) -> None:
+        if architecture in tiny.IGNORE_PADDING:
+            pytest.skip("the model itself takes padding for tokens")
+        model, rows = tiny.shared(architecture), []
+        for side in ("left", "right"):
+            inputs = padded(PROMPTS, side)
+            with way.enter(model), record_activations(model, layers=2) as plain, torch.no_grad():
+                model(**inputs, **tiny.position_ids(model, inputs["attention_mask"]))
+            rows.append(plain[2][0][inputs["attention_mask"].bool()])
+        torch.testing.assert_close(*rows, atol=5e-5, rtol=1e-3)
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.WITH_BEAMS)
+    def test_beams_have_their_prompts_multipliers_and_positions(self, architecture: str, way: Way) -> None:
+        model, inputs, multipliers = tiny.shared(architecture), padded(PROMPTS[:2]), [1.0, -0.5]
+        kwargs = {**inputs, "num_beams": 3, "max_new_tokens": STEPS, "do_sample": False}
+        with way.enter(model, multiplier=multipliers):
+            steered = model.generate(**kwargs, use_cache=architecture not in tiny.UNLIKE_UNCACHED)
+        with changed_by_hand(model, way, inputs["attention_mask"], multipliers):
+            assert torch.equal(steered, model.generate(**kwargs, use_cache=False))
+        assert not torch.equal(steered, model.generate(**kwargs))
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_multiplier_zero_is_unsteered_bit_for_bit(self, architecture: str, way: Way) -> None:
+        model, inputs = tiny.shared(architecture), {"input_ids": torch.tensor([PROMPTS[1]] * 3)}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            learned = torch.zeros((), requires_grad=True)
+            for multiplier, rows in ((0, slice(None)), ([0, 1, 0], slice(None, None, 2)), (learned, slice(None))):
+                with way.enter(model, multiplier=multiplier):
+                    logits = model(**inputs).logits
+                assert torch.equal(logits[rows], expected[rows])
+            assert not torch.equal(way_logits(model, way, inputs), expected)
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_gradients_flow_through_the_change_and_the_multiplier(self, architecture: str) -> None:
+        model, inputs = tiny.build(architecture), padded(PROMPTS[:1])
+        affine = nn.Linear(tiny.HIDDEN, tiny.HIDDEN)
+        with torch.no_grad():
+            for weight in affine.parameters():
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / 10)
+        multiplier = torch.tensor(0.5, requires_grad=True)
+
+        def loss() -> Tensor:
+            with steer(model, affine, layers=1, multiplier=multiplier, tokens=from_index(1)):
+                return model(**inputs, use_cache=False).logits.square().mean()
+
+        loss().backward()
+        for place, n in ((multiplier, ()), (affine.bias, 3), (affine.weight, (3, 4))):
+            with torch.no_grad():  # against differences
+                place[n] += 1e-2
+                above = loss()
+                place[n] -= 2e-2
+                below = loss()
+                place[n] += 1e-2
+            assert place.grad is not None
+            torch.testing.assert_close(place.grad[n], (above - below) / 2e-2, atol=2e-3, rtol=5e-2)
+
+    @each_way
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_the_stream_keeps_its_dtype_in_half_precision(
+        self, architecture: str, dtype: torch.dtype, way: Way
+    ) -> None:
+        model, inputs = tiny.build(architecture).to(dtype), padded([PROMPTS[1]])
+        with record_activations(model, layers=0) as plain, torch.inference_mode():
+            model(**inputs)
+        with way.enter(model), record_activations(model, layers=0) as steered, torch.inference_mode():
+            model(**inputs)
+        before, after = plain[0][0][0], steered[0][0][0]
+        assert after.dtype is before.dtype
+        expected = torch.stack([h + way.change(h, 0, n) for n, h in enumerate(before.double())])
+        eps = torch.finfo(dtype).eps * float(expected.abs().max() + 1)
+        torch.testing.assert_close(after.double(), expected, atol=2 * eps, rtol=0)
+
+
+def way_logits(model: Any, way: Way, inputs: dict[str, Tensor]) -> Tensor:
+    with way.enter(model):
+        logits: Tensor = model(**inputs).logits
+    return logits
 
 
 class TestGradients:

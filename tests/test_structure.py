@@ -31,8 +31,8 @@ LEVELS: list[set[str]] = [
     {"_steering"},
     {"_extraction"},
     {
-        *("_accumulators", "ablation", "hub", "interop", "reading", "record_activations", "steering_vector", "tracing"),
-        *("train_steering_vector", "unembedding", "versions"),
+        *("_accumulators", "ablation", "hub", "interop", "reading", "record_activations", "steering"),
+        *("steering_vector", "tracing", "train_steering_vector", "unembedding", "versions"),
     },
     {"demo", "__main__"},
 ]
@@ -59,6 +59,8 @@ PUBLIC_SINCE_1_0 = {
         "clamp_operator",
         "norm_preserving_operator",
         "rotation_operator",
+        "projection_quantiles",
+        "steer",
     ),
 }
 
@@ -225,10 +227,10 @@ class TestTheFrontDoor:
         subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_names_what_it_lacks(self) -> None:
-        with pytest.raises(AttributeError, match="module 'steering_vectors' has no attribute 'steer'"):
-            getattr(steering_vectors, "steer")  # noqa: B009
-        with pytest.raises(ImportError, match="cannot import name 'steer'"):
-            from steering_vectors import steer  # type: ignore[attr-defined]  # noqa: F401
+        with pytest.raises(AttributeError, match="module 'steering_vectors' has no attribute 'steers'"):
+            getattr(steering_vectors, "steers")  # noqa: B009
+        with pytest.raises(ImportError, match="cannot import name 'steers'"):
+            from steering_vectors import steers  # type: ignore[attr-defined]  # noqa: F401
 
     def test_has_what_0_12_2_had_and_what_is_new(self) -> None:
         assert set(steering_vectors.__all__) >= PUBLIC_SINCE_0_12_2 | PUBLIC_SINCE_1_0

@@ -37,7 +37,7 @@ class ForwardPass:
         self._memory = memory
         self._given: Mapping[str, Any] | None = None
         self._merged: PassArguments | None = None
-        self._positions: TokenPositions | None = None
+        self._positions: dict[torch.device | None, TokenPositions] = {}
 
     def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
         """Record the call of a module that is ``depth`` steps inside the outermost one."""
@@ -79,9 +79,19 @@ class ForwardPass:
     def positions(self) -> TokenPositions:
         """The positions of the pass's tokens. Raises ValueError if they can't be determined."""
         assert self._memory is not None
-        if self._positions is None:
-            self._positions = self._memory.positions(self._arguments())
-        return self._positions
+        if None not in self._positions:
+            self._positions[None] = self._memory.positions(self._arguments())
+        return self._positions[None]
+
+    def positions_on(self, device: torch.device) -> TokenPositions:
+        """Return the positions with all their tensors on a device."""
+        if self.positions.index.device == device:
+            return self.positions
+        if device not in self._positions:
+            values = vars(self.positions).items()
+            moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in values}
+            self._positions[device] = TokenPositions(**moved)
+        return self._positions[device]
 
     def _arguments(self) -> PassArguments:
         call = self._merged_arguments()

@@ -17,7 +17,14 @@ from steering_vectors._steering.attaching import AttachedTrace, changes_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.handle import SteeringContext, SteeringPatchHandle, attach
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
-from steering_vectors._steering.plan import CALL_HINTS, Steering, steering_of, warn_of_doubts
+from steering_vectors._steering.plan import (
+    CALL_HINTS,
+    Steering,
+    config_for,
+    steering_alone,
+    steering_of,
+    warn_of_doubts,
+)
 from steering_vectors._steering.stream_parts import parts_inside
 from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
 
@@ -35,12 +42,14 @@ __all__ = [
     "attach",
     "changes_of",
     "check_not_steered_by_row",
+    "config_for",
     "is_steered_by_token",
     "is_steered_by_token_or_row",
     "may_be_steered_by_row",
     "one_selection",
     "parts_inside",
     "patches_of_this_thread",
+    "steering_alone",
     "steering_of",
     "warn_of_doubts",
     "width_message",

@@ -29,13 +29,13 @@ def patches_of_this_thread(model: nn.Module) -> list[SteeringPatchHandle]:
 
 
 def is_steered_by_token(model: nn.Module) -> bool:
-    """Return True if a steering selects tokens, so that the tokens' order in a pass matters."""
-    return any(patch.selector is not None for patch in patches_of_this_thread(model))
+    """Return True if a steering goes by the tokens' positions, so that their order in a pass matters."""
+    return any(patch.locating for patch in patches_of_this_thread(model))
 
 
 def is_steered_by_token_or_row(model: nn.Module) -> bool:
-    """Return True if a steering selects tokens or treats rows differently."""
-    return any(patch.selector is not None or patch.multiplier.by_row for patch in patches_of_this_thread(model))
+    """Return True if a steering goes by the tokens' positions or treats rows differently."""
+    return any(patch.locating or patch.multiplier.by_row for patch in patches_of_this_thread(model))
 
 
 def check_not_steered_by_row(model: nn.Module) -> None:
@@ -44,7 +44,7 @@ def check_not_steered_by_row(model: nn.Module) -> None:
     Training forms its own batches, so the rows aren't the caller's.
     """
     for patch in patches_of_this_thread(model):
-        if patch.multiplier.by_row or (patch.selector is not None and goes_by_row_or_end(patch.selector)):
+        if patch.multiplier.by_row or any(map(goes_by_row_or_end, patch.locating)):
             raise ValueError(
                 f"the model is steered row by row or from a row's end, but training forms its own batches: remove "
                 f"{patch!r} first, or select tokens by their index and use one multiplier for all rows"
@@ -52,6 +52,5 @@ def check_not_steered_by_row(model: nn.Module) -> None:
 
 
 def may_be_steered_by_row(model: nn.Module) -> bool:
-    """Return True if a selector's attributes leave open whether it distinguishes rows or counts from their ends."""
-    selectors = (patch.selector for patch in patches_of_this_thread(model))
-    return any(selector is not None and goes_by_row_or_end(selector) is None for selector in selectors)
+    """Return True if it is left open whether what gets positions distinguishes rows or counts from their ends."""
+    return any(goes_by_row_or_end(one) is None for patch in patches_of_this_thread(model) for one in patch.locating)

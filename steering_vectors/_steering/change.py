@@ -1,6 +1,6 @@
 """Change an activation: one steering at one layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,13 +10,17 @@ from steering_vectors._arguments import call_hint
 from steering_vectors._models import never_compiled
 from steering_vectors._precision import wide, wide_dtype
 from steering_vectors._steering.multiplier import Multiplier
-from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.token_selection import TokenPositions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Change:
     """One steering at one layer: activation → steered activation.
+
+    Without a ``direction``, the operator gets the activation alone, and the multiplier scales its result. ``asked`` are
+    the keyword-only arguments that the operator gets: ``layer``, and ``positions``, which ``positions_for`` returns for
+    an activation.
 
     ``weights_for`` returns the weights of an activation's tokens, in a shape that broadcasts to the activation. It
     returns True to steer all tokens, and False to steer none. Without it, all tokens are steered. Gradients flow to
@@ -31,9 +35,11 @@ class Change:
         self,
         owner: Any,
         layer: int,
-        direction: Tensor,
-        operator: PatchDeltaOperator,
+        direction: Tensor | None,
+        operator: Callable[..., Tensor],
+        asked: Collection[str],
         multiplier: Multiplier,
+        positions_for: Callable[[Tensor], TokenPositions],
         weights_for: Callable[[Tensor], Tensor | bool] | None,
         rows_along: Callable[[Tensor, Tensor], Tensor],
         applies: Callable[[int], bool],
@@ -42,9 +48,14 @@ class Change:
         self.owner = owner
         self.layer = layer
         self.ran = self.ran_compiled = False
+        self._has_direction = direction is not None
+        # A factor on the operator's result, where there is no direction.
+        direction = torch.ones(1, device="cpu") if direction is None else direction
         self._direction = direction
         self._operator = operator
+        self._asks_layer, self._asks_positions = "layer" in asked, "positions" in asked
         self._multiplier = multiplier
+        self._positions_for = positions_for
         self._weights_for = weights_for
         self._rows_along = rows_along
         self._applies = applies
@@ -68,10 +79,13 @@ class Change:
         weights = True if self._weights_for is None else self._weights_for(activation)
         if self._multiplier.changes_nothing or weights is False:
             return activation
-        if activation.shape[-1] != self._direction.shape[-1]:
+        if self._has_direction and activation.shape[-1] != self._direction.shape[-1]:
             raise ValueError(width_message(self._direction.shape[-1], self.layer, activation.shape[-1]))
         direction = self._direction_for(activation, wide_dtype(activation.dtype))
-        delta = self._operated(activation, direction)
+        if self._has_direction:
+            delta = self._operated(activation, direction)
+        else:
+            delta = direction * wide(self._operated(activation))
         if weights is not True and weights.dtype is not torch.bool:
             delta = weights.to(direction.dtype) * delta
         if delta.dtype is not activation.dtype:
@@ -107,19 +121,25 @@ class Change:
         is_narrow = activation.dtype is torch.float16 and activation.device.type == "cpu"
         return is_narrow and not torch.compiler.is_dynamo_compiling()  # the check would split the compiled code
 
-    def _operated(self, activation: Tensor, direction: Tensor) -> Tensor:
+    def _operated(self, activation: Tensor, *direction: Tensor) -> Tensor:
         """Return the operator's result, checked to broadcast to the activation, in any dtype."""
+        where: dict[str, Any] = {"layer": self.layer} if self._asks_layer else {}
+        if self._asks_positions:
+            where["positions"] = self._positions_for(activation)
         try:
-            delta = self._operator(activation, direction)
+            delta = self._operator(activation, *direction, **where)
         except RuntimeError as error:
-            if activation.dtype is direction.dtype or "type" not in str(error):
+            if all(one.dtype is activation.dtype for one in direction) or "type" not in str(error):
                 raise
             raise TypeError(
                 f"the operator {self._operator!r} mixes dtypes: it gets the activation h in {activation.dtype} and the "
-                f"direction d in {direction.dtype}. Write h @ d.to(h.dtype), or h.float() @ d, which is more exact."
+                f"direction d in {direction[0].dtype}. Write h @ d.to(h.dtype), or h.float() @ d, which is more exact."
             ) from error
-        if delta is not direction and not (isinstance(delta, Tensor) and _broadcasts_to(delta, activation)):
+        if any(delta is one for one in direction):
+            return delta
+        if not (isinstance(delta, Tensor) and _broadcasts_to(delta, activation) and not delta.is_complex()):
             got = f"shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else type(delta).__name__
+            got = f"{got} in {delta.dtype}" if isinstance(delta, Tensor) and delta.is_complex() else got
             raise ValueError(
                 f"the operator {self._operator!r} returned {got} for an activation of shape {tuple(activation.shape)}; "
                 f"expected the tensor to add to it, of a shape that broadcasts to it"
@@ -134,7 +154,7 @@ class Change:
         ``(batch, 1, hidden)``, or has as many axes as the activation.
         """
         if self._multiplier.by_row:
-            rows = self._scaled_for(activation.device, dtype, [-1, activation.shape[-1]])
+            rows = self._scaled_for(activation.device, dtype, [-1, self._direction.shape[-1]])
             return self._rows_along(rows, activation)
         return self._scaled_for(activation.device, dtype, [1] * min(activation.ndim - 1, 2) + [-1])
 

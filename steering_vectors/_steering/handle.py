@@ -27,7 +27,8 @@ class SteeringPatchHandle:
     Attributes:
         layers: The numbers of the steered layers.
         selector: The selector of the steered tokens; None for all tokens.
-        multiplier: The factor on the directions.
+        locating: The callables that get the tokens' positions, a selector or operator.
+        multiplier: The factor on the directions or, without them, on the change.
         order: A number that grows with each handle that is made.
 
     >>> with vector.patch(model) as handle:
@@ -37,8 +38,9 @@ class SteeringPatchHandle:
 
     def __init__(self, steering: Steering) -> None:
         # Nothing here refers to the model: a steering that is never removed must not keep it in memory.
-        self.layers = sorted(steering.directions)
+        self.layers = steering.layers
         self.selector = steering.selector
+        self.locating = steering.locating
         self.multiplier = steering.multiplier
         self.order = next(_ORDER)
         self._shown = repr(steering)
@@ -56,9 +58,11 @@ class SteeringPatchHandle:
             Change(
                 owner=self,
                 layer=layer,
-                direction=steering.directions[layer],
+                direction=None if steering.directions is None else steering.directions[layer],
                 operator=steering.operator,
+                asked=steering.asked,
                 multiplier=steering.multiplier,
+                positions_for=never_compiled(self._selection.positions_for),
                 weights_for=weights_for,
                 rows_along=self._selection.rows_along,
                 applies=applies,
@@ -90,7 +94,7 @@ class SteeringPatchHandle:
             RuntimeError: If the steering was removed, since the block would run unsteered.
         """
         if not self.is_on:
-            raise RuntimeError("this steering was removed from its model: make a new one with vector.patch(model)")
+            raise RuntimeError("this steering was removed from its model: make a new one")
         return self
 
     def __exit__(
@@ -229,9 +233,8 @@ def attach(steering: Steering) -> SteeringPatchHandle:
 
 def _need_of(steering: Steering) -> Need:
     """Return the facts about a pass that the steering needs."""
-    selector = steering.selector
-    if selector is not None:
-        return Need.PROMPT_LENGTH if may_need_prompt_length(selector) else Need.POSITIONS
+    if steering.locating:
+        return Need.PROMPT_LENGTH if any(map(may_need_prompt_length, steering.locating)) else Need.POSITIONS
     if steering.this_thread_only:
         return Need.THREAD
     return Need.SHAPE if steering.multiplier.by_row else Need.PASSES
@@ -240,8 +243,8 @@ def _need_of(steering: Steering) -> Need:
 class SteeringContext:
     """A context manager that steers a model inside its block, or as a decorator inside a function.
 
-    It may be entered several times, also by several threads. :meth:`SteeringVector.apply` and
-    :func:`ablate_everywhere` return it.
+    It may be entered several times, also by several threads. :meth:`SteeringVector.apply`,
+    :func:`steer` and :func:`ablate_everywhere` return it.
 
     >>> steered = vector.apply(model, multiplier=2.0)
     >>> steered
@@ -255,6 +258,15 @@ class SteeringContext:
         self._shown = shown
         self._handles: list[SteeringPatchHandle] = []  # one for each block that was entered and not left
         self._was_used = False
+
+    def patch(self) -> SteeringPatchHandle:
+        """Steer the model from now on, until ``remove()`` of the returned handle is called.
+
+        >>> handle = vector.apply(model, multiplier=2.0).patch()
+        >>> handle.remove()
+        """
+        self._was_used = True
+        return attach(self._make())
 
     def __enter__(self) -> SteeringPatchHandle:
         """Attach the steering and return its handle, as :meth:`SteeringVector.patch` does."""
@@ -287,8 +299,8 @@ class SteeringContext:
             handle._leave(quiet=True)
         if not getattr(self, "_was_used", True):
             warnings.warn(
-                f"apply() steers inside a with block, which was never entered, so {self!r} steered nothing: write "
-                f"`with vector.apply(…):`, or use patch(), which steers until it is removed",
+                f"{self!r} was never entered, so it steered nothing: write `with vector.apply(…):`, or use patch(), "
+                f"which steers until it is removed",
                 RuntimeWarning,
                 stacklevel=2,
             )

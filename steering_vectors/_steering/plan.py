@@ -1,7 +1,7 @@
 """Plan a steering of a model by a vector, with every check that is possible before the model runs."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,14 @@ from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._vectors import checked_directions, in_ranges, type_and_depth
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of, read_config
-from steering_vectors.steering_operators import PatchDeltaOperator, addition_operator, check_operator
+from steering_vectors.steering_operators import (
+    PatchDeltaOperator,
+    addition_operator,
+    asked_of,
+    check_layers,
+    check_operator,
+    check_operator_alone,
+)
 from steering_vectors.token_selection import Selector
 
 # What to write instead of arguments that apply and patch don't have.
@@ -25,25 +32,47 @@ CALL_HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument i
 class Steering:
     """A checked request to change a model's activations, not attached yet.
 
-    ``directions`` are ``(hidden,)`` by layer number. ``places`` are the modules to change, each with its layer's number
-    and with ``OUTPUT`` or ``INPUT``, the side to change. A ``selector`` of None means all tokens. With
-    ``this_thread_only``, only passes in the thread that attaches it are steered.
+    ``directions`` are ``(hidden,)`` by layer number; with None, the operator gets the activation alone. ``places`` are
+    the modules to change, each with its layer's number and with ``OUTPUT`` or ``INPUT``, the side to change. A
+    ``selector`` of None means all tokens. With ``this_thread_only``, only passes in the thread that attaches it are
+    steered.
     """
 
     anatomy: Anatomy
     places: Sequence[tuple[int, nn.Module, str]]
-    directions: Mapping[int, Tensor]
-    operator: PatchDeltaOperator
+    directions: Mapping[int, Tensor] | None
+    operator: Callable[..., Tensor]
     multiplier: Multiplier
     selector: Selector | None
     this_thread_only: bool = False
 
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the steered layers, ascending."""
+        return sorted({number for number, _, _ in self.places})
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The keyword-only arguments that the operator asks for."""
+        return asked_of(self.operator)
+
+    @property
+    def locating(self) -> tuple[Callable[..., Tensor], ...]:
+        """The callables that get the tokens' positions: the selector, and an operator that asks for them."""
+        operator = (self.operator,) if "positions" in self.asked else ()
+        return operator if self.selector is None else (self.selector, *operator)
+
     def __repr__(self) -> str:
         thread = ", this_thread_only=True" if self.this_thread_only else ""
         return (
-            f"layers={sorted(self.directions)}, multiplier={self.multiplier}, operator={self.operator!r}, "
+            f"layers={self.layers}, multiplier={self.multiplier}, operator={_shown(self.operator)}, "
             f"tokens={self.selector or 'all'}{thread}"
         )
+
+
+def _shown(operator: Callable[..., Tensor]) -> str:
+    """Return an operator's representation, in one line for a module."""
+    return f"{type(operator).__name__}(…)" if isinstance(operator, nn.Module) else repr(operator)
 
 
 class Vector(Protocol):
@@ -60,7 +89,7 @@ def steering_of(
     vector: Vector,
     model: nn.Module,
     layer_config: ModelLayerConfig | None,
-    operator: PatchDeltaOperator | None,
+    operator: PatchDeltaOperator | Callable[..., Tensor] | None,
     multiplier: Multiplier,
     selector: Any,
     this_thread_only: bool,
@@ -68,12 +97,10 @@ def steering_of(
     """Return the vector's steering of a model. Raises every error that can be found before the model runs."""
     check_layer_type(vector.layer_type)
     anatomy = anatomy_of(model)
-    layer_config = _config_for(anatomy, vector, layer_config)
+    layer_config = config_for(anatomy, vector, layer_config)
     found = layers_of(anatomy, vector.layer_type, layer_config)
     operator = addition_operator() if operator is None else operator
     check_operator(operator)
-    if selector is not None or multiplier.by_row:
-        _check_tokens_can_be_located(anatomy)
     directions = checked_directions(vector.layer_activations)
     if not directions:
         raise ValueError("this steering vector has no directions, so there is nothing to apply")
@@ -91,10 +118,36 @@ def steering_of(
     if widths and width not in widths:
         raise ValueError(width_message(width, min(by_number), widths[0]))
     places = [(number, module, OUTPUT) for number, module in found.modules_of(sorted(by_number)).items()]
-    return Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only)
+    return _checked(Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only))
 
 
-def _config_for(anatomy: Anatomy, vector: Vector, given: ModelLayerConfig | None) -> ModelLayerConfig | None:
+def steering_alone(
+    model: nn.Module,
+    operator: Callable[..., Tensor],
+    layers: int | Iterable[int] | None,
+    layer_type: LayerType,
+    layer_config: ModelLayerConfig | None,
+    multiplier: Multiplier,
+    selector: Selector | None,
+    this_thread_only: bool,
+) -> Steering:
+    """Return a steering of a model by an operator without a direction. Raises the errors of :func:`steering_of`."""
+    anatomy = anatomy_of(model)
+    found = layers_of(anatomy, layer_type, layer_config)
+    check_operator_alone(operator)
+    places = [(number, module, OUTPUT) for number, module in found.modules_of(found.numbers(layers)).items()]
+    return _checked(Steering(anatomy, places, None, operator, multiplier, selector, this_thread_only))
+
+
+def _checked(steering: Steering) -> Steering:
+    """Return the steering. Raises ValueError if its operator doesn't know a layer, or if tokens can't be located."""
+    check_layers(steering.operator, steering.layers)
+    if steering.locating or steering.multiplier.by_row:
+        _check_tokens_can_be_located(steering.anatomy)
+    return steering
+
+
+def config_for(anatomy: Anatomy, vector: Vector, given: ModelLayerConfig | None) -> ModelLayerConfig | None:
     """Return the given ``layer_config`` or, if it says nothing of the vector's layer type, the vector's own.
 
     Raises ValueError if the model doesn't have the modules that the vector was trained at.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from steering_vectors._models import along_tokens, are_columns_first, expand_rows
 from steering_vectors._passes import ForwardPass, PassTracker
-from steering_vectors.token_selection import Selector, selected
+from steering_vectors.token_selection import Selector, TokenPositions, selected
 
 
 class Selection:
@@ -44,6 +44,10 @@ class Selection:
                 self._along_tokens(activation.new_empty(*shape, 1), activation)
             return weights
         return self._along_tokens(weights[..., None], activation)
+
+    def positions_for(self, activation: Tensor) -> TokenPositions:
+        """Return the positions of this thread's current pass, on the activation's device."""
+        return self._current_pass().positions_on(activation.device)
 
     def _along_tokens(self, values: Tensor, activation: Tensor) -> Tensor:
         """Return ``values (batch, seq, n)`` shaped to broadcast to the activation.

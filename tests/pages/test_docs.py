@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from steering_vectors import (
     ablation_then_addition_operator,
     active_patches,
     record_activations,
+    steer,
 )
 from tests import tiny
 
@@ -197,20 +198,21 @@ def test_a_clamped_feature_is_what_tools_for_sparse_autoencoders_mean_and_its_pr
     page = run_page("howto/sae.rst")
     model, sae, feature, inputs = (page[name] for name in ("model", "sae", "feature", "inputs"))
 
-    def recorded(**kwargs: Any) -> Tensor:
-        with page["vector"].apply(model, **kwargs), record_activations(model, layers=7) as records, torch.no_grad():
+    def recorded(steering: Any) -> Tensor:
+        with steering, record_activations(model, layers=7) as records, torch.no_grad():
             model(**inputs)
         (activation,) = records[7]
         return activation
 
-    plain = recorded(multiplier=0)
+    plain = recorded(nullcontext())
     features = sae.encode(plain)
     held = features.clone()
     held[..., feature] = value
     by_hand = sae.decode(held) + (plain - sae.decode(features))  # what isn't reconstructed stays
-    found = recorded(operator=page["clamped"](value))
+    found = recorded(steer(model, page["clamped"](value), layers=[7, 9]))
     torch.testing.assert_close(found, by_hand.detach(), atol=1e-4, rtol=1e-4)
-    projected = recorded(operator=ablation_then_addition_operator(), multiplier=value or 1e-6)
+    operator = ablation_then_addition_operator()
+    projected = recorded(page["vector"].apply(model, operator=operator, multiplier=value or 1e-6))
     row = sae.W_dec[feature].detach()
     torch.testing.assert_close(projected @ row, torch.full(projected.shape[:-1], value), atol=1e-4, rtol=1e-4)
     assert (found - projected).norm(dim=-1).max() > 0.1

@@ -17,9 +17,13 @@ from transformers import GenerationMixin
 
 from steering_vectors import (
     SteeringVector,
+    TokenPositions,
     active_patches,
+    clamp_operator,
     from_index,
     generated,
+    projection_quantiles,
+    steer,
     train_steering_vector,
 )
 from steering_vectors.layer_matching import find_layers
@@ -255,6 +259,65 @@ class TestSteering:
             gradients.append(gradient)
         assert gradients[0].abs().max() > 0.1
         assert_close(*gradients)
+
+
+def curling(activation: Tensor, *, layer: int) -> Tensor:
+    """An operator without a direction that asks for its layer."""
+    return (layer + 1) * activation.roll(1, dims=-1).tanh()
+
+
+def growing(activation: Tensor, direction: Tensor, *, positions: TokenPositions) -> Tensor:
+    """An operator that asks for positions."""
+    return direction * positions.index[..., None] / 4
+
+
+STEERINGS: dict[str, Callable[[Any], Any]] = {
+    "steer": lambda model: steer(model, curling, layers=[0, 2], multiplier=[1.5, -2]),
+    "steer at tokens": lambda model: steer(model, curling, layers=[0, 2], tokens=from_index(2)),
+    "positions": lambda model: some_vector().apply(model, operator=growing),
+    "positions and rows": lambda model: some_vector().apply(model, operator=growing, multiplier=[1, 0]),
+}
+
+
+class TestOperatorsThatAskOrNeedNoDirection:
+    @pytest.mark.parametrize("steering", STEERINGS)
+    @pytest.mark.parametrize("way", EACH_WAY, ids=named)
+    def test_compiled_code_is_steered_as_plain_code(self, way: Way, steering: str) -> None:
+        apply, model = STEERINGS[steering], way(tiny.build("llama"))
+        with apply(bare()):
+            expected, expected_answer = logits(bare()), answer(bare())
+        with unchanged(model):
+            for _ in ("before compilation", "after"):
+                with apply(model):
+                    assert_close(logits(model), expected)
+                    assert_close(answer(model), expected_answer)
+                assert_close(logits(model), logits(bare()))
+
+    def test_one_graph_is_steered_and_compiled_once_for_all_multipliers(self) -> None:
+        compilations: list[Any] = []
+        compiled = torch.compile(tiny.build("llama"), backend=partial(_counted, compilations), fullgraph=True)
+        assert_close(logits(compiled), logits(bare()))
+        for multiplier in (1.0, 2.0, -3, 0.5, 7.25):
+            with steer(bare(), curling, layers=[0, 2], multiplier=multiplier):
+                expected = logits(bare())
+            with steer(compiled, curling, layers=[0, 2], multiplier=multiplier):
+                assert_close(logits(compiled), expected)
+        assert len(compilations) == 2 or COMPILES_EACH_BLOCK
+
+    def test_one_graph_is_clamped_at_the_bounds_of_each_layer(self) -> None:
+        vector = SteeringVector({n: torch.linspace(-1, 1, tiny.HIDDEN) + n for n in range(tiny.LAYERS)})
+        [low] = projection_quantiles(bare(), tiny.tokenizer(), ["some text", "another"], vector, [0.8])
+        compiled = whole_in_one_graph(tiny.build("llama"))
+        with vector.apply(bare(), operator=clamp_operator(min=low)):
+            expected = logits(bare())
+        with vector.apply(compiled, operator=clamp_operator(min=low)):
+            assert_close(logits(compiled), expected)
+
+    def test_one_graph_has_no_positions_and_the_error_says_so(self) -> None:
+        model = whole_in_one_graph(tiny.build("llama"))
+        with some_vector().apply(model, operator=growing), pytest.raises(Exception, match="steer all tokens"):
+            logits(model)
+        assert_close(logits(model), logits(bare()))
 
 
 class TestGenerationThatTransformersCompiles:
