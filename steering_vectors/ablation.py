@@ -1,9 +1,12 @@
-"""Ablate a direction wherever the residual stream is written."""
+"""Ablate directions wherever the residual stream is written."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steering_vectors._arguments import with_hints
@@ -11,20 +14,28 @@ from steering_vectors._models import INPUT, OUTPUT, anatomy_of
 from steering_vectors._steering import (
     Steering,
     SteeringContext,
+    TokenSelection,
     as_multiplier,
+    as_selector,
+    checked_steering,
     is_steered_by_token_or_row,
     parts_inside,
     width_message,
 )
-from steering_vectors._vectors import checked_direction, in_ranges
-from steering_vectors.layer_matching import ModelLayerConfig, layers_of
+from steering_vectors._vectors import checked_direction, in_ranges, span_of
+from steering_vectors.layer_matching import Layers, ModelLayerConfig, layers_of
 from steering_vectors.steering_operators import ablation_operator
 from steering_vectors.steering_vector import SteeringVector
 
 
 @with_hints(missing="the arguments begin with model, direction")
 def ablate_everywhere(
-    model: nn.Module, direction: Tensor | SteeringVector, *, layer_config: ModelLayerConfig | None = None
+    model: nn.Module,
+    direction: Tensor | SteeringVector | Mapping[int, Tensor],
+    *,
+    layer_config: ModelLayerConfig | None = None,
+    tokens: TokenSelection | None = None,
+    rows: Sequence[bool] | Tensor | None = None,
 ) -> SteeringContext:
     """Return a context manager, also a decorator, that removes ``direction`` from the whole stream.
 
@@ -39,54 +50,107 @@ def ablate_everywhere(
     block's output is ablated. The same holds where the model can't be run on tokens alone. In
     training mode, some blocks apply dropout to outputs that were ablated already.
 
+    Of several directions ``(k, hidden)`` the span is removed: nothing is left along any combination
+    of them. They needn't be independent or at right angles.
+
     Source: directional ablation, arXiv 2406.11717, section 2.4.
 
     Args:
         model: The model to steer.
-        direction: A direction ``(hidden,)``, or a vector of one layer. Its length and sign have no
-            effect.
+        direction: A direction ``(hidden,)`` or several ``(k, hidden)``, or a vector of one layer.
+            Lengths and signs have no effect. Or a mapping from layers to such directions, each of
+            which is removed at its layer only: at the block's output and parts, and for the first
+            block at its input too.
         layer_config: The blocks' names, as in :meth:`SteeringVector.apply`.
+        tokens: The tokens to ablate, as in :meth:`SteeringVector.apply`; by default all.
+        rows: True or False for each row of a batch, to run ablated and unsteered rows side by side;
+            beams have their prompt's. None ablates all.
 
     Raises:
-        TypeError: If ``model`` is not a module or ``direction`` not a tensor of numbers.
-        ValueError: If the layers can't be identified, if the width doesn't fit, if the direction is
-            all zeros, or if the model is currently steered by token or by row.
+        TypeError: If ``model`` is not a module, ``direction`` not numbers, or ``rows`` not bools.
+        ValueError: If the layers can't be identified, if the width doesn't fit, if the directions
+            are all zeros, if several require grad, or if the model is currently steered by token or
+            by row.
 
     Warns:
         UserWarning: On entering, if the model can't be run on tokens alone.
 
     >>> with ablate_everywhere(model, torch.ones(32)):
     ...     output = model.generate(**inputs, max_new_tokens=4)
+    >>> with ablate_everywhere(model, {1: torch.randn(3, 32)}, rows=[True, False]):
+    ...     output = model.generate(**inputs, max_new_tokens=4)
     """
 
     def steering() -> Steering:
         anatomy = anatomy_of(model)
         found = layers_of(anatomy, "decoder_block", layer_config)
-        ablated = checked_direction(_only_direction(direction), "the direction").reshape(-1)
-        if not bool(ablated.detach().any()):
-            raise ValueError("the direction is all zeros, so there is nothing to ablate: pass a nonzero direction")
-        if anatomy.widths and ablated.shape[0] not in anatomy.widths:
-            raise ValueError(width_message(ablated.shape[0], 0, anatomy.widths[0]))
+        removed = _removed(direction, found)
+        width = next(iter(removed.values())).shape[-1]
+        if anatomy.widths and width not in anatomy.widths:
+            raise ValueError(width_message(width, min(removed), anatomy.widths[0]))
         if is_steered_by_token_or_row(model):
             raise ValueError(
                 "the model is already steered by token or by row: remove that steering, enter ablate_everywhere, and "
                 "apply it again inside"
             )
-        blocks = [found.modules[number] for number in sorted(found.modules)]
-        places = [(0, blocks[0], INPUT), *((number, block, OUTPUT) for number, block in enumerate(blocks))]
-        return Steering(
-            anatomy, places, dict.fromkeys(range(len(blocks)), ablated), ablation_operator(), as_multiplier(1), None
-        )
+        places = [(number, found.modules[number], OUTPUT) for number in removed]
+        if min(found.modules) in removed:
+            places.insert(0, (min(found.modules), found.modules[min(found.modules)], INPUT))
+        selector = None if tokens is None else as_selector(tokens)
+        return checked_steering(Steering(anatomy, places, removed, ablation_operator(), _switches(rows), selector))
 
     checked = steering()  # so that this call raises errors, not the entry of the block
 
     def with_parts() -> Steering:
         made = steering()
-        blocks = [module for _, module, place in made.places if place == OUTPUT]
-        parts = [(number, part, OUTPUT) for number, part in parts_inside(model, blocks)]
-        return replace(made, places=[*made.places, *parts])
+        blocks = [(number, module) for number, module, place in made.places if place == OUTPUT]
+        inside = parts_inside(model, [module for _, module in blocks])
+        return replace(made, places=[*made.places, *((blocks[n][0], part, OUTPUT) for n, part in inside)])
 
     return SteeringContext(with_parts, shown=repr(checked))
+
+
+def _removed(direction: Tensor | SteeringVector | Mapping[int, Tensor], found: Layers) -> dict[int, Tensor]:
+    """Return the directions to remove by layer number, ascending."""
+    if isinstance(direction, Mapping):
+        if not direction:
+            raise ValueError("there are no directions, so there is nothing to ablate: pass one at least")
+        removed = {
+            found.number(layer): _span(rows, f"the direction of layer {layer}") for layer, rows in direction.items()
+        }
+        widths = sorted({rows.shape[-1] for rows in removed.values()})
+        if len(widths) > 1:
+            raise ValueError(f"all directions must have the same width, got {widths}")
+        return dict(sorted(removed.items()))
+    return dict.fromkeys(sorted(found.modules), _span(_only_direction(direction), "the direction"))
+
+
+def _span(rows: Any, name: str) -> Tensor:
+    """Return a direction ``(hidden,)`` as it is, and for several directions orthogonal ones with their span."""
+    if not (isinstance(rows, Tensor) and rows.ndim == 2 and len(rows) > 1):
+        ablated = checked_direction(rows, name).reshape(-1)
+    else:
+        for row in rows:
+            checked_direction(row, name)
+        if rows.requires_grad:
+            raise ValueError(f"{name} requires grad, which a set of {len(rows)} directions can't: pass it detached")
+        ablated = span_of(rows) if bool(rows.any()) else rows
+    if not bool(ablated.detach().any()):
+        raise ValueError(f"{name} is all zeros, so there is nothing to ablate: pass a nonzero direction")
+    return ablated
+
+
+def _switches(rows: Sequence[bool] | Tensor | None) -> Any:
+    """Return the multiplier that is 1 for the rows to ablate and 0 for the others."""
+    if rows is None:
+        return as_multiplier(1)
+    try:
+        numbers = torch.as_tensor(rows, device="cpu").double()
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.empty(0, 0)
+    if numbers.ndim != 1 or not bool(((numbers == 0) | (numbers == 1)).all()):
+        raise TypeError(f"rows must be a list of True and False, one for each row of a batch, got {rows!r}")
+    return as_multiplier(numbers)
 
 
 def _only_direction(direction: Tensor | SteeringVector) -> Tensor:
@@ -95,6 +159,6 @@ def _only_direction(direction: Tensor | SteeringVector) -> Tensor:
     if len(direction) != 1:
         raise ValueError(
             f"ablate_everywhere removes one direction, but the vector has those of layers {in_ranges(direction)}: "
-            f"choose one, as in vector[16]"
+            f"choose one, as in vector[16], or remove each at its layer, as in vector.layer_activations"
         )
     return next(iter(direction.layer_activations.values()))

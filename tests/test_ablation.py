@@ -59,20 +59,28 @@ def without(activation: Tensor) -> Tensor:
 
 
 @contextmanager
-def ablated_by_hand(model: nn.Module, architecture: str) -> Iterator[None]:
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        activation = without(first(output))
+def ablated_by_hand(
+    model: nn.Module,
+    architecture: str,
+    by_layer: Callable[[int], Callable[[Tensor], Tensor]] = lambda layer: without,
+    at_outputs: bool = False,
+) -> Iterator[None]:
+    """``by_layer`` ablates what is written in each layer; ``at_outputs``, also what each block returns."""
+
+    def after(layer: int, output: Any) -> Any:
+        activation = by_layer(layer)(first(output))
         return activation if isinstance(output, Tensor) else (activation, *output[1:])
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            return (without(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": without(kwargs["hidden_states"])}
+            return (by_layer(0)(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": by_layer(0)(kwargs["hidden_states"])}
 
     blocks = tiny.blocks(model)  # type: ignore[arg-type]
     handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    for block in blocks:
-        handles += [block.get_submodule(name).register_forward_hook(after) for name in WRITTEN[architecture]]
+    for layer, block in enumerate(blocks):
+        for module in (*map(block.get_submodule, WRITTEN[architecture]), *([block] if at_outputs else [])):
+            handles.append(module.register_forward_hook(lambda _m, _a, output, layer=layer: after(layer, output)))
     try:
         yield
     finally:
@@ -165,6 +173,89 @@ def test_length_and_sign_of_the_direction_do_nothing(factor: float) -> None:
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
 
 
+SEVERAL = torch.randn(3, tiny.HIDDEN, generator=torch.Generator().manual_seed(5))
+# Of rank 3, with rows of other lengths, a combination of two rows, and zeros.
+DEPENDENT = torch.stack([SEVERAL[0], SEVERAL[1] * 1e-9, SEVERAL[0] - 2 * SEVERAL[2], 0 * SEVERAL[0], SEVERAL[2] * 1e6])
+
+
+def without_span(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """By the pseudoinverse, in float64."""
+    exact = torch.nn.functional.normalize(rows.double(), dim=1)
+    projector = torch.linalg.pinv(exact, rtol=1e-5) @ exact
+    return lambda activation: (activation.double() - activation.double() @ projector).to(activation.dtype)
+
+
+@pytest.mark.parametrize("rows", [SEVERAL, DEPENDENT, DIRECTION.expand(2, -1)], ids=["several", "dependent", "same"])
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name in WRITTEN])
+def test_the_span_of_several_directions_is_removed_as_by_hand(architecture: str, rows: Tensor) -> None:
+    model = tiny.shared(architecture)
+    with ablated_by_hand(model, architecture, lambda layer: without_span(rows)):
+        expected = logits(model)
+    with unchanged(model), ablate_everywhere(model, rows):
+        torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(expected, logits(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_direction_and_its_multiple_are_one_in_half_precision_too(dtype: torch.dtype) -> None:
+    model = tiny.shared("llama")
+    with ablate_everywhere(model, DIRECTION.to(dtype)):
+        expected = logits(model)
+    with ablate_everywhere(model, torch.stack([DIRECTION.to(dtype), (3 * DIRECTION).to(dtype)])) as handle:
+        torch.testing.assert_close(logits(model), expected, atol=1e-2, rtol=1e-2)
+        assert len(handle._changes) == 10  # three blocks, two parts of each, and the input
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2], [0, 2]], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mistral", "opt"])
+def test_each_layer_s_directions_are_removed_at_that_layer(architecture: str, layers: list[int]) -> None:
+    model = tiny.shared(architecture)
+    directions = {0: DIRECTION, 1: SEVERAL, 2: DEPENDENT}
+    given = {layer - (3 if layer == 2 else 0): directions[layer] for layer in layers}
+
+    def by_layer(layer: int) -> Callable[[Tensor], Tensor]:
+        return without_span(directions[layer].reshape(-1, tiny.HIDDEN)) if layer in layers else lambda h: h
+
+    with ablated_by_hand(model, architecture, by_layer, at_outputs=True):
+        expected = logits(model)
+    with unchanged(model), ablate_everywhere(model, given) as handle:
+        torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-3)
+        assert handle.layers == layers
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_rows_run_ablated_and_unsteered_side_by_side(architecture: str) -> None:
+    model, copies = tiny.shared(architecture), {name: rows[:1].expand(3, -1) for name, rows in INPUTS.items()}
+    plain = logits(model, **copies)
+    with ablate_everywhere(model, SEVERAL):
+        ablated = logits(model, **copies)
+    for rows in ([True, False, True], torch.tensor([1, 0, 1])):
+        with ablate_everywhere(model, SEVERAL, rows=rows):
+            got = logits(model, **copies)
+        assert torch.equal(got[1], plain[1])
+        torch.testing.assert_close(got[::2], ablated[::2], atol=1e-5, rtol=1e-4)
+    kwargs: Any = {**INPUTS, "num_beams": 2, "max_new_tokens": 3, "do_sample": False}
+    with ablate_everywhere(model, SEVERAL, rows=[False, True]):
+        beams = model.generate(**kwargs)
+    assert torch.equal(beams[0], model.generate(**kwargs)[0])
+    with ablate_everywhere(model, SEVERAL):
+        assert torch.equal(beams[1], model.generate(**kwargs)[1])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mixtral", "mamba"])
+def test_selected_tokens_alone_are_ablated_with_a_cache_and_without(architecture: str) -> None:
+    model, inputs = tiny.shared(architecture), padded([11, 12, 13, 14, 15])
+
+    def from_the_last(activation: Tensor) -> Tensor:
+        return torch.cat([activation[:, :4], without(activation[:, 4:])], dim=1)
+
+    with ablated_by_hand(model, architecture, lambda layer: from_the_last):
+        expected = answer(model, inputs, use_cache=False)
+    with ablate_everywhere(model, DIRECTION, tokens=generated(inputs)):
+        for use_cache in (True, False):
+            assert torch.equal(answer(model, inputs, use_cache=use_cache), expected)
+
+
 def test_it_is_a_decorator_and_is_listed_and_taken_off_after_errors() -> None:
     model = tiny.shared("llama")
     context = ablate_everywhere(model, DIRECTION)
@@ -233,7 +324,20 @@ def test_a_compiled_model_is_ablated_in_one_graph() -> None:
         ),
         (lambda m: ablate_everywhere(m, torch.zeros(32)), ValueError, "the direction is all zeros, so there is"),
         (lambda m: ablate_everywhere(m, torch.full((32,), float("nan"))), ValueError, "the direction has NaN"),
-        (lambda m: ablate_everywhere(m, torch.ones(2, 32)), ValueError, "the direction must have the shape (hidden,)"),
+        (lambda m: ablate_everywhere(m, torch.ones(1, 2, 32)), ValueError, "the direction must have the shape (hidden"),
+        (lambda m: ablate_everywhere(m, torch.zeros(2, 32)), ValueError, "the direction is all zeros, so there is"),
+        (lambda m: ablate_everywhere(m, torch.ones(2, 31)), ValueError, "directions have 31 numbers"),
+        (lambda m: ablate_everywhere(m, torch.tensor([[1.0], [float("inf")]])), ValueError, "direction has NaN or inf"),
+        (lambda m: ablate_everywhere(m, torch.ones(2, 32).requires_grad_()), ValueError, "a set of 2 directions can't"),
+        (lambda m: ablate_everywhere(m, {}), ValueError, "there are no directions, so there is nothing to ablate"),
+        (lambda m: ablate_everywhere(m, {3: DIRECTION}), ValueError, "layer 3 does not exist: the model has 3 layers"),
+        (lambda m: ablate_everywhere(m, {1: 0 * DIRECTION}), ValueError, "the direction of layer 1 is all zeros"),
+        (lambda m: ablate_everywhere(m, {0: DIRECTION, 1: torch.ones(3)}), ValueError, "have the same width, got [3,"),
+        (lambda m: ablate_everywhere(m, vector(0, 1)), ValueError, "as in vector.layer_activations"),
+        (lambda m: ablate_everywhere(m, DIRECTION, tokens="all"), TypeError, "tokens must be a selector"),
+        (lambda m: ablate_everywhere(m, DIRECTION, rows=[0.5, 1]), TypeError, "rows must be a list of True and False"),
+        (lambda m: ablate_everywhere(m, DIRECTION, rows=True), TypeError, "rows must be a list of True and False"),
+        (lambda m: ablate_everywhere(m, DIRECTION, rows=[]), ValueError, "is empty"),
         (lambda m: ablate_everywhere(m, "refusal"), TypeError, "the direction must be a tensor of numbers"),
         (lambda m: ablate_everywhere("gpt2", torch.ones(32)), TypeError, "model must be a torch.nn.Module"),
         (lambda m: ablate_everywhere(nn.Linear(2, 2), torch.ones(32)), ValueError, "can't tell which modules"),

@@ -25,7 +25,7 @@ from steering_vectors import (
     trace_steering,
     train_steering_vector,
 )
-from steering_vectors._steering import is_steered_by_token, is_steered_by_token_or_row
+from steering_vectors._steering import is_steered_by_token, is_steered_by_token_or_row, may_be_steered_by_row
 from tests import tiny
 from tests.test_steering import IDS, logits, padded, unchanged, vector
 from tests.test_threads import in_threads
@@ -344,6 +344,7 @@ class TestReadingInside:
         tokenizer = tiny.tokenizer()
         with steer(model, operator, layers=[0, 1]):
             assert is_steered_by_token(model) == is_steered_by_token_or_row(model) == (operator is aging)
+            assert may_be_steered_by_row(model) == (operator is aging)
             rows = read_activations(model, tokenizer, self.PROMPTS, layers=2, batch_size=4)[2]
             for row, prompt in zip(rows, self.PROMPTS, strict=True):
                 with record_activations(model, layers=2) as alone:

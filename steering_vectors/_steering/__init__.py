@@ -20,6 +20,7 @@ from steering_vectors._steering.multiplier import Numbers, as_multiplier
 from steering_vectors._steering.plan import (
     CALL_HINTS,
     Steering,
+    checked_steering,
     config_for,
     steering_alone,
     steering_of,
@@ -42,6 +43,7 @@ __all__ = [
     "attach",
     "changes_of",
     "check_not_steered_by_row",
+    "checked_steering",
     "config_for",
     "is_steered_by_token",
     "is_steered_by_token_or_row",

@@ -8,9 +8,11 @@ import itertools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
+
+from torch import nn
 
 from steering_vectors._models import never_compiled
 from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
@@ -52,28 +54,28 @@ class SteeringPatchHandle:
         self._has_dropped_layers = False
         self._tracker = PassTracker(steering.anatomy.pass_modules, _need_of(steering), self._note_layers_run)
         self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
-        weights_for = None if steering.selector is None else never_compiled(self._selection.weights_for)
+        placed = list(self._placed(steering))
+        self._changes = [change for change, _, _ in placed]
+        self._attachments = [AttachedChange(module, change, place) for change, module, place in placed]
+
+    def _placed(self, steering: Steering) -> Iterator[tuple[Change, nn.Module, str]]:
+        """Yield the steering's changes, each with its module and the module's side."""
         applies = self._applies if self._tracker.is_traceable else never_compiled(self._applies)
-        self._changes = [
-            Change(
-                owner=self,
-                layer=layer,
-                direction=None if steering.directions is None else steering.directions[layer],
-                operator=steering.operator,
-                asked=steering.asked,
-                multiplier=steering.multiplier,
-                positions_for=never_compiled(self._selection.positions_for),
-                weights_for=weights_for,
-                rows_along=self._selection.rows_along,
-                applies=applies,
-                applies_to_compiled=self._tracker.is_traceable,
-            )
-            for layer, _, _ in steering.places
-        ]
-        self._attachments = [
-            AttachedChange(module, change, place)
-            for change, (_, module, place) in zip(self._changes, steering.places, strict=True)
-        ]
+        change = functools.partial(
+            Change,
+            owner=self,
+            operator=steering.operator,
+            asked=steering.asked,
+            multiplier=steering.multiplier,
+            positions_for=never_compiled(self._selection.positions_for),
+            weights_for=None if steering.selector is None else never_compiled(self._selection.weights_for),
+            rows_along=self._selection.rows_along,
+            applies=applies,
+            applies_to_compiled=self._tracker.is_traceable,
+        )
+        for layer, module, place in steering.places:
+            for direction in steering.directions_at(layer):
+                yield change(layer=layer, direction=direction), module, place
 
     def remove(self) -> None:
         """Remove the steering from the model; a second call does nothing.

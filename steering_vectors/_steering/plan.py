@@ -32,7 +32,8 @@ CALL_HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument i
 class Steering:
     """A checked request to change a model's activations, not attached yet.
 
-    ``directions`` are ``(hidden,)`` by layer number; with None, the operator gets the activation alone. ``places`` are
+    ``directions`` are ``(hidden,)`` by layer number, or ``(k, hidden)`` to be used one after another; with None, the
+    operator gets the activation alone. ``places`` are
     the modules to change, each with its layer's number and with ``OUTPUT`` or ``INPUT``, the side to change. A
     ``selector`` of None means all tokens. With ``this_thread_only``, only passes in the thread that attaches it are
     steered.
@@ -50,6 +51,13 @@ class Steering:
     def layers(self) -> list[int]:
         """The numbers of the steered layers, ascending."""
         return sorted({number for number, _, _ in self.places})
+
+    def directions_at(self, layer: int) -> list[Tensor] | list[None]:
+        """Return the directions of a layer, in the order in which they are used; None in their place without any."""
+        if self.directions is None:
+            return [None]
+        directions = self.directions[layer]
+        return [directions] if directions.ndim == 1 or len(directions) == 1 else list(directions)
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -118,7 +126,7 @@ def steering_of(
     if widths and width not in widths:
         raise ValueError(width_message(width, min(by_number), widths[0]))
     places = [(number, module, OUTPUT) for number, module in found.modules_of(sorted(by_number)).items()]
-    return _checked(Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only))
+    return checked_steering(Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only))
 
 
 def steering_alone(
@@ -136,10 +144,10 @@ def steering_alone(
     found = layers_of(anatomy, layer_type, layer_config)
     check_operator_alone(operator)
     places = [(number, module, OUTPUT) for number, module in found.modules_of(found.numbers(layers)).items()]
-    return _checked(Steering(anatomy, places, None, operator, multiplier, selector, this_thread_only))
+    return checked_steering(Steering(anatomy, places, None, operator, multiplier, selector, this_thread_only))
 
 
-def _checked(steering: Steering) -> Steering:
+def checked_steering(steering: Steering) -> Steering:
     """Return the steering. Raises ValueError if its operator doesn't know a layer, or if tokens can't be located."""
     check_layers(steering.operator, steering.layers)
     if steering.locating or steering.multiplier.by_row:

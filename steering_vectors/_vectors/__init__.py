@@ -5,7 +5,7 @@ The metadata of a vector record its origin.
 One safetensors file holds both, and is treated as untrusted when it is read.
 """
 
-from steering_vectors._vectors.algebra import are_equal, cosines, orthogonal, projections, united
+from steering_vectors._vectors.algebra import are_equal, cosines, orthogonal, projections, span_of, united
 from steering_vectors._vectors.by_layer import ByLayer
 from steering_vectors._vectors.directions import (
     asked_layers,
@@ -55,6 +55,7 @@ __all__ = [
     "read",
     "scaled",
     "shares_of",
+    "span_of",
     "table_of",
     "type_and_depth",
     "united",

@@ -68,6 +68,20 @@ def projections(directions: Directions, activations: Mapping[int, Tensor | Seque
     return found
 
 
+def span_of(rows: Tensor) -> Tensor:
+    """Return directions ``(rank, hidden)`` of norm 1, at right angles to each other, with the span of ``rows``.
+
+    A row that is a combination of others, to the rounding of its dtype, adds nothing; nor does a row of zeros.
+    """
+    exact = rows.detach().cpu().double()
+    norms = exact.norm(dim=1, keepdim=True)
+    units = (exact / torch.where(norms > 0, norms, 1))[norms.flatten() > 0]
+    sizes, basis = torch.linalg.svd(units, full_matrices=False)[1:]
+    rounding = 2 * len(rows) ** 0.5 * torch.finfo(rows.dtype).eps
+    kept: Tensor = basis[sizes > rounding].to(rows.device, wide(rows[:0]).dtype)
+    return kept
+
+
 def _along(activation: Tensor, direction: Tensor, layer: int) -> Tensor:
     if activation.shape[-1:] != direction.shape:
         width = activation.shape[-1] if activation.ndim else 0
