@@ -232,7 +232,10 @@ def test_rows_run_ablated_and_unsteered_side_by_side(architecture: str) -> None:
     for rows in ([True, False, True], torch.tensor([1, 0, 1])):
         with ablate_everywhere(model, SEVERAL, rows=rows):
             got = logits(model, **copies)
-        assert torch.equal(got[1], plain[1])
+        if architecture == "mixtral" and tiny.ON_TRANSFORMERS_4:  # its experts add in an order that depends on all rows
+            torch.testing.assert_close(got[1], plain[1])
+        else:
+            assert torch.equal(got[1], plain[1])
         torch.testing.assert_close(got[::2], ablated[::2], atol=1e-5, rtol=1e-4)
     kwargs: Any = {**INPUTS, "num_beams": 2, "max_new_tokens": 3, "do_sample": False}
     with ablate_everywhere(model, SEVERAL, rows=[False, True]):
