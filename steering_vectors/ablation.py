@@ -14,14 +14,13 @@ from steering_vectors._models import INPUT, OUTPUT, anatomy_of
 from steering_vectors._steering import (
     Steering,
     SteeringContext,
-    TokenSelection,
     as_multiplier,
-    as_selector,
     checked_steering,
     is_steered_by_token_or_row,
     parts_inside,
     width_message,
 )
+from steering_vectors._tokens import TokenSelection, as_selector
 from steering_vectors._vectors import checked_direction, in_ranges, span_of
 from steering_vectors.layer_matching import Layers, ModelLayerConfig, layers_of
 from steering_vectors.steering_operators import ablation_operator

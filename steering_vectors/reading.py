@@ -25,7 +25,8 @@ from steering_vectors._extraction import (
 )
 from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._precision import wide
-from steering_vectors._steering import TokenSelection, as_multiplier, config_for, steering_of
+from steering_vectors._steering import as_multiplier, config_for, steering_of
+from steering_vectors._tokens import TokenSelection
 from steering_vectors._vectors import projections
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 from steering_vectors.steering_vector import SteeringVector

@@ -7,15 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor, nn
 
 from steering_vectors._arguments import with_hints
-from steering_vectors._steering import (
-    Numbers,
-    Steering,
-    SteeringContext,
-    TokenSelection,
-    as_multiplier,
-    as_selector,
-    steering_alone,
-)
+from steering_vectors._steering import Numbers, Steering, SteeringContext, as_multiplier, steering_alone
+from steering_vectors._tokens import TokenSelection, as_selector
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig
 
 _HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument is multiplier=")

@@ -17,13 +17,13 @@ from steering_vectors._steering import (
     Steering,
     SteeringContext,
     SteeringPatchHandle,
-    TokenSelection,
     as_multiplier,
     attach,
     one_selection,
     steering_of,
     warn_of_doubts,
 )
+from steering_vectors._tokens import TokenSelection
 from steering_vectors._vectors import (
     ByLayer,
     Metadata,

@@ -30,7 +30,8 @@ from steering_vectors._extraction import (
 )
 from steering_vectors._models import anatomy_of, check_unsharded
 from steering_vectors._processes import Processes
-from steering_vectors._steering import TokenSelection, patches_of_this_thread
+from steering_vectors._steering import patches_of_this_thread
+from steering_vectors._tokens import TokenSelection
 from steering_vectors._vectors import TrainingRecord, of_libraries, of_model, of_template, without_addresses
 from steering_vectors.aggregators import (
     Aggregator,
@@ -338,12 +339,11 @@ def _of_call(
     site: str,
 ) -> dict[str, str]:
     """Return the metadata on a training's arguments, and on what steered the model meanwhile."""
-    steered_by = ", ".join(map(repr, patches_of_this_thread(model)))
     entries = {
         "method": repr(aggregator),
         "read": f"{read_token_index=}" if tokens is None else f"{tokens=}",
         "layer_config": site,
-        "steered_by": steered_by,
+        "steered_by": ", ".join(map(repr, patches_of_this_thread(model))),
     }
     return {name: without_addresses(text) for name, text in entries.items() if text}
 

@@ -21,11 +21,12 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MOST_LINES_OF_A_MODULE = 250
 MOST_LINES_OF_A_FUNCTION = 40
 
-WINGS = {"_models", "_passes", "_extraction", "_steering", "_vectors"}
+WINGS = {"_models", "_tokens", "_passes", "_extraction", "_steering", "_vectors"}
 # From the ground up: a module imports what stands on its own level or below, and a wing nothing beside it.
 LEVELS: list[set[str]] = [
     {"_arguments", "_html", "_locks", "_pair_files", "_precision", "_processes", "_statistics", "_version"},
     {"_models"},
+    {"_tokens"},
     {"aggregators", "layer_matching", "steering_operators", "token_selection", "torch_utils"},
     {"_passes", "_vectors"},
     {"_steering"},

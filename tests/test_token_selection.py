@@ -27,8 +27,8 @@ from steering_vectors import (
     prompted,
 )
 from steering_vectors._models import expand_rows
-from steering_vectors._steering.token_indices import as_selector, one_selection
-from steering_vectors.token_selection import selected
+from steering_vectors._steering.token_indices import one_selection
+from steering_vectors._tokens import as_selector, selected
 from tests import tiny
 
 fast = settings(max_examples=60, deadline=None)

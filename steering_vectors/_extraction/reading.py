@@ -12,15 +12,13 @@ from steering_vectors._extraction.extractor import Extractor, ReadPrompt
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._models import Anatomy
 from steering_vectors._steering import (
-    TokenSelection,
-    as_selector,
     check_not_steered_by_row,
     is_steered_by_token,
     may_be_steered_by_row,
     patches_of_this_thread,
 )
+from steering_vectors._tokens import TokenPositions, TokenSelection, as_selector, selected
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, layers_of
-from steering_vectors.token_selection import TokenPositions, selected
 
 # The number of pairs that are tokenized at a time, and within which their order in the model's passes is free.
 WINDOW = 4096

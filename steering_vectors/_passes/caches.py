@@ -13,7 +13,7 @@ from torch.nn import functional
 from steering_vectors._passes.arguments import CACHE_NAMES, PassArguments
 from steering_vectors._passes.contents import Contents, contents_of
 from steering_vectors._passes.positions import Past, first_position, locate
-from steering_vectors.token_selection import TokenPositions
+from steering_vectors._tokens import TokenPositions
 
 
 class _Note(NamedTuple):

@@ -12,7 +12,7 @@ from steering_vectors._models import learns_prompts
 from steering_vectors._passes.arguments import PassArguments, describe_same_tokens, merge_arguments, pass_arguments
 from steering_vectors._passes.caches import CacheMemory
 from steering_vectors._passes.threads import calls_and_generations, this_thread
-from steering_vectors.token_selection import TokenPositions
+from steering_vectors._tokens import TokenPositions
 
 _NUMBERS = itertools.count()
 

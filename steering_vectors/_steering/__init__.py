@@ -27,7 +27,7 @@ from steering_vectors._steering.plan import (
     warn_of_doubts,
 )
 from steering_vectors._steering.stream_parts import parts_inside
-from steering_vectors._steering.token_indices import TokenSelection, as_selector, one_selection
+from steering_vectors._steering.token_indices import one_selection
 
 __all__ = [
     "CALL_HINTS",
@@ -36,10 +36,8 @@ __all__ = [
     "Steering",
     "SteeringContext",
     "SteeringPatchHandle",
-    "TokenSelection",
     "active_patches",
     "as_multiplier",
-    "as_selector",
     "attach",
     "changes_of",
     "check_not_steered_by_row",

@@ -7,7 +7,7 @@ from torch import nn
 from steering_vectors._models import check_model
 from steering_vectors._steering.attaching import changes_of
 from steering_vectors._steering.handle import SteeringPatchHandle
-from steering_vectors.token_selection import goes_by_row_or_end
+from steering_vectors._tokens import goes_by_row_or_end
 
 
 def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:

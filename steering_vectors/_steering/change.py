@@ -10,7 +10,7 @@ from steering_vectors._arguments import call_hint
 from steering_vectors._models import never_compiled
 from steering_vectors._precision import wide, wide_dtype
 from steering_vectors._steering.multiplier import Multiplier
-from steering_vectors.token_selection import TokenPositions
+from steering_vectors._tokens import TokenPositions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -20,7 +20,7 @@ from steering_vectors._steering.attaching import AttachedChange
 from steering_vectors._steering.change import Change
 from steering_vectors._steering.plan import Steering
 from steering_vectors._steering.selection import Selection
-from steering_vectors.token_selection import may_need_prompt_length
+from steering_vectors._tokens import may_need_prompt_length
 
 
 class SteeringPatchHandle:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steering_vectors._models import OUTPUT, Anatomy, anatomy_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
+from steering_vectors._tokens import Selector
 from steering_vectors._vectors import checked_directions, in_ranges, type_and_depth
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of, read_config
 from steering_vectors.steering_operators import (
@@ -20,7 +21,6 @@ from steering_vectors.steering_operators import (
     check_operator,
     check_operator_alone,
 )
-from steering_vectors.token_selection import Selector
 
 # What to write instead of arguments that apply and patch don't have.
 CALL_HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument is multiplier=") | dict.fromkeys(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from steering_vectors._models import along_tokens, are_columns_first, expand_rows
 from steering_vectors._passes import ForwardPass, PassTracker
-from steering_vectors.token_selection import Selector, TokenPositions, selected
+from steering_vectors._tokens import Selector, TokenPositions, selected
 
 
 class Selection:
