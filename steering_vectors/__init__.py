@@ -45,13 +45,16 @@ if TYPE_CHECKING:
     )
     from steering_vectors.steering_vector import SteeringPatchHandle, SteeringVector
     from steering_vectors.token_selection import (
+        CombinableSelector,
         Selector,
         TokenPositions,
+        after,
         at,
         completion,
         from_index,
         generated,
         prompted,
+        select,
     )
     from steering_vectors.tracing import LayerSummary, SteeringTrace, trace_steering
     from steering_vectors.train_steering_vector import (
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "Aggregator",
+    "CombinableSelector",
     "LayerMatcher",
     "LayerSummary",
     "LayerTokens",
@@ -87,6 +91,7 @@ __all__ = [
     "ablation_then_addition_operator",
     "active_patches",
     "addition_operator",
+    "after",
     "aggregate_activations",
     "at",
     "clamp_operator",
@@ -107,6 +112,7 @@ __all__ = [
     "record_activations",
     "residual_norms",
     "rotation_operator",
+    "select",
     "show_versions",
     "steer",
     "trace_steering",
@@ -158,13 +164,16 @@ _NAMES = {
         "SteeringVector",
     ),
     "token_selection": (
+        "CombinableSelector",
         "Selector",
         "TokenPositions",
+        "after",
         "at",
         "completion",
         "from_index",
         "generated",
         "prompted",
+        "select",
     ),
     "tracing": (
         "LayerSummary",

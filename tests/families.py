@@ -18,6 +18,7 @@ from steering_vectors import (
     ablation_operator,
     ablation_then_addition_operator,
     addition_operator,
+    after,
     at,
     clamp_operator,
     completion,
@@ -30,6 +31,7 @@ from steering_vectors import (
     pca_aggregator,
     prompted,
     rotation_operator,
+    select,
     winsorized_aggregator,
 )
 
@@ -123,10 +125,26 @@ OTHER_OPERATORS: dict[str, Operator] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """``tokens=`` for a padded batch of prompts, and whether it selects the token at ``index`` of a prompt of ``n``."""
+    """``tokens=`` for a padded batch of prompts.
+
+    ``selects`` is the weight of the token at ``index`` in a row that began with a prompt of ``n`` and has these ids.
+    """
 
     tokens: Callable[[dict[str, Tensor]], Any]
-    selects: Callable[[int, int], bool]
+    selects: Callable[[int, int, list[int]], float]
+
+
+def is_after(ids: list[int], index: int, opening: list[int], closing: list[int] | None = None) -> bool:
+    """Follow a row from its first token to the one at ``index``, by hand."""
+    is_open = False
+    for end in range(1, index + 2):
+        opens = ids[:end][-len(opening) :] == opening
+        closes = closing is not None and ids[:end][-len(closing) :] == closing
+        if opens and closes:
+            is_open = len(opening) > len(closing or [])
+        elif opens or closes:
+            is_open = opens
+    return is_open
 
 
 def lengths(inputs: dict[str, Tensor]) -> Tensor:
@@ -135,26 +153,45 @@ def lengths(inputs: dict[str, Tensor]) -> Tensor:
 
 # Each factory at least once, as a call of it; and the other things that ``tokens=`` takes.
 SELECTIONS: dict[str, Selection] = {
-    "all": Selection(lambda inputs: None, lambda index, n: True),
-    "generated(inputs)": Selection(generated, lambda index, n: index >= n - 1),
+    "all": Selection(lambda inputs: None, lambda index, n, ids: True),
+    "generated(inputs)": Selection(generated, lambda index, n, ids: index >= n - 1),
     "generated(lengths)": Selection(
-        lambda inputs: generated(lengths(inputs).tolist()), lambda index, n: index >= n - 1
+        lambda inputs: generated(lengths(inputs).tolist()), lambda index, n, ids: index >= n - 1
     ),
-    "prompted(inputs)": Selection(prompted, lambda index, n: index < n - 1),
-    "from_index(1)": Selection(lambda inputs: from_index(1), lambda index, n: index >= 1),
+    "prompted(inputs)": Selection(prompted, lambda index, n, ids: index < n - 1),
+    "from_index(1)": Selection(lambda inputs: from_index(1), lambda index, n, ids: index >= 1),
     "from_index(per row)": Selection(
-        lambda inputs: from_index((lengths(inputs) - 2).tolist()), lambda index, n: index >= n - 2
+        lambda inputs: from_index((lengths(inputs) - 2).tolist()), lambda index, n, ids: index >= n - 2
     ),
-    "at([0, 2, 6, 9])": Selection(lambda inputs: at([0, 2, 6, 9]), lambda index, n: index in (0, 2, 6, 9)),
-    "list": Selection(lambda inputs: [1, 4, 8], lambda index, n: index in (1, 4, 8)),
-    "slice": Selection(lambda inputs: slice(2, 9, 2), lambda index, n: index in (2, 4, 6, 8)),
-    "callable": Selection(lambda inputs: lambda positions: positions.index % 3 == 1, lambda index, n: index % 3 == 1),
+    "at([0, 2, 6, 9])": Selection(lambda inputs: at([0, 2, 6, 9]), lambda index, n, ids: index in (0, 2, 6, 9)),
+    "list": Selection(lambda inputs: [1, 4, 8], lambda index, n, ids: index in (1, 4, 8)),
+    "slice": Selection(lambda inputs: slice(2, 9, 2), lambda index, n, ids: index in (2, 4, 6, 8)),
+    "callable": Selection(
+        lambda inputs: lambda positions: positions.index % 3 == 1, lambda index, n, ids: index % 3 == 1
+    ),
+    "generated(inputs, strength=…)": Selection(
+        lambda inputs: generated(inputs, strength=lambda step: 0.5**step),
+        lambda index, n, ids: 0.5 ** (index - n + 1) if index >= n - 1 else 0,
+    ),
+    # In each prompt something is selected, or the steering would warn.
+    "after([12, 13]) | at(0)": Selection(
+        lambda inputs: after([12, 13]) | at(0),
+        lambda index, n, ids: index == 0 or is_after(ids, index, [12, 13]),
+    ),
+    "after(22, until=[24, 25]) | 0.5 * at(0)": Selection(
+        lambda inputs: after(22, until=[24, 25]) | 0.5 * at(0),
+        lambda index, n, ids: 1 if is_after(ids, index, [22], [24, 25]) else 0.5 * (index == 0),
+    ),
+    "select(list)": Selection(lambda inputs: select([1, 4]) | [8], lambda index, n, ids: index in (1, 4, 8)),
+    "~generated(inputs) & slice": Selection(
+        lambda inputs: ~generated(inputs) & slice(1, None), lambda index, n, ids: 1 <= index < n - 1
+    ),
 }
 # Those that must see a cache's first pass.
 FIRST_PASS: dict[str, Selection] = {
-    "generated()": Selection(lambda inputs: generated(), lambda index, n: index >= n - 1),
-    "prompted()": Selection(lambda inputs: prompted(), lambda index, n: index < n - 1),
-    "completion()": Selection(lambda inputs: completion(), lambda index, n: index >= n),
+    "generated()": Selection(lambda inputs: generated(), lambda index, n, ids: index >= n - 1),
+    "prompted()": Selection(lambda inputs: prompted(), lambda index, n, ids: index < n - 1),
+    "completion()": Selection(lambda inputs: completion(), lambda index, n, ids: index >= n),
 }
 
 

@@ -12,8 +12,8 @@ import torch
 import steering_vectors
 from steering_vectors import (
     Aggregator,
+    CombinableSelector,
     PatchDeltaOperator,
-    Selector,
     SetAggregator,
     aggregators,
     steering_operators,
@@ -27,7 +27,12 @@ ROOT = Path(__file__).parent.parent
 # module → (what its factories return, the table of tests/families.py and its keys, the page that has their table)
 FAMILIES: dict[ModuleType, tuple[Any, str, list[str], str]] = {
     steering_operators: (PatchDeltaOperator, "OPERATORS", [*OPERATORS], "docs/advanced_usage.rst"),
-    token_selection: (Selector, "SELECTIONS or FIRST_PASS", [*SELECTIONS, *FIRST_PASS], "docs/concepts/tokens.rst"),
+    token_selection: (
+        CombinableSelector,
+        "SELECTIONS or FIRST_PASS",
+        [*SELECTIONS, *FIRST_PASS],
+        "docs/concepts/tokens.rst",
+    ),
     aggregators: (Aggregator, "AGGREGATORS", [*AGGREGATORS], "docs/advanced_usage.rst"),
 }
 

@@ -34,13 +34,15 @@ class Row:
 
     is_token: list[bool]
     prompt: int | None
+    ids: list[int] = field(default_factory=list)
 
-    def feed(self, columns: list[bool]) -> list[int]:
+    def feed(self, columns: list[bool], ids: list[int]) -> list[int]:
         """The indices of new columns, -1 on padding, which the row then holds."""
         indices = []
-        for is_token in columns:
+        for is_token, token in zip(columns, ids, strict=True):
             indices.append(sum(self.is_token) if is_token else -1)
             self.is_token.append(is_token)
+            self.ids.append(token if is_token else -1)
         return indices
 
 
@@ -63,9 +65,10 @@ class History:
 
 @dataclass
 class Watched:
-    """A steered model whose selector keeps what it sees."""
+    """A steered model whose selector keeps what it sees, the rows' ids too if it needs them."""
 
     model: Any
+    needs_row_ids: bool
     seen: list[TokenPositions] = field(default_factory=list)
 
     def __call__(self, positions: TokenPositions) -> Tensor:
@@ -84,19 +87,15 @@ class Watched:
         """
         mask, was_unknown = "whole" if history.is_unknown else mask, history.is_unknown
         is_first, seq = history.cache is None, len(new[0])
-        expected = [row.feed(columns) for row, columns in zip(history.rows, new, strict=True)]
+        given = st.lists(st.integers(5, 300), min_size=seq, max_size=seq)
+        tokens = torch.tensor(draw(st.lists(given, min_size=len(new), max_size=len(new))))
+        fed = zip(history.rows, new, tokens.tolist(), strict=True)
+        expected = [row.feed(columns, row_ids) for row, columns, row_ids in fed]
         for row in history.rows:
             if is_first:
                 row.prompt = sum(row.is_token)
             elif seq > 1:
                 row.prompt = None
-        tokens = torch.tensor(
-            draw(
-                st.lists(
-                    st.lists(st.integers(5, 300), min_size=seq, max_size=seq), min_size=len(new), max_size=len(new)
-                )
-            )
-        )
         arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": True}
         whole = torch.tensor([row.is_token for row in history.rows]).long()
         if mask != "none":
@@ -115,6 +114,11 @@ class Watched:
             history.prompt_columns = seq
         positions = self.seen[count]
         assert positions.index.tolist() == expected
+        if self.needs_row_ids:
+            assert positions.row_ids is not None
+            assert positions.row_ids.tolist() == [row.ids for row in history.rows]
+        else:
+            assert positions.row_ids is None
         lengths = None if positions.prompt_length is None else positions.prompt_length.tolist()
         prompts = [row.prompt for row in history.rows]
         assert lengths == (None if None in prompts else prompts) or (was_unknown and lengths is None)
@@ -151,7 +155,7 @@ def changed(history: History, kind: str, draw: Any) -> None:
         removed = draw(st.integers(1, columns - 1))
         history.cache.crop(-removed)
         for row in rows:
-            del row.is_token[-removed:]
+            del row.is_token[-removed:], row.ids[-removed:]
             row.prompt = row.prompt if columns - removed >= history.prompt_columns else None
     elif kind == "reorder":
         order = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))
@@ -170,7 +174,7 @@ def lived_through(
     model: Any, draw: Any, changes: list[str], *, longest: int, masks: list[str], ids: bool = True, padding: bool = True
 ) -> None:
     """Follow a few caches through passes and changes."""
-    watched = Watched(model)
+    watched = Watched(model, draw(st.booleans()))
     with VECTOR.apply(model, tokens=watched):
         histories = [begun(watched, draw, ids=ids, padding=padding)]
         for _ in range(draw(st.integers(1, 6))):
@@ -181,7 +185,7 @@ def lived_through(
             elif kind == "continue":
                 seq = draw(st.integers(1, longest))
                 mask = draw(st.sampled_from(masks))
-                if history.is_unknown and "whole" not in masks:  # a recurrent model's copy
+                if history.is_unknown and ("whole" not in masks or watched.needs_row_ids):  # a changed copy
                     assume(False)
                 watched.run(history, [[True] * seq for _ in history.rows], mask, "none", draw)
             else:

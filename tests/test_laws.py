@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steering_vectors import (
     SteeringVector,
     TokenPositions,
+    after,
     at,
     extract_activations,
     from_index,
@@ -61,7 +62,10 @@ def operator_by_hand(name: str, direction: Tensor) -> Callable[[Tensor], Tensor]
     return lambda h: families.OPERATORS[name].by_hand(h, direction)
 
 
-def of(selection: families.Selection) -> tuple[Callable[[dict[str, Tensor]], Any], Callable[[int, int], bool]]:
+Weight: TypeAlias = Callable[[int, int, list[int]], float]
+
+
+def of(selection: families.Selection) -> tuple[Callable[[dict[str, Tensor]], Any], Weight]:
     return selection.tokens, selection.selects
 
 
@@ -89,8 +93,10 @@ class TestReadWhereYouWrite:
         assert torch.equal(steered[0][0], plain[0][0])
         for n in range(len(prompt)):
             before, after = plain[1][0][0, n], steered[1][0][0, n]
-            if is_selected(n, len(prompt)):
-                torch.testing.assert_close(after, change(before), atol=1e-5, rtol=1e-5)
+            weight = is_selected(n, len(prompt), prompt)
+            if weight:
+                expected = before + weight * (change(before) - before)
+                torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
             else:
                 assert torch.equal(after, before)
 
@@ -138,7 +144,7 @@ class TestTheCacheDoesNotMatter:
     def check(
         architecture: str,
         select: Callable[[dict[str, Tensor]], Any],
-        is_selected: Callable[[int, int], bool],
+        is_selected: Weight,
         operator: str,
         cached: tuple[bool, ...],
     ) -> None:
@@ -164,13 +170,15 @@ def by_hand_loop(
     model: Any,
     prompt: list[int],
     by_hand: dict[int, Callable[[Tensor], Tensor]],
-    is_selected: Callable[[int, int], bool],
+    is_selected: Weight,
 ) -> tuple[list[int], Tensor]:
     def steer(layer: int, _module: nn.Module, _args: Any, output: Any) -> Any:
         activation = (output if isinstance(output, Tensor) else output[0]).clone()
         for n in range(activation.shape[1]):
-            if is_selected(n, len(prompt)):
-                activation[0, n] = by_hand[layer](activation[0, n])
+            weight = is_selected(n, len(prompt), ids)
+            if weight:
+                before = activation[0, n].clone()
+                activation[0, n] += weight * (by_hand[layer](before) - before)
         return activation if isinstance(output, Tensor) else type(output)([activation, *output[1:]])
 
     blocks = tiny.blocks(model)
@@ -212,6 +220,48 @@ class TestEveryWayOfGenerating:
         assert torch.equal(steered, by_hand)
         assert not torch.equal(steered, model.generate(**kwargs))
 
+    @pytest.mark.parametrize("architecture", tiny.WITH_BEAMS)
+    def test_beams_are_steered_each_by_what_it_has_said(self, architecture: str) -> None:
+        if tiny.ON_TRANSFORMERS_4 and architecture in ("gpt2", "mamba", "mpt", "opt"):
+            pytest.skip("there the cache is a tuple that generate makes anew, or its rows don't follow the beams")
+        model, vector, inputs = tiny.shared(architecture), random_vector([1], scale=2.0), padded(PROMPTS[:2])
+        kwargs: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
+        answers = model.generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
+        early = answers[:, :3]
+        # One that about half of the answers hold, and no padding.
+        said = min(early.unique().tolist(), key=lambda t: (t == 0, abs(int((early == t).any(dim=1).sum()) - 3)))
+        given: list[Tensor] = []
+
+        def steer(_module: nn.Module, _args: Any, output: Any) -> Any:
+            activation = (output if isinstance(output, Tensor) else output[0]).clone()
+            activation[(given[-1] == said).cumsum(dim=1) > 0] += vector.layer_activations[1]
+            return activation if isinstance(output, Tensor) else type(output)([activation, *output[1:]])
+
+        handles = [
+            model.register_forward_pre_hook(lambda m, a, k: given.append(k["input_ids"]), with_kwargs=True),
+            tiny.blocks(model)[1].register_forward_hook(steer),
+        ]
+        by_hand = model.generate(**inputs, **kwargs, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for use_cache in (True, False):
+            with vector.apply(model, tokens=after(said)):
+                assert torch.equal(model.generate(**inputs, **kwargs, use_cache=use_cache), by_hand)
+        assert not torch.equal(by_hand, model.generate(**inputs, **kwargs))
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_a_rejected_draft_was_not_said(self, architecture: str) -> None:
+        if tiny.ON_TRANSFORMERS_4 and architecture == "gpt2":
+            pytest.skip("there the cache is a tuple that generate makes anew")
+        model, vector = tiny.shared(architecture), random_vector([1], scale=2.0)
+        inputs = {"input_ids": torch.tensor([PROMPTS[0] * 2]), "attention_mask": torch.ones(1, 10).long()}
+        kwargs: dict[str, Any] = {**inputs, "max_new_tokens": 12, "do_sample": False, "eos_token_id": 1}
+        drafted = PROMPTS[0][0]  # it follows the prompt's last token where that stood before
+        for token in (drafted, *model.generate(**kwargs)[0, 10:14].tolist()):
+            with vector.apply(model, tokens=at(0) | after([15, token])):
+                expected = model.generate(**kwargs)
+                assert torch.equal(model.generate(**kwargs, prompt_lookup_num_tokens=3), expected)
+
     @pytest.mark.skipif(not WITH_CHUNKS, reason="generate has no prefill_chunk_size in transformers 4.46")
     @pytest.mark.parametrize("chunk", [2, 3, 7])
     @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "qwen3"])
@@ -222,7 +272,7 @@ class TestEveryWayOfGenerating:
                 pytest.skip("there GPT-2 isn't prefilled in chunks")
             inputs = padded(PROMPTS[1:2])
             config["compile_config"] = transformers.CompileConfig(backend="eager", fullgraph=False)
-        for tokens in (generated(inputs), prompted(inputs), from_index(3), [1, 4, 8]):
+        for tokens in (generated(inputs), prompted(inputs), from_index(3), [1, 4, 8], after([14, 15]) | after(23)):
             with random_vector([1], scale=2.0).apply(model, tokens=tokens):
                 expected, expected_logits = generate(model, inputs)
                 answers, logits = generate(model, inputs, prefill_chunk_size=chunk, **config)
@@ -239,11 +289,15 @@ class TestEveryWayOfGenerating:
             generate(model, inputs, prefill_chunk_size=3)
 
     @pytest.mark.skipif(not tiny.ON_TRANSFORMERS_4, reason="transformers 5 loads contrastive search from the hub")
-    @pytest.mark.parametrize("selection", ["all", "generated(inputs)", "from_index(1)", "from_index(per row)"])
+    @pytest.mark.parametrize(
+        "selection",
+        ["all", "generated(inputs)", "from_index(1)", "from_index(per row)", "after"],
+    )
     def test_contrastive_search_steers_prompts_together_as_alone(self, selection: str) -> None:
         model, vector = tiny.shared("llama"), random_vector([1], scale=2.0)
         options = {"penalty_alpha": 0.6, "top_k": 3}
-        select, _ = of(SELECTIONS[selection])
+        said = families.Selection(lambda inputs: after([12, 13]) | after(22) | after(31), lambda index, n, ids: True)
+        select, _ = of({**SELECTIONS, "after": said}[selection])
         together = padded(PROMPTS)
         with vector.apply(model, tokens=select(together)):
             answers, _ = generate(model, together, **options)
@@ -277,6 +331,8 @@ class TestALoopThatIsWrittenByHand:
         ("slice", slice(2, 7, 2), lambda index: index in (2, 4, 6)),
         ("callable", lambda positions: positions.index % 3 == 1, lambda index: index % 3 == 1),
         ("generated", generated([4]), lambda index: index >= 3),
+        ("after", after([22, 23]) & ~after(26), lambda index: 2 <= index < 5),
+        ("after until", after(22, until=[25, 26]), lambda index: 1 <= index < 5),
     )
 
     @pytest.mark.parametrize("cuts", [[8], [4, 1, 1, 1, 1], [1] * 8, [3, 3, 2]], ids=str)
@@ -405,7 +461,7 @@ class TestPaddingAndPartitionDoNotMatter:
         if architecture in tiny.IGNORE_PADDING:
             pytest.skip("the model itself takes padding for tokens")
         model, vector = tiny.shared(architecture), random_vector([1])
-        for tokens in (from_index(2), at([0, 3]), [1, 4], slice(1, None, 2)):
+        for tokens in (from_index(2), at([0, 3]), [1, 4], slice(1, None, 2), after([12, 13]) | after(22, until=26)):
             rows: dict[str, list[Tensor]] = {}
             for side in ("left", "right"):
                 inputs = padded(PROMPTS, side)
@@ -580,7 +636,10 @@ class TestTheRealModel:
 
     LAYER = 16
 
-    @pytest.mark.parametrize("selection", ["all", "generated(inputs)", "prompted(inputs)", "from_index(1)"])
+    @pytest.mark.parametrize(
+        "selection",
+        ["all", "generated(inputs)", "generated(inputs, strength=…)", "prompted(inputs)", "from_index(1)"],
+    )
     def test_cached_padded_generation_is_a_loop_without_cache_steered_by_hand(
         self, smollm2: tuple[Any, Any], selection: str
     ) -> None:
@@ -594,13 +653,12 @@ class TestTheRealModel:
         for row, text in enumerate(texts):
             ids = tokenizer(text)["input_ids"]
             length = len(ids)
-
-            def add(_m: nn.Module, _a: Any, output: Any, length: int = length) -> Any:
-                state = output if isinstance(output, Tensor) else output[0]
-                mask = torch.tensor([is_selected(n, length) for n in range(state.shape[1])])
-                return state + mask[:, None] * direction
-
             for step in range(STEPS):
+                weights = torch.tensor([float(is_selected(n, length, ids)) for n in range(len(ids))])[:, None]
+
+                def add(_m: nn.Module, _a: Any, output: Any, weights: Tensor = weights) -> Any:
+                    return (output if isinstance(output, Tensor) else output[0]) + weights * direction
+
                 handle = model.model.layers[self.LAYER].register_forward_hook(add)
                 with torch.no_grad():
                     expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -753,11 +811,11 @@ class TestOperatorsThatAskOrNeedNoDirection:
             model(**inputs)
         with way.enter(model, tokens=from_index(2)), record_activations(model, layers=0) as steered, torch.no_grad():
             model(**inputs)
-        for n, (before, after) in enumerate(zip(plain[0][0][0], steered[0][0][0], strict=True)):
+        for n, (was, became) in enumerate(zip(plain[0][0][0], steered[0][0][0], strict=True)):
             if n < 2:
-                assert torch.equal(after, before)
+                assert torch.equal(became, was)
             else:
-                torch.testing.assert_close(after, before + way.change(before, 0, n), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(became, was + way.change(was, 0, n), atol=1e-5, rtol=1e-5)
 
     @each_way
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

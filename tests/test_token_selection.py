@@ -19,6 +19,7 @@ from steering_vectors import (
     Selector,
     SteeringVector,
     TokenPositions,
+    after,
     at,
     completion,
     extract_activations,
@@ -394,12 +395,18 @@ class TestLeftOver:
         generated(PROMPTS)(tokens.positions(begins_sequence=True))
 
     @pytest.mark.parametrize(
-        "selection", [from_index(1), from_index([1, 2]), at([0]), [1, -1], slice(1, -1), torch.tensor([1, 0])], ids=repr
+        "selection",
+        [
+            *(from_index(1), from_index([1, 2]), at([0]), [1, -1], slice(1, -1), torch.tensor([1, 0])),
+            *(after([22, 23], until=24), ~at(0) & from_index([1, 2]) | [1]),
+            generated(3, strength=lambda step: 0.5**step),
+        ],
+        ids=repr,
     )
     def test_no_other_selection_reads_the_device(self, selection: Any) -> None:
         selector = as_selector(selection)
         with DeviceReads() as reads:
-            selector(at_work(PROMPTS["input_ids"]))
+            selector(at_work(PROMPTS["input_ids"], row_ids=PROMPTS["input_ids"]))
         assert reads.count == 0
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from drawings.models import tiny_llama
 from drawings.themes import MONOSPACED, Theme, canvas
-from steering_vectors import SteeringVector, at, completion, from_index, generated, prompted, record_activations
+from steering_vectors import SteeringVector, after, at, completion, from_index, generated, prompted, record_activations
 
 NEW_TOKENS = 4
-# Two prompts, of three and of five tokens, padded on the left.
+# Two prompts, of three and of five tokens, padded on the left. Both have the token 13.
 INPUTS = {
-    "input_ids": torch.tensor([[0, 0, 11, 12, 13], [21, 22, 23, 24, 25]]),
+    "input_ids": torch.tensor([[0, 0, 11, 13, 12], [21, 22, 13, 24, 25]]),
     "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
 }
 SELECTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
@@ -27,6 +27,9 @@ SELECTIONS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "completion()": lambda inputs: completion(),
     "from_index(1)": lambda inputs: from_index(1),
     "at([0, 3])": lambda inputs: at([0, 3]),
+    "after(13)": lambda inputs: after(13),
+    "after(13, until=12)": lambda inputs: after(13, until=12),
+    "after(13) & ~completion()": lambda inputs: after(13) & ~completion(),
     "slice(1, 4)": lambda inputs: slice(1, 4),
     "slice(-2, None)": lambda inputs: slice(-2, None),
     "slice(1, -1)": lambda inputs: slice(1, -1),

@@ -137,12 +137,14 @@ class Reading:
                 f"tokens={self._selector!r} needs to know where the prompt ends and the completion begins, which only "
                 f"a chat shows: give chat messages instead of a text, or select tokens by their index"
             )
+        ids = torch.tensor(encoded.input_ids, device="cpu")[None]
         positions = TokenPositions(
             index=places[None],
             column=places,
-            input_ids=torch.tensor(encoded.input_ids, device="cpu")[None],
+            input_ids=ids,
             prompt_length=None if start is None else torch.tensor([start], device="cpu"),
             begins_sequence=True,
+            row_ids=ids,
         )
         weights = selected(self._selector, positions)[0].detach().cpu().double()  # (length,)
         if not bool((weights >= 0).all()):

@@ -13,6 +13,7 @@ from torch.nn import functional
 from steering_vectors._passes.arguments import CACHE_NAMES, PassArguments
 from steering_vectors._passes.contents import Contents, contents_of
 from steering_vectors._passes.positions import Past, first_position, locate
+from steering_vectors._passes.row_ids import first_columns, row_ids
 from steering_vectors._tokens import TokenPositions
 
 
@@ -33,8 +34,9 @@ class CacheMemory:
     were reordered, repeated or selected since, and copies of a cache; both are recognized by their contents.
     """
 
-    def __init__(self, *, need_prompt_length: bool) -> None:
+    def __init__(self, *, need_prompt_length: bool, need_row_ids: bool) -> None:
         self._need_prompt_length = need_prompt_length
+        self._need_row_ids = need_row_ids
         self._notes: dict[int, _Note] = {}
 
     def positions(self, call: PassArguments) -> TokenPositions:
@@ -57,6 +59,7 @@ class CacheMemory:
             beside_encoder=call.beside_encoder,
             beside_another=past.is_empty and not call.is_given_cache and self._has_begun_another(),
             is_whole=call.cache is None and call.use_cache is False,
+            row_ids=row_ids(call, past, located.index) if self._need_row_ids else None,
         )
 
     def knows(self, cache: Any) -> bool:
@@ -76,7 +79,7 @@ class CacheMemory:
             is_token = _tokens_of_cache(call, past, positions.index, columns)
             past = replace(past, columns=columns, is_token=is_token)
         note = self._note_of(call.cache)
-        past = replace(past, prompt_length=positions.prompt_length)
+        past = replace(past, prompt_length=positions.prompt_length, row_ids=positions.row_ids)
         self._note(cache, past, contents_of(cache), 1 if note is None else note.passes + 1)
 
     def _past(self, call: PassArguments) -> Past:
@@ -89,7 +92,8 @@ class CacheMemory:
         if isinstance(call.cached, int):
             past = _cut(past, call.cached)
         elif call.cached is not None:
-            past = replace(past, columns=self._static_columns(call, call.cached), is_token=None)
+            columns = self._static_columns(call, call.cached)
+            past = replace(past, columns=columns, is_token=None, row_ids=first_columns(past.row_ids, columns))
         if isinstance(past.columns, int) and past.columns == 0:
             return Past()
         return past if note is None else _with_rows_of(call, past, note.contents)
@@ -103,9 +107,12 @@ class CacheMemory:
         return next((note for note in notes if note.contents is not None and now.is_copy_of(note.contents)), None)
 
     def _static_columns(self, call: PassArguments, cached: Tensor) -> int | Tensor:
-        """Return the columns of a static cache; to find a prompt's length, the host reads them once for each prompt."""
+        """Return the columns of a static cache.
+
+        To find a prompt's length, the host reads them once for each prompt; to find the rows' ids, in each pass.
+        """
         assert call.shape is not None
-        if not self._need_prompt_length or call.shape[1] == 1:
+        if not self._need_row_ids and (not self._need_prompt_length or call.shape[1] == 1):
             return cached
         # A static cache of transformers 4 miscounts with padding, but generate passes the columns there.
         return int(cached if call.columns is None else call.columns[0])
@@ -187,7 +194,8 @@ def _cut(past: Past, columns: int) -> Past:
         is_token = functional.pad(is_token[:, :columns], (0, max(0, columns - past.columns)), value=True)
     # Without some of the first pass, it is unknown which of the next tokens belong to the prompt.
     prompt_length = past.prompt_length if columns >= past.prompt_columns else None
-    return replace(past, columns=columns, is_token=is_token, prompt_length=prompt_length)
+    ids = first_columns(past.row_ids, columns)
+    return replace(past, columns=columns, is_token=is_token, prompt_length=prompt_length, row_ids=ids)
 
 
 def _with_rows_of(call: PassArguments, past: Past, before: Contents | None) -> Past:
@@ -204,7 +212,7 @@ def _with_rows_of(call: PassArguments, past: Past, before: Contents | None) -> P
         return past
     if call.mask is not None and call.mask.shape[1] > seq:  # it shows the cached tokens again
         past = replace(past, is_token=None, first_position=None)
-        rows = {name: value for name, value in rows.items() if name == "prompt_length"}
+        rows = {name: value for name, value in rows.items() if name in ("prompt_length", "row_ids")}
     if all(_are_equal_on_cpu(value) for value in rows.values()):
         return replace(past, **{name: value[:1].expand(batch, *value.shape[1:]) for name, value in rows.items()})
     if before is None or now is None or len(now.tensor) != batch:
@@ -215,7 +223,7 @@ def _with_rows_of(call: PassArguments, past: Past, before: Contents | None) -> P
     return replace(past, **{name: value[numbers.to(value.device)] for name, value in rows.items()})
 
 
-_BY_ROW = ("is_token", "first_position", "prompt_length")
+_BY_ROW = ("is_token", "first_position", "prompt_length", "row_ids")
 
 
 def _are_equal_on_cpu(rows: Tensor) -> bool:

@@ -23,7 +23,8 @@ class Past:
     ``is_token (batch, columns)``: False on padding; None if there is none.
     ``first_position (batch,)``: the position id of each row's first token. ``prompt_length (batch,)``: the number of
     tokens in the first pass over the cache, None if unknown; ``prompt_columns``: the columns of that pass.
-    ``several_texts``: True if rows hold several texts each.
+    ``several_texts``: True if rows hold several texts each. ``row_ids (batch, columns)``: the token ids, -1 on padding;
+    None if they are unknown or nobody asks for them.
     """
 
     columns: int | Tensor = 0
@@ -32,6 +33,7 @@ class Past:
     prompt_length: Tensor | None = None
     prompt_columns: int = 0
     several_texts: bool = False
+    row_ids: Tensor | None = None
 
     @property
     def is_empty(self) -> bool:

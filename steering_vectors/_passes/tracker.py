@@ -34,12 +34,17 @@ class PassTracker:
 
     ``modules`` are those that take a whole pass, outermost first. A pass belongs to the thread that runs it, and passes
     may run inside each other. A part that gradient checkpointing reruns belongs to the pass that ran it first. Passes
-    of compiled code are recorded only from ``Need.THREAD`` on. ``when_completed`` is called at the end of each recorded
-    pass. ``begun`` and ``completed`` count them.
+    of compiled code are recorded only from ``Need.THREAD`` on. With ``need_row_ids``, positions hold the rows' token
+    ids. ``when_completed`` is called at the end of each recorded pass. ``begun`` and ``completed`` count them.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], need: Need, when_completed: Callable[[ForwardPass], None] | None = None
+        self,
+        modules: Sequence[nn.Module],
+        need: Need,
+        when_completed: Callable[[ForwardPass], None] | None = None,
+        *,
+        need_row_ids: bool = False,
     ) -> None:
         self.begun = self.completed = 0
         self.is_on = False
@@ -48,7 +53,11 @@ class PassTracker:
         self.is_traceable = need < Need.THREAD
         self._need = need
         self._when_completed = when_completed
-        self._memory = CacheMemory(need_prompt_length=need >= Need.PROMPT_LENGTH) if need >= Need.POSITIONS else None
+        self._memory = (
+            CacheMemory(need_prompt_length=need >= Need.PROMPT_LENGTH, need_row_ids=need_row_ids)
+            if need >= Need.POSITIONS
+            else None
+        )
         self._modules = [weakref.ref(module) for module in modules]
         self._stacks: dict[Thread, list[ForwardPass]] = {}  # each thread's passes, outermost first
         self._thread = threading.local()  # this thread's, which are looked up for each layer

@@ -20,7 +20,7 @@ from steering_vectors._steering.attaching import AttachedChange
 from steering_vectors._steering.change import Change
 from steering_vectors._steering.plan import Steering
 from steering_vectors._steering.selection import Selection
-from steering_vectors._tokens import may_need_prompt_length
+from steering_vectors._tokens import may_need_prompt_length, needs_row_ids
 
 
 class SteeringPatchHandle:
@@ -52,7 +52,12 @@ class SteeringPatchHandle:
         self._missed: Counter[int] = Counter()  # passes in which a layer did not run, by layer
         self._text_config = steering.anatomy.text_config
         self._has_dropped_layers = False
-        self._tracker = PassTracker(steering.anatomy.pass_modules, _need_of(steering), self._note_layers_run)
+        self._tracker = PassTracker(
+            steering.anatomy.pass_modules,
+            _need_of(steering),
+            self._note_layers_run,
+            need_row_ids=any(map(needs_row_ids, steering.locating)),
+        )
         self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
         placed = list(self._placed(steering))
         self._changes = [change for change, _, _ in placed]

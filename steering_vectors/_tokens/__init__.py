@@ -1,8 +1,9 @@
 """Select tokens: where a pass's tokens stand, and which of them a list, a slice, a mask or a function means.
 
-Prompts are found in the rows of a pass.
+Selectors combine into others. Prompts and sequences of token ids are found in the rows of a pass.
 """
 
+from steering_vectors._tokens.combined import CombinableSelector, lifted
 from steering_vectors._tokens.indices import (
     TokenSelection,
     as_selector,
@@ -15,11 +16,14 @@ from steering_vectors._tokens.positions import (
     TokenPositions,
     goes_by_row_or_end,
     may_need_prompt_length,
+    needs_row_ids,
     selected,
 )
 from steering_vectors._tokens.prompts import Prompt, prompt_length, prompt_of
+from steering_vectors._tokens.sequences import is_open, token_ids
 
 __all__ = [
+    "CombinableSelector",
     "Prompt",
     "Selector",
     "TokenPositions",
@@ -28,9 +32,13 @@ __all__ = [
     "goes_by_row_or_end",
     "integer",
     "is_one_of",
+    "is_open",
+    "lifted",
     "may_need_prompt_length",
+    "needs_row_ids",
     "per_row",
     "prompt_length",
     "prompt_of",
     "selected",
+    "token_ids",
 ]

@@ -33,6 +33,9 @@ class TokenPositions:
             cache is in use.
         is_whole: True if no cache is kept, so that the pass holds its rows from the first token to
             the last so far.
+        row_ids: ``(batch, past + seq)``, int64: the token ids of each row so far, cached ones too,
+            with -1 on padding. The last ``seq`` columns are the pass's. None unless the selector
+            says that it needs them.
 
     >>> positions = TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3))
     >>> from_index(1)(positions)
@@ -48,6 +51,7 @@ class TokenPositions:
     beside_encoder: bool = False
     beside_another: bool = False
     is_whole: bool = False
+    row_ids: Tensor | None = None
 
 
 class Selector(Protocol):
@@ -59,6 +63,7 @@ class Selector(Protocol):
 
     A selector may have the attributes below. Without them, the safe case is assumed: training
     inside such a steering runs each prompt alone, and the selector may read the prompt's length.
+    Only the rows' token ids must be asked for.
 
     Attributes:
         rows: The number of batch rows that it distinguishes, or 1 if it applies the same rule to
@@ -68,6 +73,9 @@ class Selector(Protocol):
             Training inside such a steering is refused if it does.
         needs_prompt_length: False if it never reads ``positions.prompt_length``, which is then
             None.
+        needs_row_ids: True if it reads ``positions.row_ids``, which is else None. The pass raises
+            ValueError where the ids can't be known: if the model gets embeddings, or a cache that
+            was filled before the steering was attached.
 
     >>> class EveryNth:
     ...     rows, counts_from_end, needs_prompt_length = 1, False, False
@@ -98,7 +106,13 @@ def goes_by_row_or_end(selector: object) -> bool | None:
 
 def may_need_prompt_length(selector: object) -> bool:
     """Return False only if the attributes of a selector or operator rule out that it reads the prompt's length."""
-    return bool(getattr(selector, "needs_prompt_length", True))
+    needs = getattr(selector, "needs_prompt_length", None)
+    return needs is None or bool(needs)
+
+
+def needs_row_ids(selector: object) -> bool:
+    """Return True for a selector, or an operator that asks for positions, that asks for the rows' token ids."""
+    return bool(getattr(selector, "needs_row_ids", False))
 
 
 def selected(selector: Selector, positions: TokenPositions) -> Tensor:
