@@ -81,7 +81,7 @@ def write_types_as_in_source(
         written = written.replace(parameters=list(written.parameters.values())[1:])
     shown = stringify_signature(written, show_return_annotation=False)
     returned = None if what == "class" else _with_paths(stringify_annotation(written.return_annotation))
-    return _with_paths(shown), returned
+    return _with_paths(shown.replace("<factory>", "{}")), returned  # a dataclass's default that is made anew
 
 
 def _with_paths(types: str) -> str:

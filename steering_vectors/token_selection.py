@@ -1,8 +1,10 @@
 """Token selection: the positions of a forward pass's tokens, and selectors over them.
 
-A selector is any callable from :class:`TokenPositions` to a tensor ``(batch, seq)``: a bool mask, or weights.
-:class:`Selector` lists the attributes that it may have.
-Selectors combine by ``&``, ``|``, ``~`` and multiplication by a number, as :class:`CombinableSelector` says.
+A selector is any callable from :class:`~steering_vectors.TokenPositions` to a tensor ``(batch, seq)``: a bool mask, or
+weights.
+:class:`~steering_vectors.Selector` lists the attributes that it may have.
+Selectors combine by ``&``, ``|``, ``~`` and multiplication by a number, as
+:class:`~steering_vectors.CombinableSelector` says.
 """
 
 from __future__ import annotations

@@ -46,6 +46,9 @@ class _Checkpoints(Wrapper):
         if torch.compiler.is_dynamo_compiling() and all(tracker.is_traceable for tracker in self.trackers):
             return self.function(part, *args, **kwargs)
         passes = [(tracker, tracker.current) for tracker in self.trackers]
+        for _, current in passes:
+            if current is not None:
+                current.will_rerun = True
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:

@@ -2,7 +2,8 @@
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,42 @@ from steering_vectors._tokens import TokenPositions
 _NUMBERS = itertools.count()
 
 
+class CallArguments(Mapping[str, Any]):
+    """The arguments of a model's call by name, for as long as the call lasts: nothing is kept alive after it."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments: Mapping[str, Any] | None = dict(arguments)
+
+    def clear(self) -> None:
+        """Drop the arguments."""
+        self._arguments = None
+
+    def _known(self) -> Mapping[str, Any]:
+        if self._arguments is None:
+            raise RuntimeError("the pass of the model is over, and its arguments are kept no longer: read them in it")
+        return self._arguments
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._known():
+            raise KeyError(f"the model was called without {name}, with {', '.join(self._known())}")
+        return self._known()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known())
+
+    def __len__(self) -> int:
+        return len(self._known())
+
+    def __repr__(self) -> str:
+        return f"CallArguments({', '.join(self._arguments or ())})"
+
+
 class ForwardPass:
     """A forward pass; its :attr:`positions` are computed on first access.
 
     ``layers_run`` are the steered layers that have run in it. ``thread`` is the mark of the thread that began it: a
-    backward pass may rerun parts of it in another one, and ``reruns`` counts the parts that are rerun now.
+    backward pass may rerun parts of it in another one, and ``reruns`` counts the parts that are rerun now. The model's
+    arguments are dropped at its end unless ``will_rerun`` is set.
     """
 
     def __init__(self, begun_by: nn.Module, memory: CacheMemory | None) -> None:
@@ -30,18 +62,22 @@ class ForwardPass:
         self.thread = this_thread()
         self.ended = False
         self.reruns = 0
+        self.will_rerun = False
         self.depth = -1
         self.layers_run: set[int] = set()
         self.weights: dict[torch.device, Tensor | bool] = {}  # the selection in this pass, once computed
         self._calls: list[PassArguments] = []
         self._memory = memory
         self._given: Mapping[str, Any] | None = None
+        self._model_call: CallArguments | None = None
         self._merged: PassArguments | None = None
         self._positions: dict[torch.device | None, TokenPositions] = {}
 
     def enter(self, depth: int, arguments: Mapping[str, Any] | None, parameters: Sequence[str]) -> None:
         """Record the call of a module that is ``depth`` steps inside the outermost one."""
         self.depth = depth
+        if arguments is not None and self._model_call is None and self._memory is not None:
+            self._model_call = CallArguments(arguments)
         if arguments is not None and (self._given is None or not describe_same_tokens(arguments, self._given)):
             self._given = arguments
             self._calls.append(pass_arguments(arguments, parameters))
@@ -64,8 +100,10 @@ class ForwardPass:
             )
 
     def leave(self) -> None:
-        """End the pass and drop its arguments; parts that gradient checkpointing reruns don't need them."""
+        """End the pass and drop its arguments. Parts that gradient checkpointing reruns may need the model's."""
         self._given = None
+        if self._model_call is not None and not self.will_rerun:
+            self._model_call.clear()
         self.ended = True
 
     @property
@@ -80,7 +118,8 @@ class ForwardPass:
         """The positions of the pass's tokens. Raises ValueError if they can't be determined."""
         assert self._memory is not None
         if None not in self._positions:
-            self._positions[None] = self._memory.positions(self._arguments())
+            assert self._model_call is not None
+            self._positions[None] = replace(self._memory.positions(self._arguments()), arguments=self._model_call)
         return self._positions[None]
 
     def positions_on(self, device: torch.device) -> TokenPositions:

@@ -59,6 +59,7 @@ class PassTracker:
             else None
         )
         self._modules = [weakref.ref(module) for module in modules]
+        self._names = _positional_names(modules)
         self._stacks: dict[Thread, list[ForwardPass]] = {}  # each thread's passes, outermost first
         self._thread = threading.local()  # this thread's, which are looked up for each layer
         self._hooks: list[Attachment] = [
@@ -183,7 +184,7 @@ class PassTracker:
 
     def _hooks_on(self, depth: int, module: nn.Module) -> list[Hook]:
         """Return the hooks on a module that takes a whole pass, ``depth`` steps inside the outermost one."""
-        names = _positional_names(module)
+        names = self._names[depth]
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not torch.compiler.is_dynamo_compiling():
@@ -243,6 +244,16 @@ def _still_running(stack: Sequence[ForwardPass], calls: Sequence[nn.Module]) -> 
     return [one for one in stack if one.reruns or any(call is one.begun_by() for call in remaining)]
 
 
-def _positional_names(module: nn.Module) -> list[str]:
+def _positional_names(modules: Sequence[nn.Module]) -> list[list[str]]:
+    """Return the names of the positional arguments of modules that are inside each other, outermost first.
+
+    A wrapper such as DistributedDataParallel passes on what it gets, by position too.
+    """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, kind in parameters_of(module).items() if kind in kinds]
+    names: list[list[str]] = []
+    for module in reversed(modules):
+        parameters = parameters_of(module)
+        own = [name for name, kind in parameters.items() if kind in kinds]
+        passes_on = inspect.Parameter.VAR_POSITIONAL in parameters.values() and names
+        names.append([*own, *names[-1][len(own) :]] if passes_on else own)
+    return names[::-1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from steering_vectors._arguments import call_hint
 class TokenPositions:
     """Positions of the tokens of one forward pass.
 
-    All tensors are on one device. A selector must not change them.
+    All tensors but those of the call's arguments are on one device. A selector must not change any.
 
     Args:
         index: ``(batch, seq)``, int64: each token's place among its row's own tokens, from 0.
@@ -36,6 +37,8 @@ class TokenPositions:
         row_ids: ``(batch, past + seq)``, int64: the token ids of each row so far, cached ones too,
             with -1 on padding. The last ``seq`` columns are the pass's. None unless the selector
             says that it needs them.
+        arguments: The arguments with which the model was called, by name, for as long as the pass
+            lasts. Empty where no model is called, as in the choice of tokens to read in training.
 
     >>> positions = TokenPositions(index=torch.tensor([[-1, 0, 1]]), column=torch.arange(3))
     >>> from_index(1)(positions)
@@ -52,6 +55,7 @@ class TokenPositions:
     beside_another: bool = False
     is_whole: bool = False
     row_ids: Tensor | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 class Selector(Protocol):
