@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from steering_vectors import SteeringVector, clamp_operator, generated, train_steering_vector
+from steering_vectors import SteeringVector, at, clamp_operator, from_index, generated, train_steering_vector
 from tests import tiny
 
 torch.set_num_threads(1)  # two processes of tests share two cores
@@ -39,6 +39,8 @@ def example_names(request: pytest.FixtureRequest) -> None:
             train_steering_vector=train_steering_vector,
             vector=SteeringVector({1: torch.ones(tiny.HIDDEN)}),
             inputs=inputs,
+            at=at,
+            from_index=from_index,
             generated=generated,
             clamp_operator=clamp_operator,
             torch=torch,

@@ -146,7 +146,7 @@ def _switches(rows: Sequence[bool] | Tensor | None) -> Any:
     try:
         numbers = torch.as_tensor(rows, device="cpu").double()
     except (TypeError, ValueError, RuntimeError):
-        numbers = torch.empty(0, 0)
+        numbers = torch.empty(0, 0, device="cpu")
     if numbers.ndim != 1 or not bool(((numbers == 0) | (numbers == 1)).all()):
         raise TypeError(f"rows must be a list of True and False, one for each row of a batch, got {rows!r}")
     return as_multiplier(numbers)

@@ -138,7 +138,6 @@ def test_bounds_that_are_none_are_refused(bounds: Any, error: type[Exception], m
         ({"quantiles": [-0.5]}, ValueError, "quantiles must be from 0 to 1, got -0.5$"),
         ({"tokens": lambda p: p.index / 2}, ValueError, "^prompt 0: tokens weights the tokens differently"),
     ],
-    ids=str,
 )
 def test_what_can_not_be_read_is_refused(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"prompts": TEXTS, "vector": vector(), "quantiles": [0.5], **changed}

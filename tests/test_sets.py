@@ -248,7 +248,6 @@ class TestMistakes:
             ),
             ({"positive": 3, "negative": ["a"]}, "the positive side of training_samples must be prompts, got int"),
         ],
-        ids=str,
     )
     def test_of_another_form(self, function: Any, samples: Any, message: str) -> None:
         watched = Watched()
