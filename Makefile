@@ -28,10 +28,11 @@ demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show 
 	@$(VENV)/bin/python -m steering_vectors $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(VENV)/.installed ## the laws and the unit tests, on the newest transformers
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not compiles"
 
 test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
 	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
+	@$(VENV)/bin/python -m pytest tests -n 2 --dist loadgroup -q -m compiles
 
 test-docs: $(VENV)/.installed ## the pages' code, outputs and pictures, and the notebook
 	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q

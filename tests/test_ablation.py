@@ -303,6 +303,7 @@ def test_gradients_flow_through_it() -> None:
     assert bool(model.model.layers[0].mlp.up_proj.weight.grad.any())
 
 
+@pytest.mark.compiles
 def test_a_compiled_model_is_ablated_in_one_graph() -> None:
     torch.compiler.reset()
     plain = tiny.shared("llama")

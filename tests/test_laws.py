@@ -1001,7 +1001,9 @@ def every_third(positions: TokenPositions) -> Tensor:
 class TestOperatorsAndSelectorsOfUsersInHalfPrecision:
     """Law 8: they are as exact as the library's own, whatever the direction's size."""
 
-    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize(
+        "compiled", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.compiles)]
+    )
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_a_reflection_is_exact_to_rounding_at_the_tokens_of_a_selector(

@@ -201,6 +201,7 @@ def test_the_handle_says_so(model: PreTrainedModel) -> None:
         assert repr(handle).endswith("tokens=all, this_thread_only=True)")
 
 
+@pytest.mark.compiles
 def test_compiled_code_serves_each_thread_as_plain_code_does() -> None:
     torch.compiler.reset()
     plain = tiny.shared("llama")

@@ -300,6 +300,7 @@ def test_without_token_ids_there_is_no_text() -> None:
         trace.show(tiny.tokenizer())
 
 
+@pytest.mark.compiles
 def test_a_compiled_model_is_traced_and_runs_as_before_afterwards() -> None:
     torch.compiler.reset()
     model: Any = torch.compile(tiny.build("llama"), backend="eager")
