@@ -12,10 +12,13 @@ from steering_vectors import demo
 from steering_vectors._pair_files import read_pairs
 from tests import tiny
 
+NAMES = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids by default
+
 
 @pytest.fixture
 def on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+    tokenizer.model_input_names = NAMES
     monkeypatch.setattr(demo, "load", lambda name: (model, tokenizer))
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
@@ -101,6 +104,7 @@ def test_a_file_of_chats_that_end_with_the_user_is_read_where_the_answer_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = tiny.shared("llama"), tiny.tokenizer(chat_template=tiny.QWEN_3)
+    tokenizer.model_input_names = NAMES
     monkeypatch.setattr(demo, "load", lambda name: (model, tokenizer))
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
     chats = [[{"role": "user", "content": text}] for text in ("red", "blue")]

@@ -82,10 +82,12 @@ class TestTheCard:
         monkeypatch.chdir(tmp_path)  # there "me/joy" is the folder
         model: Any = tiny.build("llama")
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
-        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tiny.tokenizer())
+        tokenizer = tiny.tokenizer()
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids by default
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
         names: dict[str, Any] = {}
         exec(code, names)
-        inputs = tiny.tokenizer()("I think", return_tensors="pt")
+        inputs = tokenizer("I think", return_tensors="pt")
         with vector[2].apply(model, tokens=generated(inputs)):  # the snippet names one layer of several
             assert torch.equal(names["output"], model.generate(**inputs, max_new_tokens=40))
 

@@ -123,9 +123,9 @@ class Way(ABC):
     def _most_rows(self, rows: Sequence[Pack], batch_size: int) -> int:
         """Return the number of rows to a pass: those of ``batch_size`` pairs, or as many as fill a pack.
 
-        The whole model computes logits too, whose size isn't known: there it is the former.
+        A model around the decoder computes logits too, whose size isn't known: there it is the former.
         """
-        fill = 0 if self.module is self._source.anatomy.model else PACK_SIZE // len(rows[0])
+        fill = PACK_SIZE // len(rows[0]) if self.module is self._source.anatomy.decoder else 0
         return max(2 * batch_size, fill)
 
     def _in_passes(self, packs: Sequence[Pack], most: int, memory: Memory) -> Iterator[list[Pack]]:

@@ -23,9 +23,9 @@ from steering_vectors.steering_operators import (
 )
 
 # What to write instead of arguments that apply and patch don't have.
-CALL_HINTS = dict.fromkeys(("strength", "scale", "coefficient"), "the argument is multiplier=") | dict.fromkeys(
-    ("layer", "layers"), "choose layers of the vector first, as in vector[16].apply(model)"
-)
+CALL_HINTS = dict.fromkeys(
+    ("strength", "scale", "coefficient", "coeff"), "the argument is multiplier="
+) | dict.fromkeys(("layer", "layers"), "choose layers of the vector first, as in vector[16].apply(model)")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,10 +33,9 @@ class Steering:
     """A checked request to change a model's activations, not attached yet.
 
     ``directions`` are ``(hidden,)`` by layer number, or ``(k, hidden)`` to be used one after another; with None, the
-    operator gets the activation alone. ``places`` are
-    the modules to change, each with its layer's number and with ``OUTPUT`` or ``INPUT``, the side to change. A
-    ``selector`` of None means all tokens. With ``this_thread_only``, only passes in the thread that attaches it are
-    steered.
+    operator gets the activation alone. ``places`` are the modules to change, each with its layer's number and with
+    ``OUTPUT`` or ``INPUT``, the side to change. A ``selector`` of None means all tokens. With ``this_thread_only``,
+    only passes in the thread that attaches it are steered.
     """
 
     anatomy: Anatomy
