@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from math import floor
-from typing import Any, Literal, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,40 +36,6 @@ from steering_vectors.token_selection import from_index
 _WINDOW = 256
 
 
-@overload
-def read_activations(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Iterable[Prompt | Sequence[int]],
-    layers: int | Iterable[int] | None = None,
-    *,
-    layer_type: LayerType = "decoder_block",
-    layer_config: ModelLayerConfig | None = None,
-    read_token_index: ReadTokenIndex | Sequence[int] = -1,
-    tokens: TokenSelection | None = None,
-    pool: Literal[True] = True,
-    batch_size: int = 1,
-    show_progress: bool = False,
-    move_to_cpu: bool = True,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> dict[int, Tensor]: ...
-@overload
-def read_activations(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Iterable[Prompt | Sequence[int]],
-    layers: int | Iterable[int] | None = None,
-    *,
-    layer_type: LayerType = "decoder_block",
-    layer_config: ModelLayerConfig | None = None,
-    read_token_index: ReadTokenIndex | Sequence[int] = -1,
-    tokens: TokenSelection | None = None,
-    pool: Literal[False],
-    batch_size: int = 1,
-    show_progress: bool = False,
-    move_to_cpu: bool = True,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> dict[int, list[Tensor]]: ...
 @with_hints(missing="the arguments begin with model, tokenizer, prompts", layer="the argument is layers=")
 def read_activations(
     model: nn.Module,
@@ -86,7 +52,7 @@ def read_activations(
     show_progress: bool = False,
     move_to_cpu: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> dict[int, Tensor] | dict[int, list[Tensor]]:
+) -> dict[int, Any]:
     """Return the activations of prompts by layer: rows ``(n, hidden)`` in float32 or wider.
 
     Row i is prompt i's. All rows of a prompt come from one pass. Guarantees and errors are those of
