@@ -173,13 +173,13 @@ def train_steering_vector(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the model doesn't have one of the layers or isn't decoder-only, if there are
-            no samples, if they are sets and the aggregator needs pairs, or if a sample can't be
-            read. Causes are a sample that is not a pair, an empty
-            prompt, more tokens than the model has position embeddings for, a position outside the
-            prompt, a selection of no token, and chat messages without a chat template, with content
-            other than text, or with a last text that the template leaves out. With
-            ``process_group``, also if the model is sharded over the processes.
+        ValueError: If the model doesn't have one of the layers or isn't decoder-only, if there
+            are no samples, if they are sets and the aggregator needs pairs, or if a sample
+            can't be read. Causes are a sample that is not a pair, an empty prompt, more tokens
+            than the model has position embeddings for, a position outside the prompt, a
+            selection of no token, and chat messages without a chat template, with content other
+            than text, or with a last text that the template leaves out. With ``process_group``,
+            also if the model is sharded over the processes.
         RuntimeError: If another process of the group failed or was given other samples.
 
     Warns:
