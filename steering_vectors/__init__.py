@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         get_num_matching_layers,
         guess_and_enhance_layer_config,
     )
+    from steering_vectors.prompts import answer_ids, prompt_ids
     from steering_vectors.reading import projection_quantiles, read_activations, residual_norms
     from steering_vectors.record_activations import record_activations
     from steering_vectors.steering import steer
@@ -93,6 +94,7 @@ __all__ = [
     "addition_operator",
     "after",
     "aggregate_activations",
+    "answer_ids",
     "at",
     "clamp_operator",
     "completion",
@@ -107,6 +109,7 @@ __all__ = [
     "norm_preserving_operator",
     "pca_aggregator",
     "projection_quantiles",
+    "prompt_ids",
     "prompted",
     "read_activations",
     "record_activations",
@@ -143,6 +146,7 @@ _NAMES = {
         "get_num_matching_layers",
         "guess_and_enhance_layer_config",
     ),
+    "prompts": ("answer_ids", "prompt_ids"),
     "reading": (
         "projection_quantiles",
         "read_activations",
@@ -192,8 +196,8 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 # Public modules, whose attributes are reached without importing them.
 _MODULES = {
-    *("ablation", "aggregators", "hub", "interop", "layer_matching", "reading", "steering", "steering_operators"),
-    *("steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),
+    *("ablation", "aggregators", "evaluation", "hub", "interop", "layer_matching", "prompts", "reading", "steering"),
+    *("steering_operators", "steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),
 }
 
 if not TYPE_CHECKING:  # to a type checker any name would be there

@@ -32,11 +32,14 @@ LEVELS: list[set[str]] = [
     {"_steering"},
     {"_extraction"},
     {
-        *("_accumulators", "ablation", "hub", "interop", "reading", "record_activations", "steering"),
+        *("_accumulators", "ablation", "hub", "interop", "prompts", "reading", "record_activations", "steering"),
         *("steering_vector", "tracing", "train_steering_vector", "unembedding", "versions"),
     },
+    {"evaluation"},
     {"demo", "__main__"},
 ]
+# Packages that call the public functions alone.
+ON_THE_FACE = {"evaluation"}
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 FRONT_DOOR = "__init__"  # stands on no level: programs alone import it
 
@@ -145,6 +148,10 @@ class TestImports:
         listed = importlib.import_module(f"steering_vectors.{wing}").__all__
         assert sorted(listed) == sorted(used), "the door's __all__ and what the others import"
 
+    @pytest.mark.parametrize("module", [module for module in FILES if part_of(module) in ON_THE_FACE])
+    def test_of_what_calls_the_public_functions_enter_no_wing(self, module: str) -> None:
+        assert not WINGS & set(map(part_of, imports_of(module)))
+
     def test_make_no_circle(self) -> None:
         waiting = {module: set(imports_of(module)) - {module} for module in FILES}
         while ready := [module for module, imports in waiting.items() if not imports & waiting.keys()]:
@@ -210,7 +217,8 @@ class TestTheFrontDoor:
 
     def test_shows_its_names_and_no_others(self) -> None:
         shown = {name for name in dir(steering_vectors) if not name.startswith("_")}
-        modules = {module for module in FILES if not module.startswith("_") and "." not in module}
+        modules = {module.removesuffix(".__init__") for module in FILES if not module.startswith("_")}
+        modules = {module for module in modules if "." not in module}
         assert shown == {*steering_vectors.__all__, *modules} - {"demo", "__main__"}
         for name in shown:
             assert getattr(steering_vectors, name) is not None

@@ -5,6 +5,7 @@ Each row is what its prompt alone gives, which is verified against the model and
 Directions are made of the rows elsewhere.
 """
 
+from steering_vectors._extraction.answers import answered
 from steering_vectors._extraction.extractor import Extractor, LayerRows
 from steering_vectors._extraction.packs import shared_prefix
 from steering_vectors._extraction.read_model import ReadPrompt
@@ -24,6 +25,7 @@ __all__ = [
     "ReadPrompt",
     "ReadTokenIndex",
     "Reading",
+    "answered",
     "are_pairs",
     "by_side",
     "chat_template_of",

@@ -1,0 +1,357 @@
+"""Score answers: the logits of given tokens after given prompts, under a steering and without.
+
+Scores are those of each prompt and answer alone, in one pass without a cache. Faster ways are tried first: the cache of
+a prompt shared by all that is asked after it, and padded rows. Each is compared with that single pass before it is
+used, and again for longer rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.steering_vector import SteeringVector
+from steering_vectors.token_selection import TokenPositions
+
+# The most logits of a pass, rows × tokens × vocabulary: 256 MB in float32.
+_MOST_LOGITS = 2**26
+# Names of the cache in a model's arguments and outputs, the newest first.
+_CACHES = ("cache", "past_key_values")
+# Differences between ways in the log-probabilities of tokens that are rounding, as a share of the largest.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-4}
+_ROUNDING_IN_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The token ids of a prompt and of an answer to it."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A vector and the way in which it is applied to rows, each with a multiplier.
+
+    ``tokens`` is a selection, or a function from a batch's prompts to one, such as ``generated``.
+    """
+
+    model: nn.Module
+    vector: SteeringVector
+    tokens: Any = None
+    operator: PatchDeltaOperator | None = None
+
+    def selection(self, prompts: Mapping[str, Tensor]) -> Any:
+        """Return the selection for a batch with these prompts."""
+        if not callable(self.tokens):
+            return self.tokens
+        try:
+            made = self.tokens(prompts)
+        except (AttributeError, TypeError):  # a selector reads positions, which a mapping hasn't
+            return self.tokens
+        return made if callable(made) or isinstance(made, (slice, list)) else self.tokens
+
+    def apply(self, selection: Any, multipliers: Sequence[float]) -> AbstractContextManager[Any]:
+        return self.vector.apply(self.model, operator=self.operator, multiplier=list(multipliers), tokens=selection)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to score: a continuation's number in its batch, and a multiplier."""
+
+    number: int
+    multiplier: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores:
+    """The log-probabilities ``(tokens,)`` of an answer's tokens, and ``(vocabulary,)`` of all that could come first."""
+
+    tokens: Tensor
+    first: Tensor
+
+
+class Scorer:
+    """A model that scores answers, and the ways in which it was seen to do so rightly.
+
+    Raises ValueError for an encoder-decoder model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder model; evaluation needs a decoder-only one")
+        self.model = model
+        self._ways: list[_Way] = [_after_shared_cache, _in_padded_rows, _in_equal_rows, _one_by_one]
+        self._checked: dict[_Way, int] = {}
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Return prompts as ``model.generate`` takes them, padded on the left."""
+        return _padded(prompts, self.model)
+
+    def evaluation_mode(self) -> AbstractContextManager[None]:
+        """Return a context in which all modules are in evaluation mode."""
+        return _evaluation_mode(self.model)
+
+    def ends_of_sequence(self) -> set[int]:
+        """Return the token ids at which the model ends an answer."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def batch(self, continuations: Sequence[Continuation]) -> Batch:
+        """Return continuations to be scored, several times over, by :meth:`logits`."""
+        return Batch(self, continuations)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> list[tuple[int, Tensor]]:
+        """Return each row's place in ``rows``, in any order, with the logits ``(answer, vocabulary)`` of its answer."""
+        if all(row.multiplier == 0 for row in rows):
+            steering = None  # the same, by any operator
+        with _evaluation_mode(self.model):
+            while True:
+                way = self._ways[0]
+                scored = way(self.model, batch, rows, steering)
+                if scored is None:  # these rows can't be scored this way; others may be
+                    way = self._ways[1]
+                    scored = way(self.model, batch, rows, steering)
+                    assert scored is not None
+                if way is _one_by_one or self._is_right(way, batch, rows, steering):
+                    return list(scored)
+                self._ways.remove(way)
+
+    def _is_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
+        """Return True if the way scores its most padded row as a single pass does, or was seen to at this length."""
+        longest = max(len(batch.continuations[row.number]) for row in rows)
+        if longest <= 1.5 * self._checked.get(way, 0):
+            return True
+        shortest = min(rows, key=lambda row: (row.multiplier == 0, len(batch.continuations[row.number])))
+        others = (row for row in rows if row is not shortest)
+        beside = max(others, key=lambda row: len(batch.continuations[row.number]), default=shortest)
+        scored = _one_by_one(self.model, batch, [shortest], steering)
+        ((_, expected),) = scored
+        try:
+            tried = way(self.model, batch, [shortest, beside], steering)
+            found = dict(tried or ())[0]
+        except Exception:  # the model can't do it this way; what is wrong with the rows, the next way raises too
+            return False
+        answer = torch.tensor(batch.continuations[shortest.number].answer)[:, None]
+        expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, answer) for part in (expected, found))
+        tolerance = _ROUNDING.get(_dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
+        if not bool(((expected - found).abs() <= tolerance).all()):
+            return False
+        self._checked[way] = longest
+        return True
+
+
+class Batch:
+    """Continuations that are scored several times; the cache of their prompts is kept between."""
+
+    def __init__(self, scorer: Scorer, continuations: Sequence[Continuation]) -> None:
+        self._scorer = scorer
+        self.continuations = list(continuations)
+        prompts = {continuation.prompt: None for continuation in self.continuations}
+        self.prompts = {prompt: place for place, prompt in enumerate(prompts)}
+        self._cache: Any = None
+
+    def log_probabilities(self, rows: Sequence[Row], steering: Steering | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield each row's place with the log-probabilities ``(answer, vocabulary)``, in float32 or wider."""
+        for part in _parts(rows, self.continuations, _vocabulary_of(self._scorer.model)):
+            for place, logits in self._scorer.logits(self, [rows[n] for n in part], steering):
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                yield part[place], wide.log_softmax(dim=-1)
+
+    def scores(self, rows: Sequence[Row], steering: Steering | None = None) -> list[AnswerScores]:
+        """Return the scores of each row's answer, on the CPU."""
+        found: dict[int, AnswerScores] = {}
+        for place, log_probabilities in self.log_probabilities(rows, steering):
+            answer = torch.tensor(self.continuations[rows[place].number].answer, device=log_probabilities.device)
+            tokens = log_probabilities.gather(-1, answer[:, None])[:, 0]
+            found[place] = AnswerScores(tokens.cpu(), log_probabilities[0].cpu())
+        return [found[place] for place in range(len(rows))]
+
+    def cache(self) -> Any:
+        """Return the cache of the prompts but for their last tokens, or None if the model has none to be shared."""
+        if self._cache is None:
+            beginnings = [prompt[:-1] for prompt in self.prompts]
+            output = _run(self._scorer.model, _padded(beginnings, self._scorer.model), use_cache=True, keep=1)
+            self._cache = next((output[name] for name in _CACHES if output.get(name) is not None), False)
+        return self._cache or None
+
+
+_Way = Callable[[nn.Module, Batch, Sequence[Row], "Steering | None"], "Iterator[tuple[int, Tensor]] | None"]
+
+
+def _after_shared_cache(
+    model: nn.Module, batch: Batch, rows: Sequence[Row], steering: Steering | None
+) -> Iterator[tuple[int, Tensor]] | None:
+    """Run each prompt but for its last token once, unsteered, and the rest of all rows after copies of its cache.
+
+    None for rows that are steered before their prompts' last tokens, and for prompts of a single token.
+    """
+    continuations = [batch.continuations[row.number] for row in rows]
+    if min(len(prompt) for prompt in batch.prompts) < 2:
+        return None
+    selection = None
+    if steering is not None:
+        selection = steering.selection(_padded([part.prompt for part in continuations], model))
+        if not _begins_at_the_last_token(selection, continuations, model):
+            return None
+
+    def scored() -> Iterator[tuple[int, Tensor]]:
+        cache = copy.deepcopy(batch.cache())
+        places = torch.tensor([batch.prompts[part.prompt] for part in continuations], device=_device_of(model))
+        cache.batch_select_indices(places)
+        before = _padded([prompt[:-1] for prompt in batch.prompts], model)["attention_mask"][places]
+        now = _padded([(part.prompt[-1], *part.answer[:-1]) for part in continuations], model, left=False)
+        inputs = {**now, "attention_mask": torch.cat([before, now["attention_mask"]], dim=1)}
+        with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
+            logits = _run(model, inputs, use_cache=True, cache=cache).logits
+        for place, part in enumerate(continuations):
+            yield place, logits[place, : len(part.answer)]
+
+    return scored()
+
+
+def _in_padded_rows(
+    model: nn.Module, batch: Batch, rows: Sequence[Row], steering: Steering | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Run whole rows, with prompts that are padded on the left and answers on the right."""
+    continuations = [batch.continuations[row.number] for row in rows]
+    selection = None if steering is None else steering.selection(_padded([c.prompt for c in continuations], model))
+    keep = 1 + max(len(part.answer) for part in continuations)
+    with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
+        logits = _run(model, _whole(continuations, model), use_cache=False, keep=keep).logits[:, -keep:]
+    for place, part in enumerate(continuations):
+        yield place, logits[place, : len(part.answer)]
+
+
+def _in_equal_rows(
+    model: nn.Module, batch: Batch, rows: Sequence[Row], steering: Steering | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Run together the rows whose prompts are equally long, and their answers, so that none is padded."""
+    by_lengths: dict[tuple[int, int], list[int]] = {}
+    for place, row in enumerate(rows):
+        part = batch.continuations[row.number]
+        by_lengths.setdefault((len(part.prompt), len(part.answer)), []).append(place)
+    for places in by_lengths.values():
+        for place, logits in _in_padded_rows(model, batch, [rows[n] for n in places], steering):
+            yield places[place], logits
+
+
+def _one_by_one(
+    model: nn.Module, batch: Batch, rows: Sequence[Row], steering: Steering | None
+) -> Iterator[tuple[int, Tensor]]:
+    for place, row in enumerate(rows):
+        for _, logits in _in_padded_rows(model, batch, [row], steering):
+            yield place, logits
+
+
+def _begins_at_the_last_token(selection: Any, continuations: Sequence[Continuation], model: nn.Module) -> bool:
+    """Return True if a selector is seen to leave out all that stands before the last tokens of the prompts."""
+    if not callable(selection):
+        return False
+    whole = _whole(continuations, model)
+    index = whole["attention_mask"].cumsum(dim=1).where(whole["attention_mask"].bool(), 0) - 1
+    ids = whole["input_ids"].where(whole["attention_mask"].bool(), -1)
+    columns = torch.arange(index.shape[1], device=index.device)
+    positions = TokenPositions(index, columns, input_ids=whole["input_ids"], row_ids=ids, begins_sequence=True)
+    last = torch.tensor([len(part.prompt) - 1 for part in continuations], device=index.device)
+    try:
+        selected = selection(positions)
+        return bool((selected[(index >= 0) & (index < last[:, None])] == 0).all())
+    except Exception:  # the pass itself raises it, in words
+        return False
+
+
+def _whole(continuations: Sequence[Continuation], model: nn.Module) -> dict[str, Tensor]:
+    """Return ids and mask of whole rows: all answers begin in the same column."""
+    prompts = _padded([part.prompt for part in continuations], model)
+    answers = _padded([part.answer for part in continuations], model, left=False)
+    return {name: torch.cat([prompts[name], answers[name]], dim=1) for name in prompts}
+
+
+def _padded(rows: Sequence[Sequence[int]], model: nn.Module, *, left: bool = True) -> dict[str, Tensor]:
+    """Return ids and mask ``(rows, width)``. Padding has the id 0, which is seen by no token."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[place, columns] = torch.tensor(row, dtype=torch.long)
+        mask[place, columns] = 1
+    device = _device_of(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], *, use_cache: bool, keep: int = 0, cache: Any = None) -> Any:
+    """Run one pass, with the arguments that the model takes, for at least the last ``keep`` logits; 0 for all."""
+    takes = _parameters_of(model)
+    mask, now = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -now:]
+    options = {"position_ids": positions, "logits_to_keep": keep, "num_logits_to_keep": keep, "use_cache": use_cache}
+    known = {name: value for name, value in {**inputs, **options, "return_dict": True}.items() if name in takes}
+    if cache is not None:
+        known[next((name for name in _CACHES if name in takes), _CACHES[-1])] = cache
+    elif bool(mask.all()):
+        known.pop("attention_mask", None)
+    return model(**known)
+
+
+def _parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the model's forward, or of the one inside a wrapper that passes arguments on."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    return inspect.signature(inner.forward).parameters
+
+
+def _parts(rows: Sequence[Row], continuations: Sequence[Continuation], vocabulary: int) -> Iterator[list[int]]:
+    """Yield places of rows that are run together, so that their logits stay of bounded size."""
+    part: list[int] = []
+    longest = 0
+    for place, row in enumerate(rows):
+        longest = max(longest, 1 + len(continuations[row.number].answer))
+        if part and (len(part) + 1) * longest * vocabulary > _MOST_LOGITS:
+            yield part
+            part, longest = [], 1 + len(continuations[row.number].answer)
+        part.append(place)
+    if part:
+        yield part
+
+
+def _vocabulary_of(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", 0) or 32_000)
+
+
+def _device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return device
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
+    """Put all modules in evaluation mode, and each back on exit."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
