@@ -20,7 +20,7 @@ from steering_vectors.steering_vector import SteeringVector
 
 _MOST_EVALUATIONS = 10
 _CLOSE_ENOUGH = 0.02  # of the budget
-_RANGE = (1e-6, 1e6)  # of multipliers
+_RANGE = (1e-9, 1e9)  # of multipliers
 # KL grows about with the square of a small change. Less than this power of it is no growth.
 _POWER, _LEAST_POWER = 2.0, 0.05
 
