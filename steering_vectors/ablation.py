@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from steering_vectors._arguments import with_hints
 from steering_vectors._models import INPUT, OUTPUT, anatomy_of
 from steering_vectors._steering import (
+    Place,
     Steering,
     SteeringContext,
     as_multiplier,
@@ -92,9 +93,9 @@ def ablate_everywhere(
                 "the model is already steered by token or by row: remove that steering, enter ablate_everywhere, and "
                 "apply it again inside"
             )
-        places = [(number, found.modules[number], OUTPUT) for number in removed]
+        places = [Place(number, found.modules[number]) for number in removed]
         if min(found.modules) in removed:
-            places.insert(0, (min(found.modules), found.modules[min(found.modules)], INPUT))
+            places.insert(0, Place(min(found.modules), found.modules[min(found.modules)], INPUT))
         selector = None if tokens is None else as_selector(tokens)
         return checked_steering(Steering(anatomy, places, removed, ablation_operator(), _switches(rows), selector))
 
@@ -102,9 +103,9 @@ def ablate_everywhere(
 
     def with_parts() -> Steering:
         made = steering()
-        blocks = [(number, module) for number, module, place in made.places if place == OUTPUT]
-        inside = parts_inside(model, [module for _, module in blocks])
-        return replace(made, places=[*made.places, *((blocks[n][0], part, OUTPUT) for n, part in inside)])
+        blocks = [place for place in made.places if place.side == OUTPUT]
+        inside = parts_inside(model, [block.module for block in blocks])
+        return replace(made, places=[*made.places, *(Place(blocks[n].layer, part) for n, part in inside)])
 
     return SteeringContext(with_parts, shown=repr(checked))
 

@@ -145,6 +145,9 @@ def model_card(vector: SteeringVector, repo_id: str) -> str:
     chosen = f"[{vector.layers[len(vector) // 2]}]" if len(vector) > 1 else ""
     for_model = f" for [{base}](https://huggingface.co/{base})" if base else ""
     kind = f"layer{'s' if len(vector) > 1 else ''} {layers} (`{vector.layer_type}`, counted from 0)"
+    place = {"heads": "the attention heads in", "neurons": "the MLP's neurons in"}.get(
+        vector.layer_type, "the outputs of"
+    )
     return f"""---
 {header}
 ---
@@ -152,7 +155,7 @@ def model_card(vector: SteeringVector, repo_id: str) -> str:
 # {repo_id}
 
 A [steering vector](https://pypi.org/project/steering-vectors/){for_model}: directions of {vector.hidden_size} numbers
-for the outputs of {kind}.
+for {place} {kind}.
 Added to a model's activations while it runs, times a multiplier, they change its behaviour.
 
 {_snippet(base, repo_id, chosen)}

@@ -13,12 +13,17 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import nn
 
 from steering_vectors._arguments import is_whole_number
-from steering_vectors._models import Anatomy, anatomy_of, part_path
+from steering_vectors._models import INPUT, OUTPUT, Anatomy, Site, anatomy_of, part_path
 
-LayerType: TypeAlias = Literal["decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+LayerType: TypeAlias = Literal[
+    "decoder_block", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "heads", "neurons"
+]
 LayerMatcher: TypeAlias = str | Callable[[nn.Module, int], str]
 ModelLayerConfig: TypeAlias = dict[LayerType, LayerMatcher]
 
+# The layer types whose activation is their module's input: the projection back to the stream of attention, and of the
+# MLP.
+_AT_INPUT = ("heads", "neurons")
 _EXPECTED_MATCHER = (
     "a layer matcher must be a callable or a template with {num} in it, such as 'model.layers.{num}.mlp'"
 )
@@ -66,8 +71,8 @@ class Layers:
             )
         return number
 
-    def modules_of(self, numbers: Iterable[int]) -> dict[int, nn.Module]:
-        """Return the modules of layers by number. Raises ValueError for a module that is another layer too."""
+    def sites_of(self, numbers: Iterable[int]) -> dict[int, Site]:
+        """Return the sites of layers by number. Raises ValueError for a module that is another layer too."""
         chosen = {number: self.modules[number] for number in numbers}
         for module in chosen.values():
             same = [number for number, other in self.modules.items() if other is module]
@@ -76,7 +81,8 @@ class Layers:
                     f"layers {same} of {self.model} share modules: they are one module that runs several times, so "
                     f"none of them can be steered or read separately"
                 )
-        return chosen
+        side = INPUT if is_at_input(self.layer_type) else OUTPUT
+        return {number: Site(module, side) for number, module in chosen.items()}
 
 
 def find_layers(
@@ -115,12 +121,21 @@ def layers_of(
     if not parts:
         children = sorted({name for block in blocks for name, _ in block.named_children()})
         raise ValueError(
-            f"no {layer_type} found in the blocks of {kind}, whose parts are {children}; if one of them is the "
-            f"{layer_type}, pass layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}}"
+            f"no {layer_type} found in the blocks of {kind}, whose parts are {children}; {_advice(layer_type, path)}"
         )
     names = {n: f"{path}.{n}.{part}" for n, part in parts.items()}
     modules = {n: blocks[n].get_submodule(part) for n, part in parts.items()}
     return Layers(kind, layer_type, names, len(blocks), modules)
+
+
+def _advice(layer_type: LayerType, path: str) -> str:
+    if not is_at_input(layer_type):
+        return f"if one of them is the {layer_type}, pass layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}}"
+    reason = "a mixture of experts has no single down projection; " if layer_type == "neurons" else ""
+    return (
+        f"{reason}if a module in them projects the {layer_type} back to the stream, pass "
+        f"layer_config={{{layer_type!r}: '{path}.{{num}}.NAME'}} with that module's name"
+    )
 
 
 def _layers_by_matcher(anatomy: Anatomy, layer_type: LayerType, matcher: LayerMatcher) -> Layers:
@@ -235,6 +250,11 @@ def read_config(text: str, layer_type: LayerType) -> ModelLayerConfig | None:
         raise ValueError(
             f"metadata['layer_config'] must be JSON such as '{{\"{layer_type}\": \"PATH.{{num}}\"}}', got {text[:60]!r}"
         ) from error
+
+
+def is_at_input(layer_type: str) -> bool:
+    """Return True for the layer types whose activation is their module's input: ``heads`` and ``neurons``."""
+    return layer_type in _AT_INPUT
 
 
 def check_layer_type(layer_type: object) -> None:

@@ -6,12 +6,11 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from steering_vectors._arguments import with_hints
-from steering_vectors._models import Attached, Hook, activation_of
+from steering_vectors._models import Attached
 from steering_vectors.layer_matching import LayerType, ModelLayerConfig, find_layers
 
 
@@ -33,10 +32,10 @@ def record_activations(
 
     Args:
         model: The model to record.
-        layer_type: The kind of module that is recorded at each layer: the decoder block, or a part
-            of it such as ``"mlp"``.
+        layer_type: The kind of activation that is recorded at each layer: the decoder block's
+            output, or that of a part of it such as ``"mlp"``; or ``"heads"`` or ``"neurons"``.
         layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
-        clone_activations: False to keep the layer's output itself, with its gradients, instead of a
+        clone_activations: False to keep the activation itself, with its gradients, instead of a
             detached copy.
         layer_nums: The older name of ``layers``. Pass only one of the two.
         layers: The layers to record, as numbers from 0, or negative ones from the end. None records
@@ -44,7 +43,7 @@ def record_activations(
 
     Yields:
         The activations ``(batch, seq, hidden)`` by layer, in the model's dtype, on the device where
-        the layer ran.
+        the layer ran. Heads and neurons have widths of their own.
 
     Raises:
         ValueError: If the model doesn't have one of the layers, or if both ``layers`` and
@@ -61,10 +60,9 @@ def record_activations(
     numbers = found.numbers(layer_nums if layers is None else layers)
     records: dict[int, list[Tensor]] = defaultdict(list)
 
-    def record(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        activation = activation_of(output)
+    def record(number: int, activation: Tensor) -> None:
         records[number].append(activation.detach().clone() if clone_activations else activation)
 
-    hooks = [Hook(module, partial(record, number)) for number, module in found.modules_of(numbers).items()]
+    hooks = [site.hook(partial(record, number)) for number, site in found.sites_of(numbers).items()]
     with Attached(hooks):
         yield records

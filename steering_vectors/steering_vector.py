@@ -54,7 +54,7 @@ __all__ = ["PatchDeltaOperator", "SteeringPatchHandle", "SteeringVector"]
 
 @dataclass(eq=False, repr=False)
 class SteeringVector(ByLayer):
-    """Directions by layer number, and the type of layer whose output they change.
+    """Directions by layer number, and the type of layer that they change.
 
     The vector is checked when it is made, and again when it is applied or saved.
 
@@ -63,8 +63,9 @@ class SteeringVector(ByLayer):
             ``(1, hidden)``, all of one width. Layer numbers count from 0; negative ones count from
             the model's end. Tensors are kept as they are, and numpy arrays and lists are converted
             to tensors on the CPU.
-        layer_type: The kind of module whose output the directions change: the decoder block, or a
-            part of it such as ``"mlp"``.
+        layer_type: The kind of activation that the directions change: the output of the decoder
+            block, or of a part of it such as ``"mlp"``; or ``"heads"`` or ``"neurons"``, the inputs
+            of attention's and of the MLP's projection back to the stream.
         metadata: A mapping of strings that records the vector's origin; the vector keeps it as a
             read-only one. Training fills it, files keep it, and equality ignores it, except for the
             entry ``layer_config``: it names the modules to steer, if the vector was trained at
@@ -352,18 +353,13 @@ class SteeringVector(ByLayer):
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If the vector is of a norm's output, which isn't part of the residual
-                stream, and as :func:`~steering_vectors.unembed` does.
+            ValueError: If the vector is of a norm's output, of heads or of neurons, which aren't
+                part of the residual stream, and as :func:`~steering_vectors.unembed` does.
 
         >>> vector.top_tokens(model, tokenizer, k=2)[1].promoted
         ((..., ...), (..., ...))
         """
-        if self.layer_type.endswith("layernorm"):
-            raise ValueError(
-                f"the vector is of {self.layer_type}, whose output is no part of the residual stream, so it has no "
-                f"logits"
-            )
-        return top_tokens(model, tokenizer, checked_directions(self.layer_activations), k)
+        return top_tokens(model, tokenizer, checked_directions(self.layer_activations), self.layer_type, k)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vector to one safetensors file, bit for bit, and whole or not at all.

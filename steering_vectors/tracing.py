@@ -74,8 +74,9 @@ class SteeringTrace:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._tracker: PassTracker | None = None
-        # By layer and module, for each run: the sum of the changes' relative sizes, and the number of tokens summed.
-        self._notes: dict[int, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+        # By layer, and by module and side, for each run: the sum of the changes' relative sizes, and the number of
+        # tokens summed.
+        self._notes: dict[int, dict[tuple[int, str], list[tuple[Tensor, Tensor]]]] = {}
         self._passes: dict[int, _TracedPass] = {}
         self._modules: set[int] = set()
 
@@ -164,7 +165,7 @@ class SteeringTrace:
         measured = sum(int(count) for notes in by_module for _, count in notes)
         return LayerSummary(max(map(len, by_module)), tokens, shares / measured if measured else float("nan"))
 
-    def _note(self, module: nn.Module, before: Tensor, after: Tensor) -> None:
+    def _note(self, module: nn.Module, side: str, before: Tensor, after: Tensor) -> None:
         """Record a run of a steered layer, unless gradient checkpointing repeats it."""
         current = None if self._tracker is None else self._tracker.current
         if id(module) not in self._modules or current is None or current.ended:
@@ -181,9 +182,9 @@ class SteeringTrace:
             share = torch.where(measured, (after - exact).norm(dim=-1) / torch.where(measured, size, 1), 0)
             steered = torch.zeros(batch * seq, dtype=torch.long, device=before.device)
             steered = steered.index_add_(0, places.flatten(), moved.flatten().long()) > 0
-        layer = changes_of(module)[0].layer
+        layer = changes_of(module, side)[0].layer
         one.add(layer, steered.reshape(batch, seq))
-        self._notes.setdefault(layer, {}).setdefault(id(module), []).append((share.sum(), measured.sum()))
+        self._notes.setdefault(layer, {}).setdefault((id(module), side), []).append((share.sum(), measured.sum()))
 
     def _pass_of(self, current: ForwardPass) -> _TracedPass:
         if current.number not in self._passes:

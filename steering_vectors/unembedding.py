@@ -13,6 +13,7 @@ from steering_vectors._arguments import is_whole_number, with_hints
 from steering_vectors._html import block, table
 from steering_vectors._models import anatomy_of, check_model, logits_of
 from steering_vectors._precision import without_autocast
+from steering_vectors.layer_matching import LayerType, is_at_input
 
 __all__ = ["LayerTokens", "TopTokens", "unembed"]
 
@@ -113,8 +114,19 @@ class TopTokens(Mapping[int, LayerTokens]):
                 yield [f"{number:>5}", sign, tokens]
 
 
-def top_tokens(model: nn.Module, tokenizer: Any, directions: Mapping[int, Tensor], k: int) -> TopTokens:
+def top_tokens(
+    model: nn.Module, tokenizer: Any, directions: Mapping[int, Tensor], layer_type: LayerType, k: int
+) -> TopTokens:
     """Return the ``k`` tokens that each direction promotes most, and those that it suppresses most."""
+    if layer_type.endswith("layernorm"):
+        raise ValueError(
+            f"the vector is of {layer_type}, whose output is no part of the residual stream, so it has no logits"
+        )
+    if is_at_input(layer_type):
+        raise ValueError(
+            f"the vector is of {layer_type}, which a projection maps to the residual stream, so it has no logits: "
+            f"multiply its directions by the projection's weight, and pass the products to unembed"
+        )
     if not is_whole_number(k) or k < 1:
         raise ValueError(f"k must be a whole number of at least 1, got {k!r}")
     if not callable(getattr(tokenizer, "decode", None)):

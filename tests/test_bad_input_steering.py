@@ -96,7 +96,7 @@ class TestLayers:
     def test_an_unknown_layer_type(self, model: PreTrainedModel, way: str) -> None:
         expected = (
             "ValueError: unknown layer type 'block'; expected one of "
-            "decoder_block, self_attn, mlp, input_layernorm, post_attention_layernorm"
+            "decoder_block, self_attn, mlp, input_layernorm, post_attention_layernorm, heads, neurons"
         )
         with pytest.raises(
             ValueError, match="unknown layer type 'block'; expected one of decoder_block, self_attn, mlp"

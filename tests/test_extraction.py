@@ -26,7 +26,7 @@ from steering_vectors._extraction.extractor import Extractor, LayerRows, ReadPro
 from steering_vectors._extraction.packs import distinct_prefixes
 from steering_vectors._extraction.reading import extractor_for
 from steering_vectors._extraction.ways import OneAtATime, Packed, Way
-from steering_vectors._models import Attention, anatomy_of
+from steering_vectors._models import Attention, Site, anatomy_of
 from steering_vectors.layer_matching import find_layers
 from tests import tiny
 
@@ -58,19 +58,19 @@ def states_of(model: PreTrainedModel, input_ids: list[int]) -> list[Tensor]:
     return [state[0] for state in states[first:-1]]
 
 
-def modules_of(model: nn.Module, layers: list[int] | None = None, **kwargs: Any) -> dict[int, nn.Module]:
+def sites_of(model: nn.Module, layers: list[int] | None = None, **kwargs: Any) -> dict[int, Site]:
     found = find_layers(model, **kwargs)
-    return {n: model.get_submodule(found.names[n]) for n in found.numbers(layers)}
+    return {n: Site(model.get_submodule(found.names[n])) for n in found.numbers(layers)}
 
 
 def extract_rows(
-    model: nn.Module, modules: dict[int, nn.Module], prompts: list[ReadPrompt], *, rows_per_pass: int
+    model: nn.Module, sites: dict[int, Site], prompts: list[ReadPrompt], *, rows_per_pass: int
 ) -> Iterator[LayerRows]:
-    return Extractor(model, modules, batch_size=max(1, rows_per_pass // 2))(prompts)
+    return Extractor(model, sites, batch_size=max(1, rows_per_pass // 2))(prompts)
 
 
-def check_causal(model: nn.Module, modules: dict[int, nn.Module], input_ids: list[int]) -> None:
-    list(Extractor(model, modules, batch_size=1)(last([input_ids])))
+def check_causal(model: nn.Module, sites: dict[int, Site], input_ids: list[int]) -> None:
+    list(Extractor(model, sites, batch_size=1)(last([input_ids])))
 
 
 def rows_by_prompt(parts: Iterator[LayerRows]) -> dict[tuple[int, int], Tensor]:
@@ -93,9 +93,9 @@ class TestRows:
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_are_those_of_each_prompt_alone(self, architecture: str, rows_per_pass: int) -> None:
         model = tiny.shared(architecture)
-        modules = modules_of(model)
-        rows = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=rows_per_pass))
-        assert rows.keys() == {(layer, number) for layer in modules for number in range(len(PROMPTS))}
+        sites = sites_of(model)
+        rows = rows_by_prompt(extract_rows(model, sites, last(PROMPTS), rows_per_pass=rows_per_pass))
+        assert rows.keys() == {(layer, number) for layer in sites for number in range(len(PROMPTS))}
         for number, prompt in enumerate(PROMPTS):
             for layer, expected in enumerate(tiny.hidden_states(model, prompt)):
                 torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ class TestRows:
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_are_hugging_faces_hidden_states(self, architecture: str) -> None:
         model = tiny.shared(architecture)
-        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         for number, prompt in enumerate(PROMPTS):
             for layer, expected in enumerate(states_of(model, prompt)):
                 torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
@@ -112,7 +112,7 @@ class TestRows:
     def test_are_read_at_any_position(self, architecture: str) -> None:
         model = tiny.shared(architecture)
         prompts = [ReadPrompt(PROMPTS[1], [n]) for n in range(12)] + [ReadPrompt(PROMPTS[0], [0])]
-        rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), prompts, rows_per_pass=13))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model, [1]), prompts, rows_per_pass=13))
         expected = tiny.hidden_states(model, PROMPTS[1])[1]
         for n in range(12):
             torch.testing.assert_close(rows[1, n], expected[n], atol=1e-5, rtol=1e-5)
@@ -124,7 +124,7 @@ class TestRows:
             ReadPrompt(PROMPTS[1], [3]),
             ReadPrompt(PROMPTS[2], [0], [1.0]),
         ]
-        rows = rows_by_prompt(extract_rows(model, modules_of(model), prompts, rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model), prompts, rows_per_pass=3))
         for layer in range(3):
             first, second, third = (tiny.hidden_states(model, prompt)[layer] for prompt in PROMPTS[:3])
             expected = 0.5 * first[1] + 0.25 * first[2] + 0.25 * first[4]
@@ -136,30 +136,30 @@ class TestRows:
     @pytest.mark.parametrize("architecture", ["opt", "mixtral", "gpt2"])
     def test_of_other_layer_types_are_those_of_each_prompt_alone(self, architecture: str, layer_type: str) -> None:
         model = tiny.shared(architecture)
-        modules = modules_of(model, layer_type=layer_type)
-        together = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=10))
-        alone = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=1))
+        sites = sites_of(model, layer_type=layer_type)
+        together = rows_by_prompt(extract_rows(model, sites, last(PROMPTS), rows_per_pass=10))
+        alone = rows_by_prompt(extract_rows(model, sites, last(PROMPTS), rows_per_pass=1))
         for key, row in alone.items():
             torch.testing.assert_close(together[key], row, atol=1e-5, rtol=1e-5)
 
     def test_carry_no_gradients(self) -> None:
         model = tiny.shared("llama")
-        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert not any(row.requires_grad for row in rows.values())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_of_single_tokens_keep_the_models_dtype_and_means_are_wide(self, dtype: torch.dtype) -> None:
         model = tiny.build("llama").to(dtype)
         single, mean = ReadPrompt(PROMPTS[0], [4]), ReadPrompt(PROMPTS[1], [0, 1], [0.5, 0.5])
-        modules = modules_of(model, [0])
-        assert [p.rows.dtype for p in extract_rows(model, modules, [single], rows_per_pass=1)] == [dtype]
+        sites = sites_of(model, [0])
+        assert [p.rows.dtype for p in extract_rows(model, sites, [single], rows_per_pass=1)] == [dtype]
         wide = torch.promote_types(dtype, torch.float32)
-        assert [p.rows.dtype for p in extract_rows(model, modules, [mean], rows_per_pass=1)] == [wide]
+        assert [p.rows.dtype for p in extract_rows(model, sites, [mean], rows_per_pass=1)] == [wide]
 
     def test_of_a_model_that_counts_positions_from_its_padding_id_are_those_of_each_prompt_alone(self) -> None:
         """RoBERTa and its kin number their tokens from pad_token_id + 1 on."""
         model = RobertaForCausalLM(RobertaConfig(**_BERT_SIZES, is_decoder=True, pad_token_id=1)).eval()
-        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         for number, prompt in enumerate(PROMPTS):
             for layer, expected in enumerate(states_of(model, prompt)):
                 torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
@@ -167,8 +167,8 @@ class TestRows:
     def test_of_an_inner_module_are_the_models(self) -> None:
         model = tiny.shared("gpt2")
         inner = model.base_model
-        rows = rows_by_prompt(extract_rows(inner, modules_of(inner), last(PROMPTS), rows_per_pass=3))
-        expected = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(inner, sites_of(inner), last(PROMPTS), rows_per_pass=3))
+        expected = rows_by_prompt(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert all(torch.equal(row, expected[key]) for key, row in rows.items())
 
     @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="LLaVA of transformers 4.46 doesn't run without an image")
@@ -180,17 +180,17 @@ class TestRows:
             image_token_index=tiny.VOCABULARY - 1,
         )
         model = LlavaForConditionalGeneration(config).eval()
-        rows = rows_by_prompt(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         for number, prompt in enumerate(PROMPTS):
             for layer, expected in enumerate(states_of(model, prompt)):
                 torch.testing.assert_close(rows[layer, number], expected[-1], atol=1e-5, rtol=1e-5)
 
     def test_inside_a_steering_are_what_was_steered(self) -> None:
         model = tiny.shared("llama")
-        modules = modules_of(model, [0, 1])
-        plain = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+        sites = sites_of(model, [0, 1])
+        plain = rows_by_prompt(extract_rows(model, sites, last(PROMPTS), rows_per_pass=3))
         with SteeringVector({1: torch.ones(tiny.HIDDEN)}).apply(model):
-            steered = rows_by_prompt(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+            steered = rows_by_prompt(extract_rows(model, sites, last(PROMPTS), rows_per_pass=3))
         for number in range(len(PROMPTS)):
             assert torch.equal(steered[0, number], plain[0, number])
             torch.testing.assert_close(steered[1, number], plain[1, number] + 1)
@@ -206,26 +206,26 @@ class TestTheModel:
         before = {name: module.training for name, module in model.named_modules()}
         seen: list[bool] = []
         handle = tiny.blocks(model)[0].register_forward_hook(lambda m, _a, _o: seen.append(m.training))
-        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         handle.remove()
         assert {name: module.training for name, module in model.named_modules()} == before
         assert not any(seen)
 
     def test_is_in_its_own_mode_between_the_passes(self) -> None:
         model = tiny.build("llama").train()
-        for _part in extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=1):
+        for _part in extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=1):
             assert all(module.training for module in model.modules())
 
     def test_runs_without_dropout(self) -> None:
         model = tiny.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-        expected = rows_by_prompt(extract_rows(model.eval(), modules_of(model), last(PROMPTS), rows_per_pass=3))
-        rows = rows_by_prompt(extract_rows(model.train(), modules_of(model), last(PROMPTS), rows_per_pass=3))
+        expected = rows_by_prompt(extract_rows(model.eval(), sites_of(model), last(PROMPTS), rows_per_pass=3))
+        rows = rows_by_prompt(extract_rows(model.train(), sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert all(torch.equal(row, expected[key]) for key, row in rows.items())
 
     def test_does_not_move_the_random_numbers(self) -> None:
         model = tiny.build("gpt2", resid_pdrop=0.5).train()
         before = torch.random.get_rng_state()
-        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert torch.equal(torch.random.get_rng_state(), before)
 
     @pytest.mark.parametrize("fails", [False, True])
@@ -239,16 +239,16 @@ class TestTheModel:
         handle = tiny.blocks(model)[2].register_forward_hook(mine)
         if fails:
             with pytest.raises(KeyError, match="somebody else's bug"):
-                list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+                list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         else:
-            list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+            list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.blocks(model)] == [0, 0, 1]
         assert handle.id in tiny.blocks(model)[2]._forward_hooks
         assert all(module.training for module in model.modules())
 
     def test_is_as_before_when_nobody_asks_for_more(self) -> None:
         model = tiny.build("llama").train()
-        rows = extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=1)
+        rows = extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=1)
         next(rows)
         rows.close()  # type: ignore[attr-defined]
         assert sum(len(module._forward_hooks) for module in model.modules()) == 0
@@ -258,44 +258,44 @@ class TestTheModel:
         model = tiny.build("llama")
         widths: list[int] = []
         model.lm_head.register_forward_hook(lambda _m, _a, output: widths.append(output.shape[1]))
-        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert all(width <= 1 for width in widths)
 
     def test_makes_no_cache(self) -> None:
         model = tiny.build("llama")
         seen: list[Any] = []
         model.register_forward_hook(lambda _m, _a, output: seen.append(output.get("past_key_values")))
-        list(extract_rows(model, modules_of(model), last(PROMPTS), rows_per_pass=3))
+        list(extract_rows(model, sites_of(model), last(PROMPTS), rows_per_pass=3))
         assert seen == [None] * len(seen)
 
     def test_may_leave_no_asked_layer_out(self) -> None:
         model = tiny.build("llama")
-        modules = {0: tiny.blocks(model)[0], 7: nn.Linear(2, 2)}
+        sites = {0: Site(tiny.blocks(model)[0]), 7: Site(nn.Linear(2, 2))}
         with pytest.raises(RuntimeError, match=r"layers \[7\] of LlamaForCausalLM did not run"):
-            list(extract_rows(model, modules, last(PROMPTS), rows_per_pass=3))
+            list(extract_rows(model, sites, last(PROMPTS), rows_per_pass=3))
 
 
 class TestCausality:
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_decoders_pass(self, architecture: str) -> None:
         model = tiny.shared(architecture)
-        check_causal(model, modules_of(model), PROMPTS[1])
+        check_causal(model, sites_of(model), PROMPTS[1])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_decoders_of_other_precisions_pass(self, dtype: torch.dtype) -> None:
         model = tiny.build("llama").to(dtype)
-        check_causal(model, modules_of(model), PROMPTS[1])
+        check_causal(model, sites_of(model), PROMPTS[1])
 
     def test_bert_as_a_decoder_passes(self) -> None:
         model = BertLMHeadModel(BertConfig(**_BERT_SIZES, is_decoder=True)).eval()
-        check_causal(model, modules_of(model), PROMPTS[1])
+        check_causal(model, sites_of(model), PROMPTS[1])
 
     @pytest.mark.parametrize("length", [1, 2, 3, 12])
     @pytest.mark.parametrize("with_head", [True, False])
     def test_encoders_are_refused_however_short_the_prompts(self, with_head: bool, length: int) -> None:
         model = (BertLMHeadModel if with_head else BertModel)(BertConfig(**_BERT_SIZES)).eval()
         with pytest.raises(ValueError, match=r"is not a decoder-only language model.*is_decoder=True"):
-            check_causal(model, modules_of(model), PROMPTS[1][:length])
+            check_causal(model, sites_of(model), PROMPTS[1][:length])
 
 
 # Each shares beginnings, goes beyond a sliding window, and some begin others.
@@ -339,7 +339,7 @@ class TestPacks:
         self, architecture: str, batch_size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = tiny.shared(architecture)
-        extractor = Extractor(model, modules_of(model), batch_size=batch_size)
+        extractor = Extractor(model, sites_of(model), batch_size=batch_size)
         ways = ways_of(monkeypatch)
         rows = rows_by_prompt(extractor(last(SHARING)))
         for number, prompt in enumerate(SHARING):
@@ -360,7 +360,7 @@ class TestPacks:
             return masks(kinds, attention, torch.ones_like(visible).tril(), depths, dtype)
 
         monkeypatch.setattr(ways_module, "attention_masks", causal)
-        extractor = Extractor(model, modules_of(model), batch_size=8)
+        extractor = Extractor(model, sites_of(model), batch_size=8)
         ways = ways_of(monkeypatch)
         rows = rows_by_prompt(extractor(last(SHARING)))
         assert not any(ways)
@@ -371,7 +371,7 @@ class TestPacks:
         """Within the window a mask for full attention is right, beyond it it isn't."""
         monkeypatch.setattr(Attention, "window", None)
         model = tiny.build("mistral", sliding_window=12)
-        extractor = Extractor(model, modules_of(model), batch_size=8)
+        extractor = Extractor(model, sites_of(model), batch_size=8)
         ways = ways_of(monkeypatch)
         short = [prompt[-5:] for prompt in SHARING] + [[7, 8, 9, 1], [7, 8, 9, 2]]
         for prompts, packed in ((short, True), ([*short, *SHARING], False)):
@@ -397,7 +397,7 @@ class TestPacks:
         model = tiny.shared("llama")
         stem = [n % 300 + 5 for n in range(60)]
         prompts = [[*stem[:depth], 310 + depth % 9, *range(20, 20 + depth % 5)] for depth in range(60)]
-        rows = rows_by_prompt(Extractor(model, modules_of(model, [2]), batch_size=batch_size)(last(prompts)))
+        rows = rows_by_prompt(Extractor(model, sites_of(model, [2]), batch_size=batch_size)(last(prompts)))
         for number, prompt in enumerate(prompts):
             expected = tiny.hidden_states(model, prompt)[2][-1]
             torch.testing.assert_close(rows[2, number], expected, atol=2e-5, rtol=1e-4)
@@ -407,13 +407,13 @@ class TestPacks:
         lengths: list[int] = []
         tiny.blocks(model)[0].register_forward_pre_hook(lambda _m, args: lengths.append(args[0].shape[1]))
         prompts = [ReadPrompt([n, *range(11, 100)], [2]) for n in (5, 6, 7)]
-        list(Extractor(model, modules_of(model), batch_size=4)(prompts))
+        list(Extractor(model, sites_of(model), batch_size=4)(prompts))
         assert lengths
         assert max(lengths) <= 9
 
     def test_no_later_layer_runs_and_no_logits(self) -> None:
         model: Any = tiny.build("llama")
-        extractor = Extractor(model, modules_of(model, [1]), batch_size=8)
+        extractor = Extractor(model, sites_of(model, [1]), batch_size=8)
         ran: list[str] = []
         for name in ("model.layers.0", "model.layers.2", "model.norm", "lm_head"):
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -426,7 +426,7 @@ class TestPacks:
     @pytest.mark.parametrize("architecture", ["llama", "mamba"])
     def test_full_memory_halves_a_pass_and_nothing_is_lost(self, architecture: str, limit: int) -> None:
         model = tiny.build(architecture)
-        extractor = Extractor(model, modules_of(model), batch_size=8)
+        extractor = Extractor(model, sites_of(model), batch_size=8)
         expected = rows_by_prompt(extractor(last(SHARING)))
         full = 0
 
@@ -445,7 +445,7 @@ class TestPacks:
 
     def test_after_full_memory_with_one_pack_later_packs_are_smaller(self) -> None:
         model = tiny.build("llama")
-        extractor = Extractor(model, modules_of(model), batch_size=1)
+        extractor = Extractor(model, sites_of(model), batch_size=1)
         prompts = last([[group, 2, 3, n, n + 1] for group in range(10, 40) for n in range(40, 80)])
         list(extractor(prompts[:2]))
         full = passes = 0
@@ -465,7 +465,7 @@ class TestPacks:
     @pytest.mark.parametrize(("times", "halvings"), [(1, 4), (50, 1)])
     def test_after_full_memory_later_passes_are_smaller(self, times: int, halvings: int) -> None:
         model = tiny.build("mamba")
-        extractor = Extractor(model, modules_of(model), batch_size=2)
+        extractor = Extractor(model, sites_of(model), batch_size=2)
         prompts = last([[n, 2 * n, 3 * n] * times for n in range(5, 38)])  # as many rows as fill a pack, or four
         list(extractor(prompts[:1]))
         full = 0
@@ -511,7 +511,7 @@ class TestPacks:
 
         tiny.blocks(model)[1].register_forward_pre_hook(refuse)
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            list(Extractor(model, modules_of(model), batch_size=8)(last(SHARING)))
+            list(Extractor(model, sites_of(model), batch_size=8)(last(SHARING)))
 
 
 class TestWrappers:
@@ -526,7 +526,7 @@ class TestWrappers:
                 return self.model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
 
         wrapped = Shifted(tiny.build("llama"))
-        rows = rows_by_prompt(Extractor(wrapped, modules_of(wrapped), batch_size=8)(last(SHARING)))
+        rows = rows_by_prompt(Extractor(wrapped, sites_of(wrapped), batch_size=8)(last(SHARING)))
         for number, prompt in enumerate(SHARING):
             kept: list[Tensor] = []
             handle = tiny.blocks(wrapped.model)[2].register_forward_hook(
@@ -542,7 +542,7 @@ def check_rows(
     model: Any, prompts: list[ReadPrompt], extractor: Extractor | None = None, layer: int = 2, batch_size: int = 8
 ) -> Extractor:
     """Each row is that of its prompt alone; what extracted them."""
-    extractor = extractor or Extractor(model, modules_of(model, [layer]), batch_size=batch_size)
+    extractor = extractor or Extractor(model, sites_of(model, [layer]), batch_size=batch_size)
     rows = rows_by_prompt(extractor(prompts))
     for number, prompt in enumerate(prompts):
         (expected,) = tiny.hidden_states(model, prompt.input_ids)[layer][list(prompt.positions)]
@@ -554,7 +554,7 @@ class TestWhatGoesWrongLater:
     def test_a_window_by_columns_is_noticed_after_packs_that_it_did_not_touch(self) -> None:
         """GPT-Neo's own mask counts columns, which in a pack aren't the tokens' indices."""
         model = tiny.build("gpt_neo", window_size=24)
-        extractor = Extractor(model, modules_of(model, [2]), batch_size=64)
+        extractor = Extractor(model, sites_of(model, [2]), batch_size=64)
         easy = [[*range(11, 60)], [*range(11, 59), 7], [*range(11, 59), 8]]  # beyond the window, nearly a chain
         hard = [[*range(100, 110), n, n + 1, n + 2] for n in range(30, 60)]
         check_rows(model, last(easy), extractor)
@@ -614,13 +614,13 @@ class TestWhatGoesWrongLater:
             model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
         message = rf"LlamaForCausalLM has NaN or infinite activations at layer 2: .*{dtype}"
         with pytest.raises(ValueError, match=message):
-            list(Extractor(model, modules_of(model, [2]), batch_size=1)(last(SHARING)))
+            list(Extractor(model, sites_of(model, [2]), batch_size=1)(last(SHARING)))
 
 
 class TestThreads:
     def test_two_may_read_and_a_third_may_run_the_model(self) -> None:
         model = tiny.build("llama").train()
-        expected = rows_by_prompt(Extractor(model, modules_of(model), batch_size=1)(last(SHARING)))
+        expected = rows_by_prompt(Extractor(model, sites_of(model), batch_size=1)(last(SHARING)))
         ids = torch.tensor([SHARING[0]])
         plain = tiny.hidden_states(model.eval(), SHARING[0])[2]
         model.train()
@@ -634,7 +634,7 @@ class TestThreads:
                 errors.append(error)
 
         def read() -> None:
-            rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=1)(last(SHARING)))
+            rows = rows_by_prompt(Extractor(model, sites_of(model), batch_size=1)(last(SHARING)))
             assert all(torch.allclose(row, expected[key], atol=1e-5) for key, row in rows.items())
 
         def run() -> None:
@@ -695,7 +695,7 @@ class TestRopeThatDependsOnLength:
     def test_a_position_inside_is_what_the_whole_prompt_gives(self, kind: str) -> None:
         prompts = [ReadPrompt([*range(11, 51)], [3]), ReadPrompt([*range(11, 51)], [30]), ReadPrompt([5, 6, 7], [1])]
         model = scaled_rope(kind)
-        rows = rows_by_prompt(Extractor(model, modules_of(model, [1]), batch_size=8)(prompts))
+        rows = rows_by_prompt(Extractor(model, sites_of(model, [1]), batch_size=8)(prompts))
         for number, prompt in enumerate(prompts):
             (position,) = prompt.positions
             expected = tiny.hidden_states(scaled_rope(kind), prompt.input_ids)[1][position]
@@ -704,7 +704,7 @@ class TestRopeThatDependsOnLength:
     def test_frequencies_that_the_model_keeps_are_as_before_and_move_no_later_window(self) -> None:
         model = scaled_rope("dynamic")
         before = tiny.hidden_states(scaled_rope("dynamic"), [*range(11, 31)])
-        extractor = Extractor(model, modules_of(model), batch_size=8)
+        extractor = Extractor(model, sites_of(model), batch_size=8)
         for _window in range(2):
             rows = rows_by_prompt(extractor(last([[*range(11, 31)], [*range(11, 71)]])))
             torch.testing.assert_close(rows[2, 0], before[2][-1], atol=2e-5, rtol=1e-4)
@@ -716,7 +716,7 @@ class TestRopeThatDependsOnLength:
     def test_rows_are_what_each_prompt_alone_gives(self, kind: str, batch_size: int) -> None:
         model = scaled_rope(kind)
         prompts = [*SHARING, [*range(11, 60)], [*range(11, 60), 7], [*range(80, 100)]]
-        rows = rows_by_prompt(Extractor(model, modules_of(model), batch_size=batch_size)(last(prompts)))
+        rows = rows_by_prompt(Extractor(model, sites_of(model), batch_size=batch_size)(last(prompts)))
         for number, prompt in enumerate(prompts):
             expected = tiny.hidden_states(scaled_rope(kind), prompt)
             for layer in range(tiny.LAYERS):
@@ -760,7 +760,7 @@ def test_decoders_pass_under_autocast_and_have_the_rows_of_each_prompt_alone(
 ) -> None:
     model, prompts = tiny.shared(architecture), varied_prompts(12)
     with torch.autocast("cpu", dtype):
-        rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), last(prompts), rows_per_pass=8))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model, [1]), last(prompts), rows_per_pass=8))
         for number, prompt in enumerate(prompts):
             alone = states_of(model, prompt)[1][-1]
             assert (rows[1, number] - alone).norm() <= 5e-2 * alone.norm()
@@ -772,7 +772,7 @@ class TestMixturesOfExperts:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_rows_in_half_precision_are_bit_for_bit_those_of_each_prompt_alone(self, dtype: torch.dtype) -> None:
         model, prompts = tiny.build("mixtral").to(dtype), varied_prompts(12)
-        rows = rows_by_prompt(extract_rows(model, modules_of(model, [0, 1]), last(prompts), rows_per_pass=8))
+        rows = rows_by_prompt(extract_rows(model, sites_of(model, [0, 1]), last(prompts), rows_per_pass=8))
         for number, prompt in enumerate(prompts):
             states = states_of(model, prompt)
             for layer in (0, 1):
@@ -781,7 +781,7 @@ class TestMixturesOfExperts:
     def test_rows_under_autocast_are_those_of_each_prompt_alone_there(self) -> None:
         model, prompts = tiny.build("mixtral"), varied_prompts(12)
         with torch.autocast("cpu", torch.bfloat16):
-            rows = rows_by_prompt(extract_rows(model, modules_of(model, [1]), last(prompts), rows_per_pass=8))
+            rows = rows_by_prompt(extract_rows(model, sites_of(model, [1]), last(prompts), rows_per_pass=8))
             for number, prompt in enumerate(prompts):
                 assert torch.equal(rows[1, number], states_of(model, prompt)[1][-1])
 
@@ -797,7 +797,7 @@ class TestMixturesOfExperts:
         self, architecture: str, dtype: torch.dtype, is_alone: bool
     ) -> None:
         model = tiny.build(architecture).to(dtype)
-        extractor = Extractor(model, modules_of(model, [1]), batch_size=4)
+        extractor = Extractor(model, sites_of(model, [1]), batch_size=4)
         assert isinstance(extractor._ways[0], OneAtATime) is is_alone
 
     def test_a_token_that_is_sent_to_another_expert_is_not_taken_for_one_that_sees_what_follows(
@@ -812,9 +812,9 @@ class TestMixturesOfExperts:
             return rows
 
         monkeypatch.setattr(read_model.ReadModel, "alone", rerouted)
-        check_causal(model, modules_of(model, [1]), PROMPTS[0])
+        check_causal(model, sites_of(model, [1]), PROMPTS[0])
         with pytest.raises(ValueError, match="is not a decoder-only"):
-            check_causal(model.float(), modules_of(model, [1]), PROMPTS[0])
+            check_causal(model.float(), sites_of(model, [1]), PROMPTS[0])
 
     @pytest.mark.skipif(tiny.ON_TRANSFORMERS_4, reason="its masks are made otherwise")
     @pytest.mark.parametrize("length", [2, 3, 12])
@@ -823,11 +823,11 @@ class TestMixturesOfExperts:
         for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
             monkeypatch.setattr(transformers.models.mixtral.modeling_mixtral, name, lambda **_kwargs: None)
         with pytest.raises(ValueError, match="is not a decoder-only"):
-            check_causal(model, modules_of(model, [1]), PROMPTS[1][:length])
+            check_causal(model, sites_of(model, [1]), PROMPTS[1][:length])
 
     def test_a_model_that_is_cast_on_the_way_is_looked_at_again(self) -> None:
         model, prompts = tiny.build("mixtral"), varied_prompts(4)
-        extractor = Extractor(model, modules_of(model, [1]), batch_size=4)
+        extractor = Extractor(model, sites_of(model, [1]), batch_size=4)
         list(extractor(last(prompts)))
         model.bfloat16()
         rows = rows_by_prompt(extractor(last(prompts)))

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from steering_vectors import (
     SteeringVector,
     TokenPositions,
+    active_patches,
     after,
     at,
     extract_activations,
     from_index,
     generated,
     prompted,
+    read_activations,
     record_activations,
     steer,
     train_steering_vector,
@@ -922,6 +924,261 @@ class TestOperatorsThatAskOrNeedNoDirection:
         expected = torch.stack([h + way.change(h, 0, n) for n, h in enumerate(before.double())])
         eps = torch.finfo(dtype).eps * float(expected.abs().max() + 1)
         torch.testing.assert_close(after.double(), expected, atol=2 * eps, rtol=0)
+
+
+# The projections whose inputs are heads and neurons, by hand; other architectures name them as Llama does.
+LIKE_LLAMA = ("self_attn.o_proj", "mlp.down_proj")
+PROJECTIONS: dict[str, tuple[str | None, str | None]] = {
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neo": ("attn.attention.out_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "gptj": ("attn.out_proj", "mlp.fc_out"),
+    "mamba": (None, None),
+    "mixtral": ("self_attn.o_proj", None),
+    "mpt": ("attn.out_proj", "ffn.down_proj"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "rwkv": (None, "feed_forward.value"),
+}
+INPUTS_OF_PROJECTIONS = [
+    (architecture, layer_type)
+    for architecture in (*tiny.ARCHITECTURES, "phi3")
+    for layer_type, path in zip(("heads", "neurons"), PROJECTIONS.get(architecture, LIKE_LLAMA), strict=True)
+    if path is not None
+]
+each_input = pytest.mark.parametrize(("architecture", "layer_type"), INPUTS_OF_PROJECTIONS)
+
+
+def projection_at(model: Any, layer_type: str, layer: int) -> nn.Module:
+    path = PROJECTIONS.get(model.config.model_type, LIKE_LLAMA)[layer_type == "neurons"]
+    return tiny.blocks(model)[layer].get_submodule(str(path))
+
+
+def random_vector_of_inputs(model: Any, layer_type: Any, layers: list[int], scale: float = 1.0) -> SteeringVector:
+    weight: Any = projection_at(model, layer_type, 0).weight
+    width = weight.shape[0 if model.config.model_type == "gpt2" else 1]
+    generator = torch.Generator().manual_seed(0)
+    return SteeringVector({n: scale * torch.randn(width, generator=generator) for n in layers}, layer_type)
+
+
+@contextmanager
+def inputs_by_hand(
+    model: Any, layer_type: str, changes: dict[int, Callable[[Tensor], Tensor]], batch: int
+) -> Iterator[None]:
+    """Pre-hooks on the projections; a change gets the input ``(batch, seq, n)``, in which all tokens stand."""
+
+    def before(layer: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        changed = changes[layer](args[0].reshape(batch, -1, args[0].shape[-1]).clone())
+        return (changed.reshape(args[0].shape), *args[1:])
+
+    handles = [
+        projection_at(model, layer_type, layer).register_forward_pre_hook(
+            lambda _m, args, layer=layer: before(layer, args)
+        )
+        for layer in changes
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TestInputsOfProjections:
+    """Heads and neurons: laws 1 to 5 and 8 where the activation is a module's input."""
+
+    @pytest.mark.parametrize("operator", OPERATORS)
+    @pytest.mark.parametrize("selection", ["all tokens", "generated(inputs)"])
+    @each_input
+    def test_what_is_read_is_what_was_there_plus_the_change(
+        self, architecture: str, layer_type: Any, selection: str, operator: str
+    ) -> None:
+        model, prompt = tiny.shared(architecture), PROMPTS[1]
+        vector, inputs = random_vector_of_inputs(model, layer_type, [1]), padded([prompt])
+        tokens, first = (None, 0) if selection == "all tokens" else (generated(inputs), len(prompt) - 1)
+        outside: list[Tensor] = []
+        handle = projection_at(model, layer_type, 1).register_forward_pre_hook(lambda _m, args: outside.append(args[0]))
+        with record_activations(model, layer_type, layers=[0, 1]) as plain, torch.no_grad():
+            model(**inputs)
+        handle.remove()
+        assert torch.equal(plain[1][0], outside[0])
+        # Recorded by what is attached before the steering, and by what is attached after.
+        with record_activations(model, layer_type, layers=[0, 1]) as early:
+            steering = vector.apply(model, operator=OPERATORS[operator], tokens=tokens)
+            with steering, record_activations(model, layer_type, layers=[0, 1]) as late, torch.no_grad():
+                model(**inputs)
+        for steered in (early, late):
+            assert torch.equal(steered[0][0], plain[0][0])
+            before, after = (rows[1][0].reshape(len(prompt), -1) for rows in (plain, steered))
+            assert torch.equal(after[:first], before[:first])
+            change = operator_by_hand(operator, vector.layer_activations[1])
+            expected = torch.stack([change(row) for row in before[first:]])
+            torch.testing.assert_close(after[first:], expected, atol=1e-5, rtol=1e-5)
+
+    @each_input
+    def test_padded_rows_with_multipliers_are_steered_as_alone_with_a_cache_and_without(
+        self, architecture: str, layer_type: Any
+    ) -> None:
+        if architecture in tiny.IGNORE_PADDING | tiny.UNLIKE_UNCACHED:
+            pytest.skip("the model itself takes padding for tokens, or differs with a cache")
+        model, inputs, multipliers = tiny.shared(architecture), padded(PROMPTS), [1.5, 0.0, -2.0]
+        vector = random_vector_of_inputs(model, layer_type, [0, 2])
+        expected = [
+            self.loop(model, layer_type, prompt, vector * multiplier)
+            for prompt, multiplier in zip(PROMPTS, multipliers, strict=True)
+        ]
+        for use_cache in (True, False):
+            with vector.apply(model, multiplier=multipliers, tokens=generated(inputs)):
+                answers, logits = generate(model, inputs, use_cache=use_cache)
+            for row, (expected_answer, expected_logits) in enumerate(expected):
+                assert answers[row].tolist() == expected_answer
+                torch.testing.assert_close(logits[row], expected_logits, atol=2e-4, rtol=1e-3)
+
+    @staticmethod
+    def loop(model: Any, layer_type: str, prompt: list[int], vector: SteeringVector) -> tuple[list[int], Tensor]:
+        """Whole rows, uncached, steered from the prompt's last token on."""
+
+        def adding(direction: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda given: torch.cat([given[:, : len(prompt) - 1], given[:, len(prompt) - 1 :] + direction], 1)
+
+        ids, logits = list(prompt), []
+        changes = {layer: adding(direction) for layer, direction in vector.layer_activations.items()}
+        with inputs_by_hand(model, layer_type, changes, 1), torch.no_grad():
+            for _ in range(STEPS):
+                logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+                ids.append(int(logits[-1].argmax()))
+        return ids[len(prompt) :], torch.stack(logits)
+
+    @each_input
+    def test_beams_are_steered_as_their_prompts(self, architecture: str, layer_type: Any) -> None:
+        if architecture not in tiny.WITH_BEAMS:
+            pytest.skip("its states can't be reordered")
+        model, inputs = tiny.shared(architecture), padded(PROMPTS[:2])
+        vector = random_vector_of_inputs(model, layer_type, [1], scale=2.0)
+        factors, start = torch.tensor([1.0, -1.0]).repeat_interleave(3), inputs["input_ids"].shape[1] - 1
+        kwargs = {**inputs, "num_beams": 3, "max_new_tokens": STEPS, "do_sample": False}
+        with vector.apply(model, multiplier=[1.0, -1.0], tokens=generated(inputs)):
+            steered = model.generate(**kwargs, use_cache=True)
+
+        def change(given: Tensor) -> Tensor:
+            given[:, start:] += factors[:, None, None] * vector.layer_activations[1]
+            return given
+
+        with inputs_by_hand(model, layer_type, {1: change}, 6):
+            assert torch.equal(steered, model.generate(**kwargs, use_cache=False))
+        assert not torch.equal(steered, model.generate(**kwargs))
+
+    @pytest.mark.parametrize("layer_type", ["heads", "neurons"])
+    @pytest.mark.parametrize("architecture", tiny.WITH_STATIC_CACHE)
+    def test_a_static_cache_is_a_cache(self, architecture: str, layer_type: Any) -> None:
+        model, inputs = tiny.shared(architecture), padded(PROMPTS)
+        vector = random_vector_of_inputs(model, layer_type, [1], scale=2.0)
+        with vector.apply(model, tokens=generated(inputs)):
+            expected, expected_logits = generate(model, inputs)
+        with vector.apply(model, tokens=generated(inputs)):
+            answers, logits = generate(model, inputs, cache_implementation="static")
+        assert torch.equal(answers, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
+        assert not torch.equal(generate(model, inputs)[1], expected_logits)
+
+    @each_input
+    def test_either_side_of_padding_is_the_same(self, architecture: str, layer_type: Any) -> None:
+        if architecture in tiny.IGNORE_PADDING:
+            pytest.skip("the model itself takes padding for tokens")
+        model, vector = tiny.shared(architecture), random_vector_of_inputs(tiny.shared(architecture), layer_type, [1])
+        rows: dict[str, list[Tensor]] = {}
+        for side in ("left", "right"):
+            inputs = padded(PROMPTS, side)
+            with (
+                vector.apply(model, tokens=from_index(2)),
+                record_activations(model, layers=1) as made,
+                torch.no_grad(),
+            ):
+                model(**inputs, **tiny.position_ids(model, inputs["attention_mask"]))
+            rows[side] = [made[1][0][n][mask.bool()] for n, mask in enumerate(inputs["attention_mask"])]
+        for left, right in zip(rows["left"], rows["right"], strict=True):
+            torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4)
+
+    @each_input
+    def test_rows_are_read_as_of_each_prompt_alone_and_files_keep_the_vector(
+        self, architecture: str, layer_type: Any, tmp_path: Path
+    ) -> None:
+        model, tokenizer = tiny.shared(architecture), tiny.tokenizer()
+        texts = ["a b", "a b c", "some text", "some more text than that", "longer than a window of it", "b"]
+        rows: list[Tensor] = []
+        handle = projection_at(model, layer_type, 1).register_forward_pre_hook(
+            lambda _m, args: rows.append(args[0].reshape(-1, args[0].shape[-1])[-1])
+        )
+        for text in texts:
+            with torch.no_grad():
+                model(torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
+        handle.remove()
+        read = read_activations(model, tokenizer, texts, layers=1, layer_type=layer_type, batch_size=2)[1]
+        torch.testing.assert_close(read, torch.stack(rows), atol=1e-5, rtol=1e-5)
+        pairs = list(zip(texts[::2], texts[1::2], strict=True))
+        vector = train_steering_vector(model, tokenizer, pairs, layers=[0, 1], layer_type=layer_type)
+        expected = (torch.stack(rows[::2]) - torch.stack(rows[1::2])).mean(dim=0)
+        torch.testing.assert_close(vector.layer_activations[1], expected, atol=1e-5, rtol=1e-5)
+        assert "layer_config" not in vector.metadata
+        assert vector.shares() == {}
+        vector.save(tmp_path / "vector")
+        loaded = SteeringVector.load(tmp_path / "vector")
+        assert loaded == vector
+        assert loaded.layer_type == layer_type
+
+    @each_input
+    def test_multiplier_zero_is_unsteered_and_nothing_is_left_behind(self, architecture: str, layer_type: Any) -> None:
+        model, inputs = tiny.shared(architecture), padded(PROMPTS[:1])
+        vector = random_vector_of_inputs(model, layer_type, [0, 2])
+        before, (_, expected) = snapshot(model), generate(model, inputs)
+        with vector.apply(model, multiplier=0):
+            assert torch.equal(generate(model, inputs)[1], expected)
+        with vector.apply(model) as handle:
+            assert active_patches(model) == [handle]
+            assert not torch.allclose(generate(model, inputs)[1], expected, atol=1e-4)
+            with vector.apply(model, multiplier=-1):
+                torch.testing.assert_close(generate(model, inputs)[1], expected, atol=1e-4, rtol=1e-3)
+        with pytest.raises(ZeroDivisionError), vector.apply(model, operator=lambda a, d: 1 / 0):
+            model(**inputs)
+        assert snapshot(model) == before
+        assert active_patches(model) == []
+
+    @each_input
+    def test_gradients_flow_to_the_direction_and_the_rows_multipliers(self, architecture: str, layer_type: Any) -> None:
+        model, ids = tiny.build(architecture), torch.tensor([PROMPTS[1]] * 2)
+        direction = random_vector_of_inputs(model, layer_type, [1]).layer_activations[1].requires_grad_()
+        multiplier = torch.tensor([1.0, 0.0], requires_grad=True)
+        with SteeringVector({1: direction}, layer_type).apply(model, multiplier=multiplier):
+            model(ids, use_cache=False).logits.square().mean().backward()
+        by_hand = [given.detach().clone().requires_grad_() for given in (direction, multiplier)]
+        changes = {1: lambda given: given + by_hand[1][:, None, None] * by_hand[0]}
+        with inputs_by_hand(model, layer_type, changes, 2):
+            model(ids, use_cache=False).logits.square().mean().backward()
+        for got, expected in zip((direction, multiplier), by_hand, strict=True):
+            torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-3)
+            assert expected.grad is not None
+            assert bool(expected.grad.any())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @each_input
+    def test_the_stream_keeps_its_dtype_in_half_precision(
+        self, architecture: str, layer_type: Any, dtype: torch.dtype
+    ) -> None:
+        model, inputs = tiny.build(architecture).to(dtype), padded(PROMPTS[:1])
+        vector = random_vector_of_inputs(model, layer_type, [1])
+        with record_activations(model, layer_type, layers=1) as plain, torch.inference_mode():
+            model(**inputs)
+        for operator in OPERATORS.values():
+            with (
+                torch.inference_mode(),
+                vector.apply(model, operator=operator, tokens=from_index(1)),
+                record_activations(model, layer_type, layers=1) as steered,
+            ):
+                model(**inputs)
+            assert steered[1][0].dtype is plain[1][0].dtype
+            assert bool(steered[1][0].isfinite().all())
 
 
 class TestGradients:

@@ -16,7 +16,7 @@ from steering_vectors._extraction.memory import Memory
 from steering_vectors._extraction.read_model import ReadModel, ReadPrompt
 from steering_vectors._extraction.verification import alike, differ
 from steering_vectors._extraction.ways import UnlikeError, Way, find_ways
-from steering_vectors._models import anatomy_of, without_data_parallelism
+from steering_vectors._models import Site, anatomy_of, without_data_parallelism
 
 __all__ = ["Extractor", "LayerRows", "ReadPrompt"]
 
@@ -44,14 +44,14 @@ class Extractor:
     def __init__(
         self,
         model: nn.Module,
-        modules: Mapping[int, nn.Module],
+        sites: Mapping[int, Site],
         *,
         batch_size: int,
         steered: Callable[[], Steered] = Steered,
     ) -> None:
         self._model = without_data_parallelism(model)
-        self.layers = sorted(modules)
-        self._modules = modules
+        self.layers = sorted(sites)
+        self._sites = sites
         self._batch_size = batch_size
         self._steered = steered
         self._memory = Memory()
@@ -76,7 +76,7 @@ class Extractor:
                 for numbers, rows in self._rows(self._ways[0], prompts, sorted(left)):
                     self._check_causal(prompts)
                     left.difference_update(numbers)
-                    yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._modules)
+                    yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._sites)
                     if left and self._look_again():
                         break
             except UnlikeError:
@@ -102,7 +102,7 @@ class Extractor:
         if conditions == self._conditions:
             return False
         self._conditions = conditions
-        self._source = ReadModel(anatomy, self._modules)
+        self._source = ReadModel(anatomy, self._sites)
         self._ways = find_ways(self._source, steered)
         self._perhaps_by_row = steered.perhaps_by_row
         self._is_causal = False  # until it was seen

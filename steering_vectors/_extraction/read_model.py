@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steering_vectors._models import (
     Anatomy,
     Attention,
+    Site,
     by_tokens,
     has_experts,
     kept_states,
@@ -34,7 +35,7 @@ class ReadPrompt:
 class ReadModel:
     """A model and the layers that are read of it."""
 
-    def __init__(self, anatomy: Anatomy, layers: Mapping[int, nn.Module]) -> None:
+    def __init__(self, anatomy: Anatomy, layers: Mapping[int, Site]) -> None:
         self.anatomy = anatomy
         self.layers = layers
         self.attention = Attention(anatomy.text_config)

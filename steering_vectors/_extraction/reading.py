@@ -41,7 +41,7 @@ def extractor_for(
     if not is_whole_number(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     found = layers_of(anatomy, layer_type, layer_config)
-    modules = found.modules_of(found.numbers(layers))
+    sites = found.sites_of(found.numbers(layers))
     if anatomy.takes_tokens_again:
         raise ValueError(f"{kind} takes some of a row's tokens again and in another order, so it can't be read")
 
@@ -53,7 +53,7 @@ def extractor_for(
             perhaps_by_row=may_be_steered_by_row(anatomy.model),
         )
 
-    return Extractor(anatomy.model, modules, batch_size=batch_size, steered=steered)
+    return Extractor(anatomy.model, sites, batch_size=batch_size, steered=steered)
 
 
 class Reading:

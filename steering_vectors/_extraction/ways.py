@@ -220,7 +220,7 @@ def find_ways(source: ReadModel, steered: Steered) -> list[Way]:
         or is_sharded(model)
         or steered.by_token
         or has_hooks_of_users(wrappers)
-        or not all(module in inside for module in source.layers.values())
+        or not all(site.module in inside for site in source.layers.values())
     ):
         return whole
     is_offloaded = any(parameter.device.type == "meta" for parameter in decoder.parameters())

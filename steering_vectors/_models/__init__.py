@@ -41,6 +41,7 @@ from steering_vectors._models.running import (
     stateful_modules,
     without_data_parallelism,
 )
+from steering_vectors._models.sites import Site
 
 __all__ = [
     "INPUT",
@@ -51,6 +52,7 @@ __all__ = [
     "Attention",
     "Hook",
     "MaskKinds",
+    "Site",
     "Wrapper",
     "activation_of",
     "along_tokens",

@@ -36,11 +36,11 @@ def with_activation(output: Any, activation: Tensor) -> Any:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the activation among a block's arguments. Raises TypeError if there is none."""
+    """Return the activation among a module's arguments. Raises TypeError if there is none."""
     activation = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(activation, Tensor):
         raise TypeError(
-            f"a block's first argument, or its hidden_states, must be a tensor, got {type(activation).__name__}"
+            f"a module's first argument, or its hidden_states, must be a tensor, got {type(activation).__name__}"
         )
     return activation
 
@@ -48,7 +48,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def with_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], activation: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with the block's input replaced by ``activation``."""
+    """Return the arguments with the module's input replaced by ``activation``."""
     return ((activation, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": activation})
 
 

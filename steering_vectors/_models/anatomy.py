@@ -18,6 +18,8 @@ _TEMPLATES: dict[str, dict[str, str]] = {
         "decoder_block": "transformer.layer_norm2.{num}",
         "self_attn": "transformer.attentions.{num}",
         "mlp": "transformer.ffns.{num}",
+        "heads": "transformer.attentions.{num}.out_lin",
+        "neurons": "transformer.ffns.{num}.lin2",
         "post_attention_layernorm": "transformer.layer_norm1.{num}",
     }
 }

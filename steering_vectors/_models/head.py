@@ -10,6 +10,7 @@ from steering_vectors._models.activations import activation_of, with_activation
 from steering_vectors._models.anatomy import Anatomy
 from steering_vectors._models.hooks import Attached, Hook
 from steering_vectors._models.running import kept_states, read_pass, stateful_modules
+from steering_vectors._models.sites import Site
 
 
 def logits_of(anatomy: Anatomy, rows: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def logits_of(anatomy: Anatomy, rows: Tensor) -> Tensor:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
     hooks = [Hook(last, replace), Hook(anatomy.model, check, first=True)]
     with Attached(hooks), kept_states(stateful_modules(anatomy.model)):
-        found = read_pass(anatomy.pass_modules, {0: anatomy.model}, inputs, _last_logits, stop_early=False)
+        found = read_pass(anatomy.pass_modules, {0: Site(anatomy.model)}, inputs, _last_logits, stop_early=False)
     return found[0]
 
 

@@ -59,7 +59,7 @@ class Hook:
     ) -> None:
         self._module = weakref.ref(module)
         self._before = before
-        self._options = {"with_kwargs": True} if before else {"prepend": first, "always_call": always}
+        self._options = {"prepend": first, **({"with_kwargs": True} if before else {"always_call": always})}
         plain = _unless_removed(function) if before else function
         # A function of this hook's own, by which the module's hooks show whether it is attached.
         self._function = functools.partial(plain) if traceable else never_compiled(plain)

@@ -1,4 +1,4 @@
-"""Find a block's attention, its MLP and its norms by the names that Hugging Face's models use."""
+"""Find a block's attention, its MLP, their output projections, and its norms, by the names in Hugging Face's models."""
 
 import re
 
@@ -26,6 +26,25 @@ _PART_PATHS = {
         layer.2.layer_norm layer.1.layer_norm
     """,
 }
+# The part that ends in a projection to the stream, and the projection's paths inside it.
+_PROJECTION_PATHS = {
+    "heads": (
+        "self_attn",
+        """
+        o_proj out_proj c_proj dense output.dense attention.out_proj Wo out_lin o o_net self_attention.attention_out
+        """,
+    ),
+    "neurons": (
+        "mlp",
+        """
+        down_proj dense_4h_to_h c_proj fc_out fc2 w2 wo Wo output.dense output output_linear proj_down layer_2 lin2
+        value ffn.w_out CoreNet.3 2
+        """,
+    ),
+}
+# Paths of an MLP whose hidden layer stands beside it in the block: they are the projection.
+_MLPS_THAT_PROJECT = {"fc2", "output.dense"}
+_EXPERTS = re.compile("experts?", re.I)
 # Names that hybrid models use for different kinds of parts in different blocks: the part's class decides.
 _MIXED_PARTS = {"temporal_block", "mixer"}
 _CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": re.compile("mlp|moe|experts", re.I)}
@@ -33,6 +52,8 @@ _CLASS_OF_MIXED_PART = {"self_attn": re.compile("attention|attn", re.I), "mlp": 
 
 def part_path(block: nn.Module, layer_type: str) -> str | None:
     """Return the path of the block's part of this layer type; None if it has none."""
+    if layer_type in _PROJECTION_PATHS:
+        return _projection_path(block, layer_type)
     for path in _PART_PATHS[layer_type].split():
         try:
             part = block.get_submodule(path)
@@ -44,4 +65,19 @@ def part_path(block: nn.Module, layer_type: str) -> str | None:
         if class_name is not None and not class_name.search(type(part).__name__):
             continue
         return path
+    return None
+
+
+def _projection_path(block: nn.Module, layer_type: str) -> str | None:
+    part, paths = _PROJECTION_PATHS[layer_type]
+    outer = part_path(block, part)
+    if outer is None or outer in _MLPS_THAT_PROJECT:
+        return outer
+    for path in paths.split():
+        try:
+            projection = block.get_submodule(f"{outer}.{path}")
+        except AttributeError:
+            continue
+        if not _EXPERTS.search(type(projection).__name__):
+            return f"{outer}.{path}"
     return None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steering_vectors._locks import locked
-from steering_vectors._models.activations import activation_of
 from steering_vectors._models.anatomy import parameters_of
-from steering_vectors._models.hooks import Attached, Hook
+from steering_vectors._models.hooks import Attached
+from steering_vectors._models.sites import Site
 
 
 class _AllRead(BaseException):
@@ -25,7 +25,7 @@ class _AllRead(BaseException):
 @torch.no_grad()
 def read_pass(
     modules: Sequence[nn.Module],
-    layers: Mapping[int, nn.Module],
+    layers: Mapping[int, Site],
     inputs: Mapping[str, Any],
     read: Callable[[Tensor], Tensor],
     *,
@@ -43,14 +43,14 @@ def read_pass(
     found: dict[int, Tensor] = {}
     thread = threading.get_ident()
 
-    def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def note(layer: int, activation: Tensor) -> None:
         if threading.get_ident() != thread:  # another thread's pass
             return
-        found[layer] = read(activation_of(output))
+        found[layer] = read(activation)
         if stop_early and len(found) == len(layers):
             raise _AllRead
 
-    hooks = [Hook(part, partial(note, layer)) for layer, part in layers.items()]
+    hooks = [site.hook(partial(note, layer)) for layer, site in layers.items()]
     with suppress(_AllRead), Attached([*hooks, _Evaluation(modules[0]), _Uncompiled()]):
         _call_once(modules, inputs)
     if missing := sorted(layers.keys() - found.keys()):

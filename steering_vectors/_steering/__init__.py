@@ -19,6 +19,7 @@ from steering_vectors._steering.handle import SteeringContext, SteeringPatchHand
 from steering_vectors._steering.multiplier import Numbers, as_multiplier
 from steering_vectors._steering.plan import (
     CALL_HINTS,
+    Place,
     Steering,
     checked_steering,
     config_for,
@@ -33,6 +34,7 @@ __all__ = [
     "CALL_HINTS",
     "AttachedTrace",
     "Numbers",
+    "Place",
     "Steering",
     "SteeringContext",
     "SteeringPatchHandle",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from steering_vectors._models import check_model
+from steering_vectors._models import INPUT, OUTPUT, check_model
 from steering_vectors._steering.attaching import changes_of
 from steering_vectors._steering.handle import SteeringPatchHandle
 from steering_vectors._tokens import goes_by_row_or_end
@@ -19,7 +19,8 @@ def active_patches(model: nn.Module) -> list[SteeringPatchHandle]:
     []
     """
     check_model(model)
-    owners = {change.owner for module in model.modules() for change in changes_of(module)}
+    changes = (change for module in model.modules() for side in (OUTPUT, INPUT) for change in changes_of(module, side))
+    owners = {change.owner for change in changes}
     return sorted((handle for handle in owners if handle.is_on), key=lambda handle: handle.order)
 
 

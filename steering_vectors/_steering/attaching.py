@@ -20,13 +20,13 @@ from steering_vectors._models import (
 )
 from steering_vectors._steering.change import Change
 
-# Called with a steered module, and with its activation before and after the steering.
-Trace: TypeAlias = Callable[[nn.Module, Tensor, Tensor], None]
+# Called with a steered module, the steered side of it, and the activation there before and after the steering.
+Trace: TypeAlias = Callable[[nn.Module, str, Tensor, Tensor], None]
 _traces: tuple[Trace, ...] = ()
 
 
 class AttachedTrace:
-    """A function that is called for each steering of a module's output; an attachment."""
+    """A function that is called for each steering of a module; an attachment."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = never_compiled(trace)
@@ -109,8 +109,8 @@ def changes_of(module: nn.Module, place: str = OUTPUT) -> tuple[Change, ...]:
 
 def _hook_of(module: nn.Module, place: str) -> Hook:
     if place == INPUT:
-        return Hook(module, _steer_input, before=True, traceable=True)
-    return Hook(module, _steer, first=True, traceable=True)  # first, so that later hooks see the steered output
+        return Hook(module, _steer_input, before=True, first=True, traceable=True)
+    return Hook(module, _steer, first=True, traceable=True)  # first, so that other hooks see what is steered
 
 
 def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -118,12 +118,14 @@ def _steer(module: nn.Module, _args: Any, output: Any) -> Any:
     for change in changes_of(module):
         steered = change(steered)
     for trace in _traces:
-        trace(module, activation, steered)
+        trace(module, OUTPUT, activation, steered)
     return output if steered is activation else with_activation(output, steered)
 
 
 def _steer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    activation = input_of(args, kwargs)
+    activation = steered = input_of(args, kwargs)
     for change in changes_of(module, INPUT):
-        activation = change(activation)
-    return with_input(args, kwargs, activation)
+        steered = change(steered)
+    for trace in _traces:
+        trace(module, INPUT, activation, steered)
+    return None if steered is activation else with_input(args, kwargs, steered)

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from steering_vectors._models import never_compiled
 from steering_vectors._passes import ForwardPass, Need, PassTracker, this_thread
 from steering_vectors._steering.attaching import AttachedChange
 from steering_vectors._steering.change import Change
-from steering_vectors._steering.plan import Steering
+from steering_vectors._steering.plan import Place, Steering
 from steering_vectors._steering.selection import Selection
 from steering_vectors._tokens import may_need_prompt_length, needs_row_ids
 
@@ -60,11 +58,11 @@ class SteeringPatchHandle:
         )
         self._selection = Selection(self._tracker, steering.selector, columns_first=steering.anatomy.columns_first)
         placed = list(self._placed(steering))
-        self._changes = [change for change, _, _ in placed]
-        self._attachments = [AttachedChange(module, change, place) for change, module, place in placed]
+        self._changes = [change for change, _ in placed]
+        self._attachments = [AttachedChange(place.module, change, place.side) for change, place in placed]
 
-    def _placed(self, steering: Steering) -> Iterator[tuple[Change, nn.Module, str]]:
-        """Yield the steering's changes, each with its module and the module's side."""
+    def _placed(self, steering: Steering) -> Iterator[tuple[Change, Place]]:
+        """Yield the steering's changes, each with its place."""
         applies = self._applies if self._tracker.is_traceable else never_compiled(self._applies)
         change = functools.partial(
             Change,
@@ -78,9 +76,9 @@ class SteeringPatchHandle:
             applies=applies,
             applies_to_compiled=self._tracker.is_traceable,
         )
-        for layer, module, place in steering.places:
-            for direction in steering.directions_at(layer):
-                yield change(layer=layer, direction=direction), module, place
+        for place in steering.places:
+            for direction in steering.directions_at(place.layer):
+                yield change(layer=place.layer, direction=direction), place
 
     def remove(self) -> None:
         """Remove the steering from the model; a second call does nothing.

@@ -3,16 +3,23 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from steering_vectors._models import OUTPUT, Anatomy, anatomy_of
+from steering_vectors._models import OUTPUT, Anatomy, Site, anatomy_of
 from steering_vectors._steering.change import width_message
 from steering_vectors._steering.multiplier import Multiplier
 from steering_vectors._tokens import Selector
 from steering_vectors._vectors import checked_directions, in_ranges, type_and_depth
-from steering_vectors.layer_matching import LayerType, ModelLayerConfig, check_layer_type, layers_of, read_config
+from steering_vectors.layer_matching import (
+    LayerType,
+    ModelLayerConfig,
+    check_layer_type,
+    is_at_input,
+    layers_of,
+    read_config,
+)
 from steering_vectors.steering_operators import (
     PatchDeltaOperator,
     addition_operator,
@@ -28,18 +35,25 @@ CALL_HINTS = dict.fromkeys(
 ) | dict.fromkeys(("layer", "layers"), "choose layers of the vector first, as in vector[16].apply(model)")
 
 
+class Place(NamedTuple):
+    """A module to change, at its output or its input, and the number of its layer."""
+
+    layer: int
+    module: nn.Module
+    side: str = OUTPUT
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
     """A checked request to change a model's activations, not attached yet.
 
     ``directions`` are ``(hidden,)`` by layer number, or ``(k, hidden)`` to be used one after another; with None, the
-    operator gets the activation alone. ``places`` are the modules to change, each with its layer's number and with
-    ``OUTPUT`` or ``INPUT``, the side to change. A ``selector`` of None means all tokens. With ``this_thread_only``,
-    only passes in the thread that attaches it are steered.
+    operator gets the activation alone. A ``selector`` of None means all tokens. With ``this_thread_only``, only passes
+    in the thread that attaches it are steered.
     """
 
     anatomy: Anatomy
-    places: Sequence[tuple[int, nn.Module, str]]
+    places: Sequence[Place]
     directions: Mapping[int, Tensor] | None
     operator: Callable[..., Tensor]
     multiplier: Multiplier
@@ -49,7 +63,7 @@ class Steering:
     @property
     def layers(self) -> list[int]:
         """The numbers of the steered layers, ascending."""
-        return sorted({number for number, _, _ in self.places})
+        return sorted({place.layer for place in self.places})
 
     def directions_at(self, layer: int) -> list[Tensor] | list[None]:
         """Return the directions of a layer, in the order in which they are used; None in their place without any."""
@@ -120,11 +134,14 @@ def steering_of(
                 f"the vector's layers {same} are the same layer of this model, number {number}: keep only one of them"
             )
         by_number[number] = direction
-    widths = [] if layer_config and vector.layer_type in layer_config else anatomy.widths
+    is_elsewhere = is_at_input(vector.layer_type) or (layer_config and vector.layer_type in layer_config)
+    widths = [] if is_elsewhere else anatomy.widths
     width = next(iter(by_number.values())).shape[-1]
     if widths and width not in widths:
         raise ValueError(width_message(width, min(by_number), widths[0]))
-    places = [(number, module, OUTPUT) for number, module in found.modules_of(sorted(by_number)).items()]
+    sites = found.sites_of(sorted(by_number))
+    _check_inputs(width, sites, vector.layer_type)
+    places = [Place(number, *site) for number, site in sites.items()]
     return checked_steering(Steering(anatomy, places, by_number, operator, multiplier, selector, this_thread_only))
 
 
@@ -142,7 +159,7 @@ def steering_alone(
     anatomy = anatomy_of(model)
     found = layers_of(anatomy, layer_type, layer_config)
     check_operator_alone(operator)
-    places = [(number, module, OUTPUT) for number, module in found.modules_of(found.numbers(layers)).items()]
+    places = [Place(number, *site) for number, site in found.sites_of(found.numbers(layers)).items()]
     return checked_steering(Steering(anatomy, places, None, operator, multiplier, selector, this_thread_only))
 
 
@@ -152,6 +169,16 @@ def checked_steering(steering: Steering) -> Steering:
     if steering.locating or steering.multiplier.by_row:
         _check_tokens_can_be_located(steering.anatomy)
     return steering
+
+
+def _check_inputs(width: int, sites: Mapping[int, Site], layer_type: LayerType) -> None:
+    """Raise ValueError if directions of this width don't fit the input of a projection."""
+    for number, site in sites.items():
+        if site.input_width not in (None, width):
+            raise ValueError(
+                f"the vector's directions have {width} numbers, but the {layer_type} of the model's layer {number} "
+                f"have {site.input_width}: use a vector of the {layer_type} of this model"
+            )
 
 
 def config_for(anatomy: Anatomy, vector: Vector, given: ModelLayerConfig | None) -> ModelLayerConfig | None:

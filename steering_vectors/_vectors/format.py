@@ -11,10 +11,11 @@ from torch import Tensor
 from steering_vectors._vectors.algebra import norms
 from steering_vectors._vectors.directions import checked_directions
 from steering_vectors._vectors.safetensors_file import load_tensors, save_tensors
-from steering_vectors.layer_matching import LayerType, check_layer_type, read_config
+from steering_vectors.layer_matching import LayerType, check_layer_type, is_at_input, read_config
 
 FORMAT, VERSION = "steering-vectors", 1
-_CONVENTION = "the output of the layer, numbered from 0: hidden_states[layer + 1] of Hugging Face"
+_AT_OUTPUT = "the output of the layer, numbered from 0: hidden_states[layer + 1] of Hugging Face"
+_AT_INPUT = "the input of the projection back to the residual stream, in the decoder block of this number, from 0"
 
 
 def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_type: LayerType, metadata: Any) -> None:
@@ -28,7 +29,7 @@ def write(path: str | os.PathLike[str], directions: Mapping[int, Tensor], layer_
         "format": FORMAT,
         "format_version": str(VERSION),
         "layer_type": layer_type,
-        "layer_convention": _CONVENTION,
+        "layer_convention": _AT_INPUT if is_at_input(layer_type) else _AT_OUTPUT,
         "hidden_size": str(next(iter(checked.values())).shape[-1]),
         "norms": json.dumps(norms(checked)),
     }

@@ -9,6 +9,7 @@ from steering_vectors._html import block, facts, table
 from steering_vectors._vectors.algebra import Directions, norms
 from steering_vectors._vectors.directions import in_ranges
 from steering_vectors._vectors.strength import shares_of
+from steering_vectors.layer_matching import is_at_input
 
 _LABELS = {  # of the metadata that the table shows
     "base_model": "model",
@@ -27,17 +28,15 @@ def line_of(directions: Directions, layer_type: str) -> str:
     found = norms(_with_numbers(directions)).values()
     low, high = (f"{norm:.3g}" for norm in (min(found, default=0), max(found, default=0)))
     shown = f", norms={low if low == high else f'{low} to {high}'}" if found else ""
-    return (
-        f"SteeringVector(layers={in_ranges(sorted(directions))}, hidden_size={_width(directions)}, "
-        f"layer_type={layer_type!r}{shown})"
-    )
+    width = f"{'width' if is_at_input(layer_type) else 'hidden_size'}={_width(directions)}"
+    return f"SteeringVector(layers={in_ranges(sorted(directions))}, {width}, layer_type={layer_type!r}{shown})"
 
 
 def table_of(directions: Directions, layer_type: str, metadata: Mapping[str, str]) -> str:
     """Return HTML: the vector's origin, and the norm of each direction, also as a share of the activations' norm."""
     known = {"layers": in_ranges(sorted(directions)), "layer type": layer_type}
     if directions:
-        known["hidden size"] = _width(directions)
+        known["width" if is_at_input(layer_type) else "hidden size"] = _width(directions)
     known |= {label: metadata[name] for name, label in _LABELS.items() if name in metadata}
     found, shares = norms(_with_numbers(directions)), shares_of(_with_numbers(directions), metadata)
     columns = ["layer", "norm", *(["share of the activations' norm"] if shares else [])]

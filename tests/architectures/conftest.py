@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 
-COLUMNS = ("layers", "adds", "generates", "loops", "text layers", "images", "reads", "ablates", "parts")
+COLUMNS = (
+    "layers",
+    "adds",
+    "generates",
+    "loops",
+    "text layers",
+    "images",
+    "reads",
+    "ablates",
+    "parts",
+    "heads",
+    "neurons",
+)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

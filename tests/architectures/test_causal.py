@@ -14,7 +14,7 @@ from steering_vectors._models import anatomy_of
 from steering_vectors._steering.stream_parts import written_parts
 from steering_vectors.layer_matching import find_layers
 from tests.architectures.reading import check_reading
-from tests.architectures.tiny_models import POSITIONS, causal_model_types, tiny_causal_model
+from tests.architectures.tiny_models import BERT_LIKE, POSITIONS, causal_model_types, tiny_causal_model
 
 Note = Callable[[str, str, str], None]
 
@@ -246,7 +246,7 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "heads", "neurons")
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
@@ -274,6 +274,63 @@ def test_parts_stand_inside_their_own_block_and_run(model_type: str, note: Note)
         found[part] = len(parts.names)
     cells = (f"{found[part]}" if part in found else "-" for part in PARTS)
     note(model_type, "parts", f"{' '.join(cells)} of {blocks.count}")
+
+
+# Parts that end in something else than the projection: the stream is added, a norm follows, or a gate.
+MORE_FOLLOWS = {
+    "bloom": {"heads", "neurons"},
+    "cpmant": {"heads", "neurons"},
+    "mpt": {"neurons"},
+    "prophetnet": {"heads"},
+    "rwkv": {"neurons"},
+    "xlm-prophetnet": {"heads"},
+    "xlnet": {"neurons"},
+    **dict.fromkeys((*BERT_LIKE, "git"), {"heads"}),
+}
+
+
+@pytest.mark.parametrize("layer_type", ["heads", "neurons"])
+@pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])
+def test_heads_and_neurons_are_what_the_projection_at_the_end_of_a_part_gets(
+    model_type: str, layer_type: Any, note: Note
+) -> None:
+    model, ids = model_of(model_type), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
+    try:
+        found = find_layers(model, layer_type)
+    except ValueError as error:
+        assert f"no {layer_type} found in the blocks" in str(error)
+        note(model_type, layer_type, "-")
+        return
+    number = next(n for n in found.names if (model_type, n) not in NEVER_RUN)
+    projection = model.get_submodule(found.names[number])
+    part = find_layers(model, "self_attn" if layer_type == "heads" else "mlp").modules[number]
+    seen: dict[str, Any] = {}
+    handles = [
+        projection.register_forward_hook(lambda _m, args, output: seen.update(given=args[0], made=activation(output))),
+        part.register_forward_hook(lambda _m, _a, output: seen.update(part=activation(output))),
+    ]
+    with record_activations(model, layer_type, layers=number) as plain, torch.no_grad():
+        expected_outside = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(plain[number][-1], seen["given"])
+    is_last = seen["part"].numel() == seen["made"].numel() and torch.allclose(
+        seen["part"].flatten(), seen["made"].flatten(), atol=1e-5
+    )
+    assert is_last or layer_type in MORE_FOLLOWS.get(model_type, ())
+    direction = torch.randn(seen["given"].shape[-1], generator=torch.Generator().manual_seed(2))
+    hook = projection.register_forward_pre_hook(lambda _m, args: (args[0] + direction, *args[1:]))
+    with torch.no_grad():
+        expected = model(ids).logits
+    hook.remove()
+    vector = SteeringVector({number: direction}, layer_type)
+    with vector.apply(model), record_activations(model, layer_type, layers=number) as steered, torch.no_grad():
+        got = model(ids).logits
+    assert torch.equal(got, expected)
+    if len(plain[number]) == 1:  # some models run through their blocks more than once
+        assert torch.equal(steered[number][0], plain[number][0] + direction)
+    assert not torch.equal(got, expected_outside)
+    note(model_type, layer_type, f"{len(found.names)} of {found.count}{'' if is_last else ', more follows'}")
 
 
 @pytest.mark.parametrize("model_type", [name for name in TYPES if name not in NO_LAYERS])

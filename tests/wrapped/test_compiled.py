@@ -293,6 +293,27 @@ class TestOperatorsThatAskOrNeedNoDirection:
                     assert_close(answer(model), expected_answer)
                 assert_close(logits(model), logits(bare()))
 
+    @pytest.mark.parametrize(("layer_type", "path"), [("heads", "self_attn.o_proj"), ("neurons", "mlp.down_proj")])
+    @pytest.mark.parametrize("way", [whole, each_block_in_place, whole_in_one_graph], ids=named)
+    def test_inputs_of_projections_are_steered_before_compilation_and_after(
+        self, way: Way, layer_type: Any, path: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(2)
+        direction = torch.randn(tiny.HIDDEN if layer_type == "heads" else 48, generator=generator)
+        projection, model = tiny.blocks(bare())[1].get_submodule(path), way(tiny.build("llama"))
+        plain = logits(bare())
+        for tokens, first_column in list(SELECTIONS.values())[: 1 if way is whole_in_one_graph else 2]:
+            added = torch.zeros(INPUTS["input_ids"].shape[1], len(direction))
+            added[first_column:] = direction
+            hook = projection.register_forward_pre_hook(lambda _m, args, added=added: (args[0] + added,))
+            expected = logits(bare())
+            hook.remove()
+            assert not torch.allclose(expected, plain, atol=1e-2)
+            for _ in ("before compilation", "after"):
+                with unchanged(model), SteeringVector({1: direction}, layer_type).apply(model, tokens=tokens):
+                    assert_close(logits(model), expected)
+                assert_close(logits(model), plain)
+
     def test_one_graph_is_steered_and_compiled_once_for_all_multipliers(self) -> None:
         compilations: list[Any] = []
         compiled = torch.compile(tiny.build("llama"), backend=partial(_counted, compilations), fullgraph=True)
