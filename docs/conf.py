@@ -51,7 +51,7 @@ nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
 # Names in signatures that the pages describe: the public ones, and aliases of types.
 _DESCRIBED = {
     *steering_vectors.__all__,
-    *("Numbers", "Prompt", "PromptSets", "ReadTokenIndex", "Side", "TokenSelection", "TrainingSample"),
+    *("Numbers", "Prompt", "PromptSets", "ReadTokenIndex", "Side", "Strength", "TokenSelection", "TrainingSample"),
 }
 
 # Notebooks are shown with their outputs where their model is, or can be made from a package that is installed.

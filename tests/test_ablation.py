@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from steering_vectors import ablate_everywhere, active_patches, from_index, generated, record_activations
 from steering_vectors._models.activations import input_of
+from steering_vectors._steering import stream_parts
 from steering_vectors._steering.stream_parts import written_parts
 from tests import tiny
+from tests.test_laws import generate
 from tests.test_steering import answer, first, hooks_of, logits, padded, unchanged, vector
 
 DIRECTION = torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(4))
@@ -41,6 +43,7 @@ WRITTEN = {
     "qwen3": ["self_attn", "mlp"],
     "stablelm": ["self_attn", "mlp"],
 }
+PARTS = ("embeddings", "self_attn", "mlp")
 # Where the stream is read in the midst of a block.
 READ_BETWEEN = {
     "gpt2": "ln_2",
@@ -158,7 +161,7 @@ def test_blocks_that_end_in_a_norm_are_ablated_at_their_output() -> None:
 
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
     blocks = list(model.transformer.h)
-    assert written_parts(model, blocks) == [[block] for block in blocks]
+    assert written_parts(model, blocks) == [{block: None} for block in blocks]
     with ablate_everywhere(model, DIRECTION), record_activations(model) as outputs, torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     assert all(float((part[0] @ UNIT).abs().max()) < 1e-5 for part in outputs.values())
@@ -204,6 +207,189 @@ def test_a_direction_and_its_multiple_are_one_in_half_precision_too(dtype: torch
     with ablate_everywhere(model, torch.stack([DIRECTION.to(dtype), (3 * DIRECTION).to(dtype)])) as handle:
         torch.testing.assert_close(logits(model), expected, atol=1e-2, rtol=1e-2)
         assert len(handle._changes) == 10  # three blocks, two parts of each, and the input
+
+
+@contextmanager
+def ablated_by_part(
+    model: nn.Module,
+    architecture: str,
+    strength: Callable[[int, str], float],
+    removing: Callable[[Tensor], Tensor] = without,
+) -> Iterator[None]:
+    """What is written keeps ``1 - strength`` of its part along the direction; blocks' outputs stay as they are."""
+
+    def change(activation: Tensor, layer: int, part: str) -> Tensor:
+        return activation + strength(layer, part) * (removing(activation) - activation)
+
+    def after(output: Any, layer: int, part: str) -> Any:
+        activation = change(first(output), layer, part)
+        return activation if isinstance(output, Tensor) else (activation, *output[1:])
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0], 0, "embeddings"), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"], 0, "embeddings")}
+
+    blocks = tiny.blocks(model)  # type: ignore[arg-type]
+    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    for layer, block in enumerate(blocks):
+        for part, path in zip(("self_attn", "mlp"), WRITTEN[architecture], strict=False):
+            handles.append(
+                block.get_submodule(path).register_forward_hook(
+                    lambda _m, _a, output, layer=layer, part=part: after(output, layer, part)
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rising(layer: int, part: str) -> float:
+    return {"embeddings": 0.3, "self_attn": 0.5, "mlp": -0.4}[part] * (layer + 1)
+
+
+# What is passed → the same as a function of layer and part.
+STRENGTHS: dict[str, tuple[Any, Callable[[int, str], float]]] = {
+    "a number": (0.6, lambda _layer, _part: 0.6),
+    "a number above 1": (torch.tensor(1.5), lambda _layer, _part: 1.5),
+    "parts": ({"self_attn": 1.0, "mlp": 0.5}, lambda _l, part: {"self_attn": 1.0, "mlp": 0.5, "embeddings": 0}[part]),
+    "the embeddings": ({"embeddings": 1}, lambda _layer, part: float(part == "embeddings")),
+    "layers": ({0: 0.25, -1: 2.0}, lambda layer, part: {0: 0.25, 1: 0.0}.get(layer, 2.0)),
+    "one layer at 1": ({1: 1.0}, lambda layer, _part: float(layer == 1)),
+    "a function": (rising, rising),
+}
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name in WRITTEN])
+def test_a_strength_removes_that_share_of_what_is_written(architecture: str, strength: str) -> None:
+    if architecture == "gpt_neo" and strength == "layers":
+        pytest.skip("it has other layers")
+    model, (given, by_part) = tiny.shared(architecture), STRENGTHS[strength]
+    for direction, removing in ((DIRECTION, without), (SEVERAL, without_span(SEVERAL))):
+        with ablated_by_part(model, architecture, by_part, removing):
+            expected = logits(model)
+        with unchanged(model), ablate_everywhere(model, direction, strength=given):
+            got = logits(model)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-3)
+        assert not torch.allclose(got, logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("strength", ["a number", "parts", "a function"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mixtral", "mamba"])
+def test_a_strength_holds_by_token_and_by_row_with_a_cache_and_without(architecture: str, strength: str) -> None:
+    model, inputs = tiny.shared(architecture), padded([11, 12, 13, 14, 15], [11, 12, 13, 14, 15])
+    given, by_part = STRENGTHS[strength]
+
+    def from_the_last(activation: Tensor) -> Tensor:
+        return torch.cat([activation[:, :4], without(activation[:, 4:])], dim=1)
+
+    _, plain = generate(model, inputs)
+    with ablated_by_part(model, architecture, by_part, from_the_last):
+        answers, expected = generate(model, inputs, use_cache=False)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    with ablate_everywhere(model, DIRECTION, tokens=generated(inputs), rows=[False, True], strength=given):
+        for use_cache in (True, False):
+            got, made = generate(model, inputs, use_cache=use_cache)
+            torch.testing.assert_close(made[0], plain[0], atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(made[1], expected[1], atol=2e-4, rtol=1e-3)
+            assert torch.equal(got[1], answers[1])
+
+
+def test_a_strength_is_that_of_weights_without_that_share_of_the_direction() -> None:
+    model, twin = tiny.build("llama").double(), tiny.build("llama").double()
+    unit = DIRECTION.double() / DIRECTION.double().norm()
+    with torch.no_grad():
+        embeddings: Any = twin.get_input_embeddings().weight
+        embeddings -= 0.7 * (embeddings @ unit)[:, None] * unit
+        for block in tiny.blocks(twin):
+            for path, strength in (("self_attn.o_proj", 0.7), ("mlp.down_proj", 1.3)):
+                weight: Any = block.get_submodule(path).weight
+                weight -= strength * torch.outer(unit, unit @ weight)
+    strengths = {"embeddings": 0.7, "self_attn": 0.7, "mlp": 1.3}
+    with ablate_everywhere(model, DIRECTION.double(), strength=strengths):
+        torch.testing.assert_close(logits(model), logits(twin))
+
+
+@pytest.mark.parametrize("strength", [1, 1.0, {0: 1, 1: 1, 2: 1}, lambda layer, part: 1, dict.fromkeys(PARTS, 1.0)])
+def test_strength_1_everywhere_is_no_strength_at_all(strength: Any) -> None:
+    model = tiny.shared("llama")
+    with ablate_everywhere(model, DIRECTION):
+        expected = logits(model)
+    with ablate_everywhere(model, DIRECTION, strength=strength):
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("strength", [0, {1: 0.0}, lambda layer, part: 0.0])
+def test_strength_0_is_unsteered_bit_for_bit(strength: Any) -> None:
+    model = tiny.shared("llama")
+    plain = logits(model)
+    with ablate_everywhere(model, DIRECTION, strength=strength):
+        assert torch.equal(logits(model), plain)
+
+
+def test_a_strength_goes_with_directions_by_layer() -> None:
+    model, given = tiny.shared("llama"), {1: DIRECTION, 2: DIRECTION}
+    with ablated_by_part(model, "llama", lambda layer, part: 0.5 * (layer == 1) + (layer == 2 and part == "mlp")):
+        expected = logits(model)
+    strengths = {(1, "self_attn"): 0.5, (1, "mlp"): 0.5, (2, "mlp"): 1.0}
+    with ablate_everywhere(model, given, strength=lambda layer, part: strengths.get((layer, part), 0.0)) as handle:
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+        assert handle.layers == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "message"),
+    [
+        ("strong", TypeError, "strength must be a number, got 'strong'"),
+        ([0.5, 0.5], TypeError, "strength must be a number, got list"),
+        (float("nan"), ValueError, "strength must be finite, got nan"),
+        ({}, ValueError, "strength is empty: give one number at least"),
+        ({"mlp": "much"}, TypeError, "the strength of 'mlp' must be a number, got 'much'"),
+        ({"attention": 1.0}, ValueError, "strength has no part 'attention': the parts are 'embeddings', 'self_attn', "),
+        (
+            {"mlp": 1.0, 2: 0.5},
+            TypeError,
+            r"must map layers or parts to numbers, not both, got \['mlp', 2\]: for both,",
+        ),
+        ({7: 1.0}, ValueError, "layer 7 does not exist: the model has 3 layers"),
+        ({1.5: 1.0}, TypeError, "a layer must be a whole number"),
+        ({2: 1.0, -1: 0.5}, ValueError, r"strength has one layer twice, among \[2, -1\]"),
+        (lambda layer, part: None, TypeError, r"strength\(0, 'embeddings'\) must be a number, got NoneType"),
+    ],
+)
+def test_a_strength_that_is_none_is_refused_at_the_call(strength: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ablate_everywhere(tiny.shared("llama"), DIRECTION, strength=strength)
+
+
+def test_a_strength_of_parts_that_are_not_found_is_refused_on_entering() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    message = r"are not found in blocks \[0, 1\] of OpenAIGPTLMHeadModel, so these can be ablated at strength 1 only"
+    with pytest.raises(ValueError, match=message), ablate_everywhere(model, DIRECTION, strength=0.5):
+        pass
+    with ablate_everywhere(model, DIRECTION, strength={"embeddings": 0.5}), torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_parts_that_can_not_be_told_apart_have_one_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.shared("llama")
+    find = stream_parts.part_path
+    # Its MLP might have a name that nobody knows.
+    monkeypatch.setattr(stream_parts, "part_path", lambda block, kind: None if kind == "mlp" else find(block, kind))
+    with (
+        pytest.raises(ValueError, match="can't tell attention from MLP among the parts of block 0, LlamaDecoderLayer"),
+        ablate_everywhere(model, DIRECTION, strength={"mlp": 0.5}),
+    ):
+        pass
+    with ablated_by_part(model, "llama", lambda _layer, _part: 0.5):
+        expected = logits(model)
+    with ablate_everywhere(model, DIRECTION, strength=0.5):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 2], [0, 2]], ids=str)
@@ -429,7 +615,9 @@ class TestWhileOthersUseTheModel:
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
         model = T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes)).eval()
         blocks = list(model.decoder.block)
-        assert all(parts != [block] for parts, block in zip(written_parts(model, blocks), blocks, strict=True))
+        for parts, block in zip(written_parts(model, blocks), blocks, strict=True):
+            assert block not in parts
+            assert list(parts.values()) == ["self_attn", "self_attn", "mlp"]  # the second one attends to the encoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -18,7 +18,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Change:
     """One steering at one layer: activation → steered activation.
 
-    Without a ``direction``, the operator gets the activation alone, and the multiplier scales its result. ``asked`` are
+    Without a ``direction``, the operator gets the activation alone, and the multiplier scales its result. ``strength``
+    is a factor on the result, which the operator doesn't know. ``asked`` are
     the keyword-only arguments that the operator gets: ``layer``, and ``positions``, which ``positions_for`` returns for
     an activation.
 
@@ -36,6 +37,7 @@ class Change:
         owner: Any,
         layer: int,
         direction: Tensor | None,
+        strength: float,
         operator: Callable[..., Tensor],
         asked: Collection[str],
         multiplier: Multiplier,
@@ -52,6 +54,7 @@ class Change:
         # A factor on the operator's result, where there is no direction.
         direction = torch.ones(1, device="cpu") if direction is None else direction
         self._direction = direction
+        self._strength = strength
         self._operator = operator
         self._asks_layer, self._asks_positions = "layer" in asked, "positions" in asked
         self._multiplier = multiplier
@@ -86,6 +89,8 @@ class Change:
             delta = self._operated(activation, direction)
         else:
             delta = direction * wide(self._operated(activation))
+        if self._strength != 1:
+            delta = self._strength * delta
         if weights is not True and weights.dtype is not torch.bool:
             delta = weights.to(direction.dtype) * delta
         if delta.dtype is not activation.dtype:

@@ -78,7 +78,7 @@ class SteeringPatchHandle:
         )
         for place in steering.places:
             for direction in steering.directions_at(place.layer):
-                yield change(layer=place.layer, direction=direction), place
+                yield change(layer=place.layer, direction=direction, strength=place.strength), place
 
     def remove(self) -> None:
         """Remove the steering from the model; a second call does nothing.

@@ -36,11 +36,12 @@ CALL_HINTS = dict.fromkeys(
 
 
 class Place(NamedTuple):
-    """A module to change, at its output or its input, and the number of its layer."""
+    """A module to change, at its output or its input, the number of its layer, and a factor on the change."""
 
     layer: int
     module: nn.Module
     side: str = OUTPUT
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -351,7 +351,7 @@ def test_a_direction_is_ablated_everywhere(model_type: str, note: Note) -> None:
     assert largest < 1e-5
     assert count_hooks(model) == hooks
     parts = written_parts(model, blocks)
-    told = sum(part != [block] for part, block in zip(parts, blocks, strict=True))
+    told = sum(block not in part for part, block in zip(parts, blocks, strict=True))
     note(model_type, "ablates", "each part" if told == len(blocks) else f"parts of {told} of {len(blocks)}")
 
 
