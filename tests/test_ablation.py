@@ -495,10 +495,15 @@ def test_a_compiled_model_is_ablated_in_one_graph() -> None:
     plain = tiny.shared("llama")
     compiled: Any = torch.compile(tiny.build("llama"), backend="eager", fullgraph=True)
     logits(compiled)
-    for direction in (DIRECTION, DIRECTION.flip(0)):
-        with ablate_everywhere(plain, direction):
+    for direction, strength in (
+        (DIRECTION, 1.0),
+        (DIRECTION.flip(0), 1.0),
+        (DIRECTION, {"mlp": 0.5}),
+        (DIRECTION, 0.5),
+    ):
+        with ablate_everywhere(plain, direction, strength=strength):
             expected = logits(plain)
-        with ablate_everywhere(compiled, direction):
+        with ablate_everywhere(compiled, direction, strength=strength):
             torch.testing.assert_close(logits(compiled), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(logits(compiled), logits(plain), atol=1e-5, rtol=1e-4)
     torch.compiler.reset()
