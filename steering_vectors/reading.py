@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count
 from math import floor
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from steering_vectors._extraction import (
     ReadPrompt,
     ReadTokenIndex,
     extractor_for,
+    in_windows,
 )
 from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._precision import wide
@@ -61,7 +62,7 @@ def read_activations(
     Args:
         model: The model to read, which must be decoder-only.
         tokenizer: The model's tokenizer, or a processor that has one.
-        prompts: Texts, lists of chat messages, or token ids.
+        prompts: Texts, lists of chat messages, also with images, or token ids.
         layers: The layers to read, as numbers from 0, or negative ones from the end. None reads
             all.
         layer_type: The kind of module that is read at each layer.
@@ -108,18 +109,17 @@ def _rows_of_prompts(
 ) -> dict[int, list[Tensor]]:
     """Return a tensor ``(rows, hidden)`` for each prompt, by layer. Raises ValueError if there are no prompts."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
-    numbered = enumerate(prompts)
+    of_all = (reads(prompt, f"prompt {number}") for number, prompt in enumerate(prompts))
     total = len(prompts) if isinstance(prompts, Sequence) else None
     with tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar:
-        while window := list(islice(numbered, 2 * WINDOW)):
-            of_prompts = [reads(prompt, f"prompt {number}") for number, prompt in window]
+        for window in in_windows(of_all, 2 * WINDOW):
             rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
-            for part in extract([read for of_prompt in of_prompts for read in of_prompt]):
+            for part in extract([read for of_prompt in window for read in of_prompt if read]):
                 own = wide(part.rows.to(device or part.rows.device))
                 rows[part.layer].update(zip(part.prompts, own, strict=True))
             for layer, by_number in rows.items():
                 in_order = torch.stack([by_number[number] for number in range(len(by_number))])
-                found[layer].extend(torch.split(in_order, list(map(len, of_prompts))))
+                found[layer].extend(torch.split(in_order, list(map(len, window))))
             bar.update(len(window))
     if not any(found.values()):
         raise ValueError("prompts is empty: give at least one")
@@ -141,7 +141,7 @@ def _reads(
 
         def read(prompt: Any, name: str) -> list[ReadPrompt]:
             one = reading(prompt, name=name)
-            return [one] if pool else [ReadPrompt(one.input_ids, [place]) for place in one.positions]
+            return [one] if pool else [one.at(place) for place in one.positions]
 
         return read
     indices = list(cast(Sequence[int], read_token_index))
@@ -150,7 +150,7 @@ def _reads(
     if tokens is not None:
         raise ValueError("read_token_index and tokens were given: choose one of them")
     reading = Reading(tokenize, -1, None, anatomy=anatomy)
-    return lambda prompt, name: [reading(prompt, index, name=name) for index in indices]
+    return lambda prompt, name: reading.several(prompt, indices, name=name)
 
 
 def _are_several(read_token_index: object) -> bool:
@@ -322,8 +322,8 @@ def _by_token(
     ``measure`` gets a layer's number and rows ``(n, hidden)``. Layers are left out if there are no tokens.
     """
     found: dict[int, list[Tensor]] = {}
-    while window := list(islice(prompts, _WINDOW)):
-        for part in extract([ReadPrompt(prompt.input_ids, [n]) for prompt in window for n in prompt.positions]):
+    for window in in_windows(([prompt] for prompt in prompts), _WINDOW):
+        for part in extract([prompt.at(n) for one in window for prompt in one if prompt for n in prompt.positions]):
             found.setdefault(part.layer, []).append(measure(part.layer, part.rows).cpu())
         bar.update(len(window))
     return {layer: torch.cat(parts) for layer, parts in found.items()}

@@ -127,6 +127,9 @@ def train_steering_vector(
     message's text if that message is the assistant's, and otherwise up to the header of the answer
     to come. Token ids are taken as they are, without the padding that an ``attention_mask`` shows.
 
+    A chat with images goes through the model's processor and through the whole model, one chat at a
+    time. Its tokens are those that the processor returns, where an image takes many.
+
     The vector's ``metadata`` record what is needed to make it again: the model, its revision and
     dtype, the method, which tokens were read, the number of samples, and hashes of their token ids
     and of the chat template.
@@ -135,14 +138,15 @@ def train_steering_vector(
 
     Args:
         model: The model to read, which must be decoder-only.
-        tokenizer: The model's tokenizer, or a processor that has one. It is not changed and needs
-            no padding token.
+        tokenizer: The model's tokenizer, or a processor that has one, as images need it. It is not
+            changed and needs no padding token.
         training_samples: Pairs ``(positive, negative)``, rows with the keys ``positive`` and
             ``negative``, or :class:`SteeringVectorTrainingSample`, in any sequence or iterator. Or
             two sets of any sizes, ``{"positive": prompts, "negative": prompts}``, if no prompt
             belongs to one of the other side. A prompt is a text, a list of chat messages, or token
-            ids: a list or a tensor, or what a tokenizer returns for one prompt. Iterators are
-            consumed in windows of 4,096 pairs, or of 4,096 prompts of each set.
+            ids: a list or a tensor, or what a tokenizer returns for one prompt. Messages may hold
+            images, as in ``{"type": "image", "path": "owl.png"}``. Iterators are consumed in
+            windows of 4,096 pairs, or of 4,096 prompts of each set, and of fewer with images.
         layers: The layers to train, as numbers from 0, or negative ones from the end. None trains
             all.
         layer_type: The kind of module that is read at each layer: the decoder block, or a part of
@@ -178,7 +182,8 @@ def train_steering_vector(
             can't be read. Causes are a sample that is not a pair, an empty prompt, more tokens
             than the model has position embeddings for, a position outside the prompt, a
             selection of no token, and chat messages without a chat template, with content other
-            than text, or with a last text that the template leaves out. With ``process_group``,
+            than text and images, with images that the tokenizer or the model doesn't take, or
+            with a last text that the template leaves out. With ``process_group``,
             also if the model is sharded over the processes.
         RuntimeError: If another process of the group failed or was given other samples.
 

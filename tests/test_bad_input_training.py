@@ -304,9 +304,15 @@ class TestChats:
         )
         refused(function, ValueError, message, [SAMPLES[0], (chat("x"), chat("Hi"))])
 
-    @pytest.mark.parametrize("kind", ["image", "audio"])
-    def test_with_other_content_than_text(self, function: Callable[..., Any], kind: str) -> None:
-        message = f"^sample 0, negative side: chat messages may hold only text, got a part of type {kind}"
+    @pytest.mark.parametrize(
+        ("kind", "problem"),
+        [
+            ("image", "the chat has an image, but a tokenizer takes none: pass the model's own processor"),
+            ("audio", "chat messages may hold only text and images, got a part of type audio"),
+        ],
+    )
+    def test_with_other_content_than_text(self, function: Callable[..., Any], kind: str, problem: str) -> None:
+        message = f"^sample 0, negative side: {problem}"
         content = [{"type": kind, "url": "x"}, {"type": "text", "text": "What is it?"}]
         samples = [(chat("Hi"), chat(content))]
         refused(function, ValueError, message, samples, tokenizer={"chat_template": tiny.CHATML})

@@ -12,7 +12,7 @@ from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW, Reading, ReadTokenIndex, extractor_for
 from steering_vectors._extraction.samples import MISSING, SIDES, are_pairs, check_sides, sides_of
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, chat_template_of
-from steering_vectors._extraction.walk import by_side, rows_of_samples
+from steering_vectors._extraction.walk import by_side, in_windows, rows_of_samples
 
 __all__ = [
     "MISSING",
@@ -31,6 +31,7 @@ __all__ = [
     "chat_template_of",
     "check_sides",
     "extractor_for",
+    "in_windows",
     "rows_of_samples",
     "shared_prefix",
     "sides_of",

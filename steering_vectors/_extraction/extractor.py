@@ -6,15 +6,16 @@ if they aren't, each prompt is run alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from steering_vectors._extraction.conditions import Steered, conditions_of
+from steering_vectors._extraction.image_passes import ImagePasses
 from steering_vectors._extraction.memory import Memory
 from steering_vectors._extraction.read_model import ReadModel, ReadPrompt
-from steering_vectors._extraction.verification import alike, differ
+from steering_vectors._extraction.verification import alike, check_finite, differ
 from steering_vectors._extraction.ways import UnlikeError, Way, find_ways
 from steering_vectors._models import Site, anatomy_of, without_data_parallelism
 
@@ -66,6 +67,23 @@ class Extractor:
 
         Raises ValueError for a model in which what follows a token changes its activation, as in encoders.
         """
+        texts = [number for number, prompt in enumerate(prompts) if prompt.inputs is None]
+        for part in self._of_texts([prompts[number] for number in texts]):
+            yield replace(part, prompts=[texts[n] for n in part.prompts])
+        yield from self._with_images(prompts)
+
+    def _with_images(self, prompts: Sequence[ReadPrompt]) -> Iterator[LayerRows]:
+        """Yield the rows of the prompts with images, of one prompt at a time."""
+        by_prompt: dict[int, list[int]] = {}  # there may be several reads of one
+        for number, prompt in enumerate(prompts):
+            if prompt.inputs is not None:
+                by_prompt.setdefault(id(prompt.inputs), []).append(number)
+        for numbers in by_prompt.values():
+            self._look_again()
+            rows = self._image_passes.rows([prompts[number] for number in numbers])
+            yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._modules)
+
+    def _of_texts(self, prompts: Sequence[ReadPrompt]) -> Iterator[LayerRows]:
         left = set(range(len(prompts)))
         while left:
             self._look_again()
@@ -104,6 +122,7 @@ class Extractor:
         self._conditions = conditions
         self._source = ReadModel(anatomy, self._sites)
         self._ways = find_ways(self._source, steered)
+        self._image_passes = ImagePasses(self._source, stop_early=self._ways[0].stop_early)
         self._perhaps_by_row = steered.perhaps_by_row
         self._is_causal = False  # until it was seen
         return True
@@ -126,16 +145,12 @@ class Extractor:
         alone, with_more = (
             self._source.alone(ids, range(len(row)), stop_early=way.stop_early)[layer] for ids in (row, followed)
         )
-        kind = type(self._model).__name__
-        if not bool(alone.isfinite().all()):
-            raise ValueError(
-                f"{kind} has NaN or infinite activations at layer {layer}: check its weights, and whether its dtype, "
-                f"{alone.dtype}, is wide enough"
-            )
+        check_finite(self._model, {layer: alone})
         # Where tokens that follow are seen, they change all others; rounding sends only some to other experts.
         if not alike(with_more, alone, all_of_them=not self._source.rounding_decides):
             raise ValueError(
-                f"{kind} is not a decoder-only language model: an activation changes with the tokens that follow it. "
+                f"{type(self._model).__name__} is not a decoder-only language model: an activation changes with the "
+                f"tokens that follow it. "
                 f"For a BERT-like model, set is_decoder=True in its config.{_FROM_END if self._perhaps_by_row else ''}"
             )
         self._is_causal = True

@@ -1,7 +1,7 @@
 """Read tokens of a model's layers in one pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,18 @@ from steering_vectors._precision import autocast_devices, wide
 class ReadPrompt:
     """A prompt's token ids, and the tokens to read: one position, or several whose weighted mean is taken.
 
-    ``weights``, one per position, sum to 1; None for a single position, whose row keeps the model's dtype.
+    ``weights``, one per position, sum to 1; None for a single position, whose row keeps the model's dtype. ``inputs``
+    are all that the model gets for a prompt with images, and None for one without.
     """
 
     input_ids: list[int]
     positions: Sequence[int]
     weights: Sequence[float] | None = None
+    inputs: Mapping[str, Any] | None = None
+
+    def at(self, position: int) -> "ReadPrompt":
+        """Return the same prompt, of which a single position is read."""
+        return replace(self, positions=[position], weights=None)
 
 
 class ReadModel:

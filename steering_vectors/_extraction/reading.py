@@ -1,6 +1,6 @@
 """Choose what is read: the layers of a model and the tokens of prompts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index as as_index
 from typing import Any, TypeAlias
 
@@ -9,6 +9,7 @@ import torch
 from steering_vectors._arguments import is_whole_number
 from steering_vectors._extraction.conditions import Steered
 from steering_vectors._extraction.extractor import Extractor, ReadPrompt
+from steering_vectors._extraction.token_ids import OF_TEXT
 from steering_vectors._extraction.tokenizing import Prompt, PromptTokenizer, TokenizedPrompt
 from steering_vectors._models import Anatomy
 from steering_vectors._steering import (
@@ -80,17 +81,21 @@ class Reading:
         Raises TypeError or ValueError, with the prompt's ``name``, if it can't be read or if a callable index or
         selector fails.
         """
+        return self.several(prompt, [own_index], name=name)[0]
+
+    def several(self, prompt: Prompt, indices: Sequence[int | None], *, name: str) -> list[ReadPrompt]:
+        """Return the prompt, tokenized once, with each of the indices to read. Raises the same errors."""
         try:
-            return self._read(prompt, own_index)
+            encoded = self._tokenize(prompt, find_completion=self._selector is not None)
+            self._check_fits(encoded)
+            return [self._read(prompt, encoded, index) for index in indices]
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name}: {error}") from error
         except Exception as error:
             raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
 
-    def _read(self, prompt: Prompt, own_index: int | None) -> ReadPrompt:
-        encoded = self._tokenize(prompt, find_completion=self._selector is not None)
-        self._check_fits(encoded.input_ids)
+    def _read(self, prompt: Prompt, encoded: TokenizedPrompt, own_index: int | None) -> ReadPrompt:
         if self._selector is not None:
             if own_index is not None:
                 raise ValueError("the sample's read index and tokens were given: choose one of them")
@@ -112,19 +117,33 @@ class Reading:
             )
         if not -length <= position < length:
             raise ValueError(f"read_token_index {position} is outside the prompt, which has {length} tokens")
-        return ReadPrompt(encoded.input_ids, [position % length])
+        return ReadPrompt(encoded.input_ids, [position % length], inputs=encoded.inputs)
 
-    def _check_fits(self, input_ids: Sequence[int]) -> None:
-        """Raise ValueError for token ids that the model doesn't have, and for more tokens than it has positions."""
+    def _check_fits(self, prompt: TokenizedPrompt) -> None:
+        """Raise ValueError for token ids that the model doesn't have, more tokens than it has positions, and images."""
+        input_ids = prompt.input_ids
         kind, vocabulary, most = type(self._anatomy.model).__name__, self._anatomy.vocabulary, self._anatomy.most_tokens
+        if prompt.inputs is not None:
+            self._check_takes(prompt.inputs)
+            input_ids = [n for n in input_ids if n not in self._anatomy.image_tokens]
         outside = [n for n in input_ids if not 0 <= n < (vocabulary or n + 1)]
         if outside:
             known = f"the model has only {vocabulary} tokens, from 0"
             raise ValueError(f"the prompt has the token id {outside[0]}, but {known}")
-        if most is not None and len(input_ids) > most:
+        if most is not None and len(prompt.input_ids) > most:
             raise ValueError(
-                f"the prompt has {len(input_ids)} tokens, but {kind} has position embeddings for only {most}: "
+                f"the prompt has {len(prompt.input_ids)} tokens, but {kind} has position embeddings for only {most}: "
                 f"shorten it"
+            )
+
+    def _check_takes(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ValueError if the model takes nothing of what a processor returns for images."""
+        of_images = sorted(inputs.keys() - OF_TEXT)
+        if not self._anatomy.arguments.intersection(of_images):
+            kind = type(self._anatomy.model).__name__
+            raise ValueError(
+                f"the prompt has images, but {kind} takes none: its forward method has no {' or '.join(of_images)}; "
+                f"load the model with AutoModelForImageTextToText, and the processor that belongs to it"
             )
 
     def _mean_over_tokens(self, encoded: TokenizedPrompt) -> ReadPrompt:
@@ -152,4 +171,4 @@ class Reading:
         chosen = weights.nonzero().squeeze(1).tolist()
         if not chosen:
             raise ValueError(f"tokens={self._selector!r} selects none of the prompt's {length} tokens")
-        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist())
+        return ReadPrompt(encoded.input_ids, chosen, (weights / weights.sum())[chosen].tolist(), encoded.inputs)

@@ -7,7 +7,7 @@ from typing import Any
 from steering_vectors._arguments import is_whole_number
 
 # What tokenizers return of a text. Other inputs, such as pixel_values, change what the model computes.
-_OF_TEXT = {
+OF_TEXT = {
     *("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"),
     *("special_tokens_mask", "assistant_masks", "offset_mapping", "length"),
 }
@@ -25,9 +25,12 @@ def given_token_ids(prompt: object) -> list[int] | None:
         return _row(prompt)
     if "input_ids" not in prompt:
         return None
-    others = sorted(set(prompt) - _OF_TEXT)
+    others = sorted(set(prompt) - OF_TEXT)
     if others:
-        raise ValueError(f"a prompt may hold only text, got token ids with {', '.join(others)}")
+        raise ValueError(
+            f"token ids with {', '.join(others)} beside them can't be read: give the chat itself, with its images, and "
+            f"the model's processor as the tokenizer"
+        )
     ids, mask = _row(prompt["input_ids"]), prompt.get("attention_mask")
     if ids is None or mask is None:
         return ids

@@ -1,4 +1,4 @@
-"""Tokenize texts and chat messages, and find the beginning of the completion."""
+"""Tokenize texts and chat messages, also with images, and find the beginning of the completion."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,13 @@ from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
 
+from steering_vectors._extraction.images import (
+    SOURCES,
+    check_takes_images,
+    has_images,
+    inputs_with_images,
+    place_among_images,
+)
 from steering_vectors._extraction.packs import shared_prefix
 from steering_vectors._extraction.token_ids import given_token_ids
 from steering_vectors._locks import computed_once
@@ -24,18 +31,33 @@ class TokenizedPrompt:
     """A prompt's token ids, its text, and the index of the completion's first token, if that is known.
 
     ``left_out`` are the special tokens with which ``tokenizer(text)`` begins before the tokens of ``input_ids``.
+
+    A prompt with images has ``inputs``, all that the model gets. In ``written`` an image is what the text has of it; in
+    ``input_ids`` it has a token for each of its features.
     """
 
     input_ids: list[int]
     text: str
     completion_start: int | None = None
     left_out: Sequence[int] = ()
+    inputs: Mapping[str, Any] | None = None
+    written: Sequence[int] = ()
 
     def place_of(self, index: int) -> int:
         """Return the place in ``input_ids`` of a token of ``tokenizer(text)``; negative numbers count from the end.
 
-        Raises ValueError for a special token that the prompt doesn't have.
+        Raises ValueError for a special token that the prompt doesn't have, and for one that stands between images.
         """
+        place = self._without_left_out(index)
+        return place if self.inputs is None else place_among_images(place, self.written, self.input_ids)
+
+    def with_images(self, inputs: Mapping[str, Any]) -> "TokenizedPrompt":
+        """Return the prompt with the processor's ``inputs``, in which images have taken their tokens."""
+        ids, start = inputs["input_ids"][0].tolist(), self.completion_start
+        place = None if start is None else place_among_images(start, self.input_ids, ids)
+        return replace(self, input_ids=ids, completion_start=place, inputs=inputs, written=self.input_ids)
+
+    def _without_left_out(self, index: int) -> int:
         count = len(self.left_out)
         if index >= count:
             return index - count
@@ -56,7 +78,7 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         if isinstance(tokenizer, (str, nn.Module)) or not callable(tokenizer):
             raise TypeError(f"tokenizer must be a Hugging Face tokenizer or processor, got {type(tokenizer).__name__}")
-        self._template_owner = tokenizer
+        self._template_owner = self._processor = tokenizer
         inner = getattr(tokenizer, "tokenizer", None)  # a processor's tokenizer, unless it is another library's object
         self._tokenizer = inner if callable(inner) and hasattr(inner, "bos_token_id") else tokenizer
         self._template_kwargs = dict(chat_template_kwargs or {})
@@ -111,19 +133,31 @@ class PromptTokenizer:
 
     def _chat(self, messages: Sequence[Message], find_completion: bool) -> TokenizedPrompt:
         _check_messages(messages)
+        images = has_images(messages)
+        if images:
+            check_takes_images(self._processor, self._tokenizer)
         if not getattr(self._template_owner, "chat_template", None):
+            kind = "tokenizer" if self._processor is self._tokenizer else "processor"
             raise ValueError(
-                "the tokenizer has no chat template, so chat messages can't be rendered: give texts, or set "
-                "tokenizer.chat_template to the template that the model was trained with"
+                f"the {kind} has no chat template, so chat messages can't be rendered: give texts, or set "
+                f"{kind}.chat_template to the template that the model was trained with"
             )
-        last = messages[-1]
+        encoded = self._without_images(messages, find_completion)
+        if not images:
+            return encoded
+        bos = self._tokenizer.bos_token
+        return encoded.with_images(inputs_with_images(self._processor, messages, encoded.text, bos=bos))
+
+    def _without_images(self, messages: Sequence[Message], find_completion: bool) -> TokenizedPrompt:
+        """Tokenize a chat, in which an image is what the template writes of it."""
+        last, images = messages[-1], has_images(messages)
         if last["role"] != "assistant":
-            encoded = self._rendered(self._render(messages, add_generation_prompt=True))
+            encoded = self._rendered(self._render(messages, add_generation_prompt=True), by_processor=images)
             return replace(encoded, completion_start=len(encoded.input_ids))
         if last.get("tool_calls") and not last.get("content"):
             raise ValueError("the last message calls a tool and has no text: end the chat with the tool's message")
         text = self._render_unfinished(messages)
-        encoded = self._rendered(text)
+        encoded = self._rendered(text, by_processor=images)
         if not find_completion:
             return encoded
         start = self._first_token_from(self._completion_character(messages, text), encoded)
@@ -194,13 +228,13 @@ class PromptTokenizer:
         written = earlier.partition(_MARK)[0]
         yield from (before[:end] for end in range(len(before), 0, -1) if written.endswith(before[:end]))
 
-    def _rendered(self, text: str) -> TokenizedPrompt:
+    def _rendered(self, text: str, *, by_processor: bool) -> TokenizedPrompt:
         """Tokenize a rendered chat as ``apply_chat_template`` does.
 
         A tokenizer adds no special tokens to those of the template. A processor adds them unless BOS is among those.
         """
         bos = self._tokenizer.bos_token
-        if self._processor_tokenizes and not (bos is not None and text.startswith(str(bos))):
+        if (by_processor or self._processor_tokenizes) and not (bos is not None and text.startswith(str(bos))):
             return TokenizedPrompt(self._ids(text), text)
         return TokenizedPrompt(self._ids(text, add_special_tokens=False), text, left_out=self._prefix)
 
@@ -252,10 +286,14 @@ def _check_messages(messages: Sequence[Message]) -> None:
         parts = [] if content is None or isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
             raise ValueError(f"a chat message's content must be a text or a list of parts, got {content!r}")
-        kinds = sorted({str(part.get("type")) for part in parts if part.get("type") != "text"})
+        kinds = sorted({str(part.get("type")) for part in parts} - {"text", "image"})
         if kinds:
-            raise ValueError(f"chat messages may hold only text, got a part of type {', '.join(kinds)}")
-        if not all(isinstance(part.get("text"), str) for part in parts):
+            raise ValueError(f"chat messages may hold only text and images, got a part of type {', '.join(kinds)}")
+        if any(part["type"] == "image" and all(part.get(name) is None for name in SOURCES) for part in parts):
+            raise ValueError(
+                f"an image part of a chat message's content needs an 'image', a 'url' or a 'path', got {content!r}"
+            )
+        if not all(isinstance(part.get("text"), str) for part in parts if part["type"] == "text"):
             raise ValueError(f"a text part of a chat message's content must have a 'text' string, got {content!r}")
 
 
@@ -268,15 +306,15 @@ def _with_text_appended(message: Message, addition: str) -> dict[str, Any]:
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": content + addition}
-    if not content:
-        return _with_text(message, addition)
+    if not content or content[-1]["type"] != "text":
+        return {**message, "content": [*content, {"type": "text", "text": addition}]}
     *others, last = content
     return {**message, "content": [*others, {**last, "text": last["text"] + addition}]}
 
 
 def _text_of(message: Message) -> str:
     content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _before(part: list[int], whole: list[int]) -> list[int]:

@@ -7,12 +7,12 @@ Passes with masks and passes without are compared separately.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steering_vectors._extraction.packs import Pack
 from steering_vectors._precision import autocast_devices, wide
@@ -110,6 +110,16 @@ def alike(some: Tensor, other: Tensor, *, all_of_them: bool = True) -> bool:
     apart = (wide(some) - wide(other)).norm(dim=-1)  # norms of float16 overflow
     are_alike = apart <= rounding * wide(other).norm(dim=-1)
     return bool(are_alike.all() if all_of_them else are_alike.any())
+
+
+def check_finite(model: nn.Module, activations: Mapping[int, Tensor]) -> None:
+    """Raise ValueError if the model has NaN or infinite activations; they are by layer."""
+    for layer, rows in activations.items():
+        if not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"{type(model).__name__} has NaN or infinite activations at layer {layer}: check its weights, and "
+                f"whether its dtype, {rows.dtype}, is wide enough"
+            )
 
 
 def differ(some: Sequence[int], other: Sequence[int]) -> bool:

@@ -3,18 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from itertools import islice
+from itertools import count
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from steering_vectors._extraction.extractor import Extractor, LayerRows
+from steering_vectors._extraction.images import digest_of, size_of
 from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW
 from steering_vectors._extraction.samples import SIDES, are_pairs, side_by_side
 from steering_vectors._processes import Processes
 from steering_vectors._vectors import TrainingRecord
 from steering_vectors.aggregators import Side
+
+# The most that the images of a window may take, but for the last one's.
+_MOST_BYTES = 2**28
 
 
 def rows_of_samples(
@@ -35,14 +39,14 @@ def rows_of_samples(
     paired = are_pairs(training_samples)
     parts = [training_samples] if paired else [training_samples[side] for side in SIDES]
     size, unit = (2, "pair") if paired else (1, "prompt")  # a unit is not split between processes
-    samples = enumerate(training_samples if paired else side_by_side(*parts))
+    samples = training_samples if paired else side_by_side(*parts)
     first, off = 0, description is None or processes.rank > 0
     with tqdm(total=_total(parts), desc=description, unit=unit, disable=off) as bar:
-        while window := list(islice(samples, WINDOW)):
+        for window in in_windows(map(prompts_of, count(), samples), WINDOW):
             numbered = [
                 (2 * number + n, prompt)
-                for number, sample in window
-                for n, prompt in enumerate(prompts_of(number, sample))
+                for number, prompts in enumerate(window, start=first)
+                for n, prompt in enumerate(prompts)
                 if prompt is not None
             ]
             if first == 0:
@@ -50,7 +54,7 @@ def rows_of_samples(
             processes.check_alike(f"the {unit}s from {first} on", _digest(numbered) if processes.count > 1 else "")
             if record is not None:
                 for number, prompt in numbered:
-                    record.add(SIDES[number % 2], prompt.input_ids, prompt.positions)
+                    record.add(SIDES[number % 2], prompt.input_ids, prompt.positions, digest_of(prompt.inputs))
             share = processes.share(len(numbered) // size)
             own = numbered[size * share.start : size * share.stop]
             done = 0
@@ -64,6 +68,23 @@ def rows_of_samples(
     if first == 0:
         least = "one pair (positive, negative)" if paired else "one positive and one negative prompt"
         raise ValueError(f"training_samples is empty: give at least {least}")
+
+
+def in_windows(
+    samples: Iterable[Sequence[ReadPrompt | None]], most: int
+) -> Iterator[list[Sequence[ReadPrompt | None]]]:
+    """Yield the samples' prompts in windows of at most ``most`` samples, and of few where images fill the memory."""
+    window: list[Sequence[ReadPrompt | None]] = []
+    held = 0
+    for prompts in samples:
+        window.append(prompts)
+        inputs = {id(prompt.inputs): prompt.inputs for prompt in prompts if prompt is not None}
+        held += sum(map(size_of, inputs.values()))
+        if len(window) == most or held >= _MOST_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
 
 
 def by_side(part: LayerRows) -> Iterator[tuple[Side, list[int], list[int]]]:
@@ -89,5 +110,6 @@ def _check_both_sides(numbers: Sequence[int]) -> None:
 
 def _digest(numbered: Sequence[tuple[int, ReadPrompt]]) -> str:
     """Return a hash of the prompts and of what is read of them, equal in processes that were given the same."""
-    text = repr([(n, prompt.input_ids, list(prompt.positions), prompt.weights) for n, prompt in numbered])
+    prompts = ((n, prompt.input_ids, list(prompt.positions), prompt.weights, prompt.inputs) for n, prompt in numbered)
+    text = repr([(*prompt, digest_of(inputs)) for *prompt, inputs in prompts])
     return sha256(text.encode()).hexdigest()

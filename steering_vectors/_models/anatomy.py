@@ -1,7 +1,7 @@
 """Find a model's config, its text decoder, the decoder's blocks, and the modules that take a whole pass."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -151,6 +151,17 @@ class Anatomy:
         return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
     @property
+    def image_tokens(self) -> set[int]:
+        """The token ids that hold an image's place, which may lie outside the vocabulary."""
+        found = (getattr(self.config, name, None) for name in ("image_token_id", "image_token_index"))
+        return {token for token in found if isinstance(token, int)}
+
+    @computed_once
+    def arguments(self) -> set[str]:
+        """The arguments of the model's forward method, with those that it passes on to the modules inside it."""
+        return taken_arguments(self.pass_modules)
+
+    @property
     def vocabulary(self) -> int | None:
         """The number of token ids that the model has embeddings for; None if unknown."""
         return self._embeddings.num_embeddings if isinstance(self._embeddings, nn.Embedding) else None
@@ -218,6 +229,18 @@ def parameters_of(module: nn.Module) -> Mapping[str, Any]:
     if getattr(module.forward, "__func__", None) is method and method is not None:
         return dict(list(_parameters_of(method).items())[1:])  # without self
     return _kinds(module.forward)
+
+
+def taken_arguments(modules: Sequence[nn.Module]) -> set[str]:
+    """Return the arguments that the first module takes, by name; the others are inside it and take the same."""
+    known: set[str] = set()
+    for module in modules:
+        parameters = parameters_of(module)
+        known |= parameters.keys()
+        # A wrapper such as PEFT's passes other arguments on to the model inside it.
+        if inspect.Parameter.VAR_KEYWORD not in parameters.values():
+            break
+    return known
 
 
 def _kinds(function: Any) -> dict[str, Any]:

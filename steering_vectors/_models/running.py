@@ -1,6 +1,5 @@
 """Run a model, or its text decoder alone, over tokens, and read its layers."""
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steering_vectors._locks import locked
+<<<<<<< HEAD
 from steering_vectors._models.anatomy import parameters_of
 from steering_vectors._models.hooks import Attached
 from steering_vectors._models.sites import Site
+=======
+from steering_vectors._models.activations import activation_of
+from steering_vectors._models.anatomy import taken_arguments
+from steering_vectors._models.hooks import Attached, Hook
+>>>>>>> 12f45ba (Train on and read chats with images)
 
 
 class _AllRead(BaseException):
@@ -89,18 +94,12 @@ def without_data_parallelism(model: nn.Module) -> nn.Module:
     return next(wrapped, model)
 
 
-def _call_once(modules: Sequence[nn.Module], inputs: Mapping[str, Tensor]) -> None:
-    """Run one pass over ``input_ids`` and ``attention_mask``, without a cache and with few logits.
+def _call_once(modules: Sequence[nn.Module], inputs: Mapping[str, Any]) -> None:
+    """Run one pass over ``input_ids`` and the other inputs, without a cache and with few logits.
 
     Arguments that the modules' forward methods don't take are left out.
     """
-    known: set[str] = set()
-    for module in modules:
-        parameters = parameters_of(module)
-        known |= parameters.keys()
-        # A wrapper such as PEFT's passes other arguments on to the model inside it.
-        if inspect.Parameter.VAR_KEYWORD not in parameters.values():
-            break
+    known = taken_arguments(modules)
     options = {"use_cache": False, "logits_to_keep": 1, "num_logits_to_keep": 1}
     kwargs = {name: value for name, value in {**inputs, **options}.items() if name in known}
     if "input_ids" in kwargs:
@@ -128,8 +127,9 @@ def kept_states(modules: Sequence[nn.Module]) -> Generator[None, None, None]:
             vars(module).update(values)
 
 
-# Dynamic NTK's longest length so far, and the state of RecurrentGemma's blocks on transformers 4.
-_STATES = ("max_seq_len_cached", "recurrent_states", "conv1d_state")
+# Dynamic NTK's longest length so far, the state of RecurrentGemma's blocks on transformers 4, and the distance by which
+# a prompt's images move the positions of its answer.
+_STATES = ("max_seq_len_cached", "recurrent_states", "conv1d_state", "rope_deltas")
 
 
 def _public_attributes(module: nn.Module) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class TrainingRecord:
 
     ``samples_hash`` is the SHA-256 of the token ids, prompt after prompt, each written as Python writes a list. The
     positive prompt of a sample comes before the negative one. Sample n of two sets is prompt n of each, if there is
-    one. ``read_hash`` is the same for the positions to read.
+    one. A prompt with images is followed by the SHA-256 of its inputs. ``read_hash`` is the same for the positions to
+    read.
     """
 
     def __init__(self, *, paired: bool) -> None:
@@ -63,10 +64,10 @@ class TrainingRecord:
         self._prompts = {"positive": 0, "negative": 0}
         self._ids, self._positions = sha256(), sha256()
 
-    def add(self, side: str, input_ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Add the next prompt."""
+    def add(self, side: str, input_ids: Sequence[int], positions: Sequence[int], images: str = "") -> None:
+        """Add the next prompt; ``images`` is a hash of its inputs if it has any."""
         self._prompts[side] += 1
-        self._ids.update(repr(list(input_ids)).encode())
+        self._ids.update(f"{list(input_ids)}{images}".encode())
         self._positions.update(repr(list(positions)).encode())
 
     def entries(self) -> dict[str, str]:

@@ -28,7 +28,7 @@ from steering_vectors import (
     record_activations,
     steer,
 )
-from tests import tiny
+from tests import tiny, tiny_vision
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"
@@ -145,6 +145,7 @@ def thinking_model() -> tuple[Any, Any]:
 TINY: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gpt2": lambda: (tiny.build("gpt2", n_layer=12), tiny.tokenizer()),
     "Qwen/Qwen3-0.6B": thinking_model,
+    "Qwen/Qwen2-VL-2B-Instruct": lambda: tiny_vision.made("qwen2_vl", num_hidden_layers=28),
 }
 
 
@@ -160,6 +161,8 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **_: load(name)[0])
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: load(name)[1])
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name: load(name)[0])
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: load(name)[1])
     for name, module in fake_modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.chdir(tmp_path)
