@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steering_vectors._locks import locked
-<<<<<<< HEAD
-from steering_vectors._models.anatomy import parameters_of
+from steering_vectors._models.anatomy import taken_arguments
 from steering_vectors._models.hooks import Attached
 from steering_vectors._models.sites import Site
-=======
-from steering_vectors._models.activations import activation_of
-from steering_vectors._models.anatomy import taken_arguments
-from steering_vectors._models.hooks import Attached, Hook
->>>>>>> 12f45ba (Train on and read chats with images)
 
 
 class _AllRead(BaseException):
