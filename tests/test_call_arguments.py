@@ -1,6 +1,8 @@
 """What the model was called with, as a selector sees it while the pass lasts."""
 
+import functools
 import gc
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from steering_vectors import SteeringVector, TokenPositions, at, record_activations, select, train_steering_vector
 from tests import tiny
 from tests.test_laws import PROMPTS, padded
+from tests.test_threads import in_threads
 from tests.test_training_through import enable_checkpointing
 
 LABELS = torch.tensor([[-100, -100, 13, 14, -100], [-100, 22, -100, 24, 25]])
@@ -102,6 +105,28 @@ class TestTheCall:
         with record_activations(model, layers=1) as plain:
             model(input_ids=IDS, labels=LABELS)
         assert torch.equal((steered[1][0] != plain[1][0]).any(dim=-1), LABELS != -100)
+
+    def test_is_each_thread_s_own(self) -> None:
+        model, meeting = tiny.shared("llama"), threading.Barrier(3, timeout=20)
+        batches = [LABELS, LABELS.flip(0), LABELS.flip(1)]
+
+        def meet(*_: Any) -> None:
+            meeting.wait()  # all are in the midst of a pass
+
+        hook = tiny.blocks(model)[0].register_forward_hook(meet)
+
+        def run(labels: Tensor) -> Tensor:
+            with vector().apply(model, tokens=labelled, this_thread_only=True), torch.no_grad():
+                meeting.wait()
+                got: Tensor = model(IDS, labels=labels, use_cache=False).logits
+                meeting.wait()
+            return got
+
+        got = in_threads(*(functools.partial(run, labels) for labels in batches))
+        hook.remove()
+        for one, labels in zip(got, batches, strict=True):
+            with vector().apply(model, tokens=labels != -100), torch.no_grad():
+                assert torch.equal(one, model(IDS, use_cache=False).logits)
 
     def test_combines(self) -> None:
         model = tiny.shared("llama")

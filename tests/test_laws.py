@@ -15,20 +15,24 @@ from torch import Tensor, nn
 from steering_vectors import (
     SteeringVector,
     TokenPositions,
+    ablate_everywhere,
     active_patches,
     after,
     at,
+    clamp_operator,
     extract_activations,
     from_index,
     generated,
     prompted,
     read_activations,
     record_activations,
+    select,
     steer,
     train_steering_vector,
 )
 from tests import families, tiny
 from tests.families import FIRST_PASS, SELECTIONS
+from tests.test_ablation import WRITTEN, ablated_by_hand
 
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33]]
 STEPS = 4
@@ -69,6 +73,10 @@ Weight: TypeAlias = Callable[[int, int, list[int]], float]
 
 def of(selection: families.Selection) -> tuple[Callable[[dict[str, Tensor]], Any], Weight]:
     return selection.tokens, selection.selects
+
+
+def fading_away(step: Tensor) -> Tensor:
+    return 0.5**step
 
 
 class TestReadWhereYouWrite:
@@ -223,6 +231,33 @@ class TestEveryWayOfGenerating:
         assert not torch.equal(steered, model.generate(**kwargs))
 
     @pytest.mark.parametrize("architecture", tiny.WITH_BEAMS)
+    def test_beams_fade_from_their_prompts_ends_and_combine(self, architecture: str) -> None:
+        model, vector, inputs = tiny.shared(architecture), random_vector([1], scale=2.0), padded(PROMPTS[:2])
+        kwargs = {**inputs, "num_beams": 3, "max_new_tokens": STEPS, "do_sample": False}
+        tokens = generated(inputs, strength=fading_away) | 0.5 * (~generated(inputs) & from_index([1, 2]))
+        starts = inputs["input_ids"].shape[1] - 1
+
+        def steer(_module: nn.Module, _args: Any, output: Any) -> Any:
+            activation = (output if isinstance(output, Tensor) else output[0]).clone()
+            for row in range(len(activation)):
+                prompt = row // 3
+                for column in range(activation.shape[1]):
+                    index = column - (starts + 1 - len(PROMPTS[prompt]))
+                    weight = 0.5 ** (column - starts) if column >= starts else 0.5 * (index >= 1 + prompt)
+                    activation[row, column] += weight * vector.layer_activations[1]
+            return activation if isinstance(output, Tensor) else type(output)([activation, *output[1:]])
+
+        handle = tiny.blocks(model)[1].register_forward_hook(steer)
+        by_hand = model.generate(**kwargs, use_cache=False)
+        handle.remove()
+        for use_cache in (True, False):
+            if use_cache and tiny.ON_TRANSFORMERS_4 and architecture == "mamba":
+                continue  # its cached states are not reordered with the beams, whoever steers it
+            with vector.apply(model, tokens=tokens):
+                assert torch.equal(model.generate(**kwargs, use_cache=use_cache), by_hand)
+        assert not torch.equal(by_hand, model.generate(**kwargs))
+
+    @pytest.mark.parametrize("architecture", tiny.WITH_BEAMS)
     def test_beams_are_steered_each_by_what_it_has_said(self, architecture: str) -> None:
         if tiny.ON_TRANSFORMERS_4 and architecture in ("gpt2", "mamba", "mpt", "opt"):
             pytest.skip("there the cache is a tuple that generate makes anew, or its rows don't follow the beams")
@@ -274,7 +309,10 @@ class TestEveryWayOfGenerating:
                 pytest.skip("there GPT-2 isn't prefilled in chunks")
             inputs = padded(PROMPTS[1:2])
             config["compile_config"] = transformers.CompileConfig(backend="eager", fullgraph=False)
-        for tokens in (generated(inputs), prompted(inputs), from_index(3), [1, 4, 8], after([14, 15]) | after(23)):
+        for tokens in (
+            *(generated(inputs), prompted(inputs), from_index(3), [1, 4, 8], after([14, 15]) | after(23)),
+            *(generated(inputs, strength=fading_away), ~generated(inputs) & slice(1, None) | 0.5 * select([0])),
+        ):
             with random_vector([1], scale=2.0).apply(model, tokens=tokens):
                 expected, expected_logits = generate(model, inputs)
                 answers, logits = generate(model, inputs, prefill_chunk_size=chunk, **config)
@@ -463,7 +501,10 @@ class TestPaddingAndPartitionDoNotMatter:
         if architecture in tiny.IGNORE_PADDING:
             pytest.skip("the model itself takes padding for tokens")
         model, vector = tiny.shared(architecture), random_vector([1])
-        for tokens in (from_index(2), at([0, 3]), [1, 4], slice(1, None, 2), after([12, 13]) | after(22, until=26)):
+        for tokens in (
+            *(from_index(2), at([0, 3]), [1, 4], slice(1, None, 2), after([12, 13]) | after(22, until=26)),
+            *(generated([3, 5, 2], strength=fading_away), ~generated([3, 5, 2]) & select([0, 3]) | 0.5 * at(1)),
+        ):
             rows: dict[str, list[Tensor]] = {}
             for side in ("left", "right"):
                 inputs = padded(PROMPTS, side)
@@ -745,27 +786,40 @@ def mixing(activation: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to steer layers 0 and 2, and its change by hand of one token: ``(h, layer, index) → change``."""
+    """A way to steer layers 0 and 2, and its change by hand of one token: ``(h, layer, index, multiplier) → change``."""
 
     enter: Callable[..., Any]
-    change: Callable[[Tensor, int, int], Tensor]
+    change: Callable[[Tensor, int, int, float], Tensor]
+
+
+def clamped_by_hand(h: Tensor, layer: int, multiplier: float) -> Tensor:
+    """The projection is raised to the layer's bound; the multiplier counts by its sign alone."""
+    direction = OF_LAYERS.layer_activations[layer].to(h.dtype)
+    along = (multiplier > 0) - (multiplier < 0) + 0.0
+    unit = along * direction / direction.norm()
+    return (BOUNDS[layer] - h @ unit).clamp(min=0) * unit
 
 
 LAYERS = [0, 2]
 OF_LAYERS = random_vector(LAYERS)
+BOUNDS = {0: 1.0, 2: 4.0}
 # What the laws ask of directions, they ask of these.
 WAYS = {
     "an operator that asks": Way(
         lambda model, **kwargs: OF_LAYERS.apply(model, operator=fading, **kwargs),
-        lambda h, layer, index: OF_LAYERS.layer_activations[layer] * 0.9 ** (index * (layer + 1)),
+        lambda h, layer, index, m: m * OF_LAYERS.layer_activations[layer] * 0.9 ** (index * (layer + 1)),
     ),
     "steer with one that asks": Way(
         lambda model, **kwargs: steer(model, squeezing, layers=LAYERS, **kwargs),
-        lambda h, layer, index: 0.5 * (layer + 1) * (index % 3) * h.tanh(),
+        lambda h, layer, index, m: m * 0.5 * (layer + 1) * (index % 3) * h.tanh(),
     ),
     "steer": Way(
         lambda model, **kwargs: steer(model, mixing, layers=LAYERS, **kwargs),
-        lambda h, layer, index: 0.7 * h.roll(1, dims=-1),
+        lambda h, layer, index, m: m * 0.7 * h.roll(1, dims=-1),
+    ),
+    "a clamp by layer": Way(
+        lambda model, **kwargs: OF_LAYERS.apply(model, operator=clamp_operator(min=BOUNDS), **kwargs),
+        lambda h, layer, index, m: clamped_by_hand(h, layer, m),
     ),
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -787,8 +841,8 @@ def changed_by_hand(
             prompt = row // (len(steered) // len(mask))
             length, padding = int(mask[prompt].sum()), int((mask[prompt] == 0).sum())
             for column in range(padding + first(length), steered.shape[1]):
-                change = way.change(activation[row, column], layer, column - padding)
-                steered[row, column] = activation[row, column] + multipliers[prompt] * change
+                change = way.change(activation[row, column], layer, column - padding, multipliers[prompt])
+                steered[row, column] = activation[row, column] + change
         return steered if isinstance(output, Tensor) else type(output)([steered, *output[1:]])
 
     handles = [
@@ -817,7 +871,7 @@ class TestOperatorsThatAskOrNeedNoDirection:
             if n < 2:
                 assert torch.equal(became, was)
             else:
-                torch.testing.assert_close(became, was + way.change(was, 0, n), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(became, was + way.change(was, 0, n, 1.0), atol=1e-5, rtol=1e-5)
 
     @each_way
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -865,6 +919,30 @@ class TestOperatorsThatAskOrNeedNoDirection:
         with changed_by_hand(model, way, inputs["attention_mask"], multipliers):
             assert torch.equal(steered, model.generate(**kwargs, use_cache=False))
         assert not torch.equal(steered, model.generate(**kwargs))
+
+    @each_way
+    @pytest.mark.parametrize("architecture", tiny.WITH_STATIC_CACHE)
+    def test_a_static_cache_is_a_cache(self, architecture: str, way: Way) -> None:
+        model, inputs, factors = tiny.shared(architecture), padded(PROMPTS), [1.5, 0.0, -2.0]
+        with way.enter(model, multiplier=factors):
+            expected, expected_logits = generate(model, inputs)
+        for _ in range(2):  # the second run finds the first one's cache
+            with way.enter(model, multiplier=factors):
+                answers, logits = generate(model, inputs, cache_implementation="static")
+            assert torch.equal(answers, expected)
+            torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
+
+    @pytest.mark.skipif(not WITH_CHUNKS, reason="generate has no prefill_chunk_size in transformers 4.46")
+    @pytest.mark.skipif(tiny.CHUNKS_ARE_ONE_GRAPH, reason="generate compiles the chunks as one graph")
+    @each_way
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "qwen3"])
+    def test_prefill_in_chunks_is_prefill_at_once(self, architecture: str, way: Way) -> None:
+        model, inputs, factors = tiny.shared(architecture), padded(PROMPTS), [1.5, 0.0, -2.0]
+        with way.enter(model, multiplier=factors):
+            expected, expected_logits = generate(model, inputs)
+            answers, logits = generate(model, inputs, prefill_chunk_size=3)
+        assert torch.equal(answers, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
 
     @each_way
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -921,7 +999,7 @@ class TestOperatorsThatAskOrNeedNoDirection:
             model(**inputs)
         before, after = plain[0][0][0], steered[0][0][0]
         assert after.dtype is before.dtype
-        expected = torch.stack([h + way.change(h, 0, n) for n, h in enumerate(before.double())])
+        expected = torch.stack([h + way.change(h, 0, n, 1.0) for n, h in enumerate(before.double())])
         eps = torch.finfo(dtype).eps * float(expected.abs().max() + 1)
         torch.testing.assert_close(after.double(), expected, atol=2 * eps, rtol=0)
 
@@ -1179,6 +1257,87 @@ class TestInputsOfProjections:
                 model(**inputs)
             assert steered[1][0].dtype is plain[1][0].dtype
             assert bool(steered[1][0].isfinite().all())
+
+
+class TestAblationEverywhere:
+    """Laws 2, 3 and 5 for a span that is ablated at some tokens of some rows."""
+
+    SPAN = torch.randn(8, tiny.HIDDEN, generator=torch.Generator().manual_seed(3))
+    ROWS = (True, False, True)
+
+    def by_hand(self, model: Any, architecture: str, inputs: dict[str, Tensor], beams: int) -> Any:
+        """Hooks on whole rows that ablate the tokens from the last one of each prompt on."""
+        projector = torch.linalg.pinv(self.SPAN) @ self.SPAN
+        rows = torch.tensor(self.ROWS).repeat_interleave(beams)
+        starts = inputs["input_ids"].shape[1] - 1
+
+        def change(activation: Tensor) -> Tensor:
+            ablated = activation.reshape(len(rows), -1, activation.shape[-1]).clone()
+            ablated[rows, starts:] -= ablated[rows, starts:] @ projector
+            return ablated.reshape(activation.shape)
+
+        return ablated_by_hand(model, architecture, lambda layer: change)
+
+    @pytest.mark.parametrize("architecture", WRITTEN)
+    def test_of_padded_rows_is_as_by_hand_with_a_cache_and_without(self, architecture: str) -> None:
+        if architecture not in tiny.ARCHITECTURES:
+            pytest.skip("this transformers doesn't have it")
+        model, inputs = tiny.shared(architecture), padded(PROMPTS)
+        with self.by_hand(model, architecture, inputs, beams=1):
+            expected, expected_logits = generate(model, inputs, use_cache=False)
+        for use_cache in (True, False) if architecture not in tiny.UNLIKE_UNCACHED else (False,):
+            with ablate_everywhere(model, self.SPAN, tokens=generated(inputs), rows=self.ROWS):
+                answers, logits = generate(model, inputs, use_cache=use_cache)
+            assert torch.equal(answers, expected)
+            torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
+        assert (logits - generate(model, inputs)[1])[0].abs().max() > 1e-2
+
+    @pytest.mark.parametrize("architecture", WRITTEN)
+    def test_of_beams_is_that_of_their_prompts(self, architecture: str) -> None:
+        if architecture not in tiny.WITH_BEAMS:
+            pytest.skip("this transformers doesn't have it")
+        model, inputs = tiny.shared(architecture), padded(PROMPTS)
+        kwargs: dict[str, Any] = {**inputs, "num_beams": 2, "max_new_tokens": STEPS, "do_sample": False}
+        cached = architecture not in tiny.UNLIKE_UNCACHED
+        if tiny.ON_TRANSFORMERS_4 and architecture == "mamba":
+            cached = False  # its cached states are not reordered with the beams, whoever steers it
+        with self.by_hand(model, architecture, inputs, beams=2):
+            expected = model.generate(**kwargs, use_cache=False)
+        for use_cache in (True, False) if cached else (False,):
+            with ablate_everywhere(model, self.SPAN, tokens=generated(inputs), rows=self.ROWS):
+                assert torch.equal(model.generate(**kwargs, use_cache=use_cache), expected)
+        assert not torch.equal(expected, model.generate(**kwargs))
+
+    @pytest.mark.skipif(not WITH_CHUNKS, reason="generate has no prefill_chunk_size in transformers 4.46")
+    @pytest.mark.skipif(tiny.CHUNKS_ARE_ONE_GRAPH, reason="generate compiles the chunks as one graph")
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2", "qwen3"])
+    def test_prefill_in_chunks_and_static_caches_are_alike(self, architecture: str) -> None:
+        model, inputs = tiny.shared(architecture), padded(PROMPTS)
+        for tokens in (None, generated(inputs), from_index(2)):
+            with ablate_everywhere(model, self.SPAN, tokens=tokens, rows=self.ROWS):
+                expected, expected_logits = generate(model, inputs)
+                ways = [generate(model, inputs, prefill_chunk_size=3)]
+                if architecture in tiny.WITH_STATIC_CACHE:
+                    ways.append(generate(model, inputs, cache_implementation="static"))
+            for answers, logits in ways:
+                assert torch.equal(answers, expected)
+                torch.testing.assert_close(logits, expected_logits, atol=2e-4, rtol=1e-3)
+
+    @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+    def test_rows_that_are_off_are_unsteered_bit_for_bit(self, architecture: str) -> None:
+        model, inputs = tiny.shared(architecture), {"input_ids": torch.tensor([PROMPTS[1]] * 3)}
+        with record_activations(model) as plain, torch.no_grad():
+            model(**inputs)
+        with (
+            ablate_everywhere(model, {0: self.SPAN, 2: self.SPAN[0]}, rows=[False, True, False]),
+            record_activations(model) as ablated,
+            torch.no_grad(),
+        ):
+            model(**inputs)
+        for layer in (0, 1, 2):
+            if not (architecture == "mixtral" and tiny.ON_TRANSFORMERS_4 and layer):  # its experts add in any order
+                assert torch.equal(ablated[layer][0][::2], plain[layer][0][::2])
+        assert not torch.equal(ablated[0][0][1], plain[0][0][1])
 
 
 class TestGradients:

@@ -19,10 +19,12 @@ from steering_vectors import (
     SteeringVector,
     TokenPositions,
     active_patches,
+    after,
     clamp_operator,
     from_index,
     generated,
     projection_quantiles,
+    select,
     steer,
     train_steering_vector,
 )
@@ -86,6 +88,14 @@ def each_block_wrapped(model: Any) -> Any:
     return model
 
 
+# Selections that go by more than positions.
+BY_MORE_THAN_POSITIONS: dict[str, Any] = {
+    "after": after([12, 13]) | after(22, until=26),
+    "strength": generated(INPUTS, strength=lambda step: 0.5**step),
+    "combined": ~generated(INPUTS) & select([0, 2]) | 0.5 * from_index(3),
+    "arguments": lambda p: (p.arguments["input_ids"][:, -1:] % 2 == 0) & (p.index >= 2),
+}
+LEARNED = torch.tensor([[0, 0, 0, 0, 0, 1, 0, 1], [0, 1, 0, 0, 1, 1, 0, 0]])
 COMPILES_EACH_BLOCK = torch.__version__ < (2, 8)  # the versions before compare the changes by identity
 OPERATORS = [case.make() for case in families.OPERATORS.values()]
 AS_A_WHOLE: list[Way] = [whole, in_place, forward_method, decoder_in_place]
@@ -228,6 +238,29 @@ class TestSteering:
             with some_vector().apply(model, tokens=tokens):
                 assert_close(answer(model, use_cache=use_cache), expected)
         assert_close(answer(model), plain)
+
+    @pytest.mark.parametrize("tokens", BY_MORE_THAN_POSITIONS.values(), ids=BY_MORE_THAN_POSITIONS)
+    def test_by_ids_steps_and_arguments_is_that_of_plain_code(self, tokens: Any) -> None:
+        model, plain = whole(tiny.build("llama")), answer(bare())
+        answer(model)
+        with some_vector().apply(bare(), tokens=tokens):
+            expected = answer(bare())
+        assert (expected - plain).abs().max() > 1e-2
+        for use_cache in (True, False):
+            with some_vector().apply(model, tokens=tokens):
+                assert_close(answer(model, use_cache=use_cache), expected)
+
+    @pytest.mark.parametrize("way", [whole, each_block_wrapped], ids=named)
+    def test_by_the_labels_of_the_call_is_as_by_hand(self, way: Way) -> None:
+        model, labels = way(tiny.build("llama")), INPUTS["input_ids"].masked_fill(LEARNED == 0, -100)
+        change = LEARNED[..., None] * some_vector().layer_activations[LAYER]
+        handle = tiny.blocks(bare())[LAYER].register_forward_hook(
+            lambda _m, _a, out: out + change if isinstance(out, Tensor) else (out[0] + change, *out[1:])
+        )
+        expected = logits(bare())
+        handle.remove()
+        with some_vector().apply(model, tokens=lambda p: p.arguments["labels"] != -100), torch.no_grad():
+            assert_close(model(**INPUTS, labels=labels, use_cache=False).logits, expected)
 
     def test_follows_from_one_selection_to_the_next(self) -> None:
         model = whole(tiny.build("llama"))
