@@ -108,6 +108,7 @@ def test_one_direction_has_its_layer() -> None:
             "each layer may have one direction, but some of these keys",
         ),
         (lambda: interop.from_tensors(3), (TypeError, ValueError), "one or more directions, got a single number"),
+        (lambda: interop.from_tensors([]), ValueError, "tensors is empty: give at least one direction"),
         (lambda: interop.from_tensors(None), TypeError, "tensors must be"),
         (lambda: interop.from_tensors(torch.ones(1, 2, 3)), ValueError, "must have the shape"),
         (

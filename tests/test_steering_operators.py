@@ -237,6 +237,11 @@ def test_norm_preserving_leaves_what_the_inner_operator_makes_zero() -> None:
         (clamp_operator, ValueError, "clamp_operator needs a bound: pass min, max or both"),
         (lambda: clamp_operator(2, 1), ValueError, "min to be at most max, got min=2 and max=1"),
         (lambda: clamp_operator(min=math.nan), ValueError, "min of clamp_operator must be finite, got nan"),
+        (
+            lambda: clamp_operator(max=10**400),
+            ValueError,
+            "max of clamp_operator must be finite, got a number too large",
+        ),
         (lambda: clamp_operator(max="1"), TypeError, "max of clamp_operator must be a number, got '1'"),
         (lambda: clamp_operator(max=torch.ones(2)), TypeError, "max of clamp_operator must be a number"),
         (lambda: rotation_operator(math.inf), ValueError, "angle of rotation_operator must be finite, got inf"),

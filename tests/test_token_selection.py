@@ -423,6 +423,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"needs an attention_mask in inputs.*got \['input_ids'\].*lengths"):
             generated({"input_ids": torch.tensor([[1, 2]])})
 
+    @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+    def test_rows_of_several_lengths_are_refused(self, name: str) -> None:
+        inputs = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]], name: [[1, 1], [1]]}
+        with pytest.raises(
+            ValueError, match=r"inputs must hold tensors, or lists of rows of one length: .*padding=True"
+        ):
+            generated(inputs)
+
     @pytest.mark.parametrize("lengths", [0, [3, 0], [], [-1]])
     def test_prompts_without_tokens_are_refused(self, lengths: Any) -> None:
         with pytest.raises(ValueError, match=r"generated\(inputs\) needs prompts of at least one token, got lengths"):

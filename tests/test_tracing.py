@@ -313,6 +313,13 @@ def test_a_compiled_model_is_traced_and_runs_as_before_afterwards() -> None:
     torch.compiler.reset()
 
 
+def test_the_trace_of_a_model_that_is_gone_says_so() -> None:
+    trace = trace_steering(tiny.build("llama"))
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the model of this trace no longer exists: make a new trace"), trace:
+        pass
+
+
 def test_summaries_are_values() -> None:
     assert LayerSummary(1, 2, 0.5) == LayerSummary(1, 2, 0.5)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
