@@ -81,7 +81,7 @@ class Extractor:
         for numbers in by_prompt.values():
             self._look_again()
             rows = self._image_passes.rows([prompts[number] for number in numbers])
-            yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._modules)
+            yield from (LayerRows(layer, rows.pop(layer), numbers) for layer in self._sites)
 
     def _of_texts(self, prompts: Sequence[ReadPrompt]) -> Iterator[LayerRows]:
         left = set(range(len(prompts)))
