@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         get_num_matching_layers,
         guess_and_enhance_layer_config,
     )
+    from steering_vectors.monitoring import SteeringMonitor, monitor
     from steering_vectors.prompts import answer_ids, prompt_ids
     from steering_vectors.reading import projection_quantiles, read_activations, residual_norms
     from steering_vectors.record_activations import record_activations
@@ -80,6 +81,7 @@ __all__ = [
     "Selector",
     "SetAggregator",
     "SteeringContext",
+    "SteeringMonitor",
     "SteeringPatchHandle",
     "SteeringTrace",
     "SteeringVector",
@@ -106,6 +108,7 @@ __all__ = [
     "guess_and_enhance_layer_config",
     "logistic_aggregator",
     "mean_aggregator",
+    "monitor",
     "norm_preserving_operator",
     "pca_aggregator",
     "projection_quantiles",
@@ -146,6 +149,7 @@ _NAMES = {
         "get_num_matching_layers",
         "guess_and_enhance_layer_config",
     ),
+    "monitoring": ("SteeringMonitor", "monitor"),
     "prompts": ("answer_ids", "prompt_ids"),
     "reading": (
         "projection_quantiles",
@@ -196,7 +200,18 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 # Public modules, whose attributes are reached without importing them.
 _MODULES = {
-    *("ablation", "aggregators", "evaluation", "hub", "interop", "layer_matching", "prompts", "reading", "steering"),
+    *(
+        "ablation",
+        "aggregators",
+        "evaluation",
+        "hub",
+        "interop",
+        "layer_matching",
+        "monitoring",
+        "prompts",
+        "reading",
+        "steering",
+    ),
     *("steering_operators", "steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),
 }
 

@@ -8,17 +8,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steering_vectors._extraction import shared_prefix
 from steering_vectors._html import block, table
 from steering_vectors._models import along_tokens, anatomy_of, check_model
 from steering_vectors._passes import ForwardPass, Need, PassTracker
 from steering_vectors._precision import wide
+from steering_vectors._rows_of_passes import joined_rows, pieces_of
 from steering_vectors._steering import AttachedTrace, changes_of
 
 
@@ -221,44 +222,26 @@ _HTML, _COLOUR, _BRACKETS = ("<mark>", "</mark>"), ("\x1b[7m", "\x1b[0m"), ("[["
 
 
 def _sequences(passes: Sequence[_TracedPass]) -> Iterator[_Sequence]:
-    """Yield the rows that went through the model. A pass that continues a cache continues the cache's row."""
-    rows: list[_Sequence] = []
+    """Yield the rows that went through the model."""
+    rows = []
     for one in passes:
         if one.input_ids is None or one.index is None:
             raise ValueError(
                 "the model got embeddings, not token ids, or several prompts in one row, so there is no text to show: "
                 "use summary()"
             )
-        ids, index = one.input_ids.tolist(), one.index.tolist()
         steered = torch.stack(list(one.steered.values())).any(dim=0).tolist()
-        if len(rows) != len(ids):
-            yield from rows
-            rows = [[] for _ in ids]
-        for number, (row_ids, row_index, row_steered) in enumerate(zip(ids, index, steered, strict=True)):
-            tokens = [(i, s) for i, n, s in zip(row_ids, row_index, row_steered, strict=True) if n >= 0]
-            first = next((n for n in row_index if n >= 0), 0)
-            before = [token for token, _ in rows[number]]
-            is_new = first == 0 and [token for token, _ in tokens][: len(before)] != before
-            if is_new and before:
-                yield rows[number]
-            rows[number] = rows[number][:first] + tokens
-    yield from rows
+        rows.append((one.input_ids.tolist(), one.index.tolist(), steered))
+    for ids, marks in joined_rows(rows):
+        yield [(token or 0, mark) for token, mark in zip(ids, marks, strict=True)]
 
 
 def _pieces(tokenizer: Any, row: _Sequence) -> list[tuple[str, bool]]:
-    """Return the row's text, cut where steered tokens begin or end.
-
-    The row is decoded as a whole, since a token alone may lose its space or be part of a character.
-    """
-    ids = [token for token, _ in row]
-    text = tokenizer.decode(ids)
-    pieces, begin = [], 0
-    for n, (_, steered) in enumerate(row):
-        if n + 1 == len(row) or row[n + 1][1] != steered:
-            end = len(text) if n + 1 == len(row) else shared_prefix(text, tokenizer.decode(ids[: n + 1]))
-            pieces.append((text[begin : max(begin, end)], steered))
-            begin = max(begin, end)
-    return [piece for piece in pieces if piece[0]]
+    """Return the row's text, cut where steered tokens begin or end."""
+    pieces = pieces_of(tokenizer, [token for token, _ in row])
+    together = groupby(zip(pieces, row, strict=True), key=lambda piece: piece[1][1])
+    texts = [("".join(text for text, _ in group), steered) for steered, group in together]
+    return [piece for piece in texts if piece[0]]
 
 
 def _marked(text: Sequence[tuple[str, bool]], marks: tuple[str, str], escape: Callable[[str], str] = str) -> str:

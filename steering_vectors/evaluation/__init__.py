@@ -14,6 +14,7 @@ from steering_vectors.evaluation.result import Evaluation, verdict
 from steering_vectors.evaluation.rows import ConditionRow, ItemRow
 from steering_vectors.evaluation.sweep_result import PointRow, Sweep, SweepRow
 from steering_vectors.evaluation.sweeping import sweep
+from steering_vectors.monitoring import monitor
 
 __all__ = [
     "AnswerRow",
@@ -33,6 +34,7 @@ __all__ = [
     "choice_propensity",
     "diagnose",
     "evaluate",
+    "monitor",
     "sweep",
     "text_propensity",
     "verdict",
