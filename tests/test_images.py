@@ -283,6 +283,8 @@ class TestSteering:
             return torch.stack(out.logits, dim=1)
 
         plain = logits()
+        if family == "gemma3" and tiny.ON_TRANSFORMERS_4:
+            pytest.skip("cached, it has other logits than uncached, whoever steers it")
         for tokens in (generated(inputs), prompted(inputs), None):
             with vector.apply(model, multiplier=4, tokens=tokens):
                 steered = logits()

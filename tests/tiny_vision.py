@@ -71,14 +71,13 @@ def _of_images(name: str, **settings: Any) -> Any:
 
 def _llava(text: dict[str, Any]) -> tuple[Any, Any]:
     tokenizer = _tokenizer("<image>")
-    settings = {} if tiny.ON_TRANSFORMERS_4 else {"num_additional_image_tokens": 1}  # CLIP's class token
     processor = transformers.LlavaProcessor(
         _of_images("CLIPImageProcessor", size=_SIZE, crop_size=_SIZE),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         chat_template=tokenizer.chat_template,
-        **settings,
+        num_additional_image_tokens=1,  # CLIP's class token
     )
     config = transformers.LlavaConfig(
         text_config={"model_type": "llama", **text},
