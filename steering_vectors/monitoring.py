@@ -33,8 +33,9 @@ def monitor(
 
     Entering it returns a :class:`SteeringMonitor`, which can be read inside the block or after it.
     In all passes inside the block, those of ``model.generate`` too, the projection ``h·u`` of each
-    token's activation is kept, with ``u`` the direction at norm 1: one number in float32 for each token and
-    layer. No activation is kept, nothing is changed, and no device is waited for until it is read.
+    token's activation is kept, with ``u`` the direction at norm 1: one number in float32 for each
+    token and layer. No activation is kept, nothing is changed, and no device is waited for until it
+    is read.
 
     Inside ``apply``, what is read is the steered activation: with an addition of the same vector, it
     has the multiplier times the direction's norm more at the steered tokens.
