@@ -81,7 +81,7 @@ def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerTyp
             ``(layers, hidden)`` or a sequence of directions has layer l in row l. A mapping has
             directions by layer number; its keys may be strings such as ``"12"`` or ``"layers.12"``.
         layer: The layer of a single direction.
-        layer_type: The kind of module whose output the directions change.
+        layer_type: The kind of activation that the directions change.
 
     Raises:
         TypeError: As in :class:`~steering_vectors.SteeringVector`.
@@ -126,7 +126,7 @@ def from_sae(sae: Any, feature: int, *, layer: int, layer_type: LayerType = "dec
         layer: The block on whose output the autoencoder was trained. It is 8 for
             ``blocks.8.hook_resid_post``, and 7 for ``blocks.8.hook_resid_pre``, which is the input
             of block 8.
-        layer_type: The kind of module on whose output the autoencoder was trained.
+        layer_type: The kind of activation on which the autoencoder was trained.
 
     Raises:
         TypeError: If there is no decoder weight.

@@ -65,7 +65,7 @@ def read_activations(
         prompts: Texts, lists of chat messages, also with images, or token ids.
         layers: The layers to read, as numbers from 0, or negative ones from the end. None reads
             all.
-        layer_type: The kind of module that is read at each layer.
+        layer_type: The kind of activation that is read, as in :func:`train_steering_vector`.
         layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
         read_token_index: The token to read of each prompt, as in :func:`train_steering_vector`. A
             callable gets an empty text for token ids. For a list of k indices, the activations are

@@ -44,7 +44,7 @@ def steer(
             :class:`~steering_vectors.PatchDeltaOperator` may. A module is left on its device.
         layers: The layers to steer, as numbers from 0, or negative ones from the end. None steers
             all.
-        layer_type: The kind of module that is steered at each layer.
+        layer_type: The kind of activation that is steered, as in :class:`SteeringVector`.
         layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
         tokens: The tokens to steer, as in :meth:`SteeringVector.apply`; by default all.
         multiplier: The factor on the change: one number, or one for each row of a batch. At 0 the

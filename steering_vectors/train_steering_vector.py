@@ -149,8 +149,9 @@ def train_steering_vector(
             windows of 4,096 pairs, or of 4,096 prompts of each set, and of fewer with images.
         layers: The layers to train, as numbers from 0, or negative ones from the end. None trains
             all.
-        layer_type: The kind of module that is read at each layer: the decoder block, or a part of
-            it such as ``"mlp"``.
+        layer_type: The kind of activation that is read at each layer: the output of the decoder
+            block, or of a part of it such as ``"mlp"``; or the attention ``"heads"``, or the MLP's
+            ``"neurons"``.
         layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
         move_to_cpu: True to compute on the CPU instead of the device where the layer runs.
             Statistics are in float32 or wider on both.
@@ -248,7 +249,7 @@ def extract_activations(
         training_samples: Pairs, as in :func:`train_steering_vector`.
         layers: The layers to read, as numbers from 0, or negative ones from the end. None reads
             all.
-        layer_type: The kind of module that is read at each layer.
+        layer_type: The kind of activation that is read, as in :func:`train_steering_vector`.
         layer_config: The layers' names, as in :meth:`SteeringVector.apply`.
         move_to_cpu: True to return tensors on the CPU instead of the device where the layer runs.
         read_token_index: The token to read of each prompt, as in :func:`train_steering_vector`.
