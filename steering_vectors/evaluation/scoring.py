@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
@@ -185,7 +186,10 @@ class Batch:
         if self._cache is None:
             beginnings = [prompt[:-1] for prompt in self.prompts]
             output = _run(self._scorer.model, _padded(beginnings, self._scorer.model), use_cache=True, keep=1)
-            self._cache = next((output[name] for name in _CACHES if output.get(name) is not None), False)
+            cache = next((output[name] for name in _CACHES if output.get(name) is not None), False)
+            # transformers 4 returns a tuple to those who pass no cache.
+            kind: Any = DynamicCache
+            self._cache = kind.from_legacy_cache(cache) if isinstance(cache, tuple) else cache
         return self._cache or None
 
 

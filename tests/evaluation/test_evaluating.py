@@ -225,7 +225,7 @@ def test_answers_are_generated_and_scored(model: Any, vector: SteeringVector) ->
     )
     assert [row.multiplier for row in result.answers] == [0, 3]
     plain = model.generate(
-        **tiny.tokenizer()("I say", return_tensors="pt"), max_new_tokens=6, do_sample=False, pad_token_id=0
+        torch.tensor([tiny.tokenizer()("I say")["input_ids"]]), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     expected = tiny.tokenizer().decode(plain[0, 5:], skip_special_tokens=True)
     assert result.answers[0].answers[0] == expected
