@@ -208,6 +208,7 @@ _MODULES = {
         "interop",
         "layer_matching",
         "monitoring",
+        "plots",
         "prompts",
         "reading",
         "steering",

@@ -37,8 +37,8 @@ def monitor(
     token and layer. No activation is kept, nothing is changed, and no device is waited for until it
     is read.
 
-    Inside ``apply``, what is read is the steered activation: with an addition of the same vector, it
-    has the multiplier times the direction's norm more at the steered tokens.
+    Inside ``apply``, what is read is the steered activation: where the same vector is added, it has
+    the multiplier times the direction's norm more at the steered tokens.
 
     Args:
         model: The model to watch.
@@ -143,6 +143,16 @@ class SteeringMonitor:
             for place, layer in enumerate(self.layers):
                 found[layer].append(torch.tensor([of_token[place] for of_token in values], device="cpu"))
         return found
+
+    def token_ids(self) -> list[list[int | None]]:
+        """Return the token ids of each sequence, as :meth:`by_sequence` joins them.
+
+        They are None where the model got embeddings.
+
+        Raises:
+            ValueError: If rows held several texts each.
+        """
+        return [ids for ids, _ in self._sequences()]
 
     def show(self, tokenizer: Any, *, layer: int | None = None) -> None:
         """Print the tokens, coloured by their projections: red towards the direction, blue away from it.

@@ -47,10 +47,11 @@ LEVELS: list[set[str]] = [
         *("steering_vector", "tracing", "train_steering_vector", "unembedding", "versions"),
     },
     {"evaluation"},
+    {"plots"},
     {"demo", "__main__"},
 ]
 # Packages that call the public functions alone.
-ON_THE_FACE = {"evaluation"}
+ON_THE_FACE = {"evaluation", "plots"}
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 FRONT_DOOR = "__init__"  # stands on no level: programs alone import it
 

@@ -120,7 +120,7 @@ def evaluate(
         measured, costs = plan.items(questions, vectors, bar), plan.texts(neutral, vectors, bar)
     rows = [*(plan.row(name, measured[name], costs[name]) for name in vectors), *plan.otherwise(vector, otherwise)]
     if controls is not None:
-        rows.append(unsteered_row(UNSTEERED, measured[UNSTEERED].propensities[:, 0]))
+        rows.append(unsteered_row(UNSTEERED, measured[UNSTEERED].propensities[:, 0], seed))
     answers = () if score is None else plan.answers(given, vector, score, max_new_tokens)
     by_item = item_rows(given, measured[VECTOR], plan.multipliers)
     return Evaluation(tuple(rows), by_item, repr(propensity), len(neutral), seed, answers)

@@ -132,7 +132,7 @@ class Plan:
         """Yield the rows of variants, under the vector, and of a system prompt, without steering."""
         for name, asked in questions.items():
             if name == SYSTEM_PROMPT:
-                yield unsteered_row(name, self.items(asked, {})[UNSTEERED].propensities[:, 0])
+                yield unsteered_row(name, self.items(asked, {})[UNSTEERED].propensities[:, 0], self.seed)
             else:
                 yield self.row(name, self.items(asked, {VECTOR: vector})[VECTOR], None)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt
 
+# Units of the propensities below, as printed.
+UNITS = {"text_propensity()": "nats per token", "choice_propensity()": "nats"}
 _QUESTION = "{prompt}\n\nChoices:\n (A) {a}\n (B) {b}\n\nAnswer: ("
 
 

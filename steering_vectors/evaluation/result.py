@@ -11,6 +11,7 @@ from typing import Any
 from steering_vectors._html import block, table
 from steering_vectors.evaluation.answers import AnswerRow, show_answers
 from steering_vectors.evaluation.files import read_json, write_text
+from steering_vectors.evaluation.propensity import UNITS
 from steering_vectors.evaluation.rows import VARIANT, VECTOR, ConditionRow, ItemRow
 from steering_vectors.evaluation.tables import paragraph, signed, text_table
 
@@ -146,13 +147,11 @@ class Evaluation:
         """
         from steering_vectors.evaluation.tables import data_frame
 
-        names = ("kl_mean", "kl_p95", "first_kl", "nll_change")
         lines = []
         for row in self.rows:
             shared = {name: value for name, value in asdict(row).items() if not isinstance(value, tuple)}
             for place, multiplier in enumerate(row.multipliers):
-                costs = {name: (getattr(row, name) or (None,) * len(row.multipliers))[place] for name in names}
-                lines.append({**shared, "multiplier": multiplier, "propensity": row.propensities[place], **costs})
+                lines.append({**shared, "multiplier": multiplier, **_at(row, place)})
         return data_frame(lines)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
@@ -176,7 +175,7 @@ class Evaluation:
         return cells
 
     def _notes(self) -> list[str]:
-        unit = {"text_propensity()": "nats per token", "choice_propensity()": "nats"}.get(self.propensity)
+        unit = UNITS.get(self.propensity)
         notes = [
             f"Columns 'at': mean propensity at a multiplier, {self.propensity}{f', {unit}' if unit else ''}. Slope: "
             f"its change per unit of the multiplier. Reversed: items that move the other way."
@@ -192,6 +191,14 @@ class Evaluation:
             worst = min(variants, key=lambda row: row.slope or 0.0)
             notes.append(f"Worst variant: {worst.condition.removeprefix(VARIANT)}, with slope {_interval(worst)}.")
         return notes
+
+
+def _at(row: ConditionRow, place: int) -> dict[str, float | None]:
+    """Return all that was measured at one of a row's multipliers, by the names of columns."""
+    costs = {name: getattr(row, name) for name in ("kl_mean", "kl_p95", "first_kl", "nll_change")}
+    ends = {"propensity_low": row.propensities_low, "propensity_high": row.propensities_high}
+    columns = {"propensity": row.propensities, **ends, **costs}
+    return {name: values[place] if values else None for name, values in columns.items()}
 
 
 def _nearest_to_one(multipliers: Sequence[float]) -> int:

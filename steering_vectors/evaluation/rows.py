@@ -44,6 +44,9 @@ class ConditionRow:
         nll_change: At each multiplier, the change of the texts' mean negative log-likelihood per
             token, in nats.
         items: The number of items.
+        propensities_low: The lower ends of the propensities' intervals: 95 %, by 10,000 resamples of
+            the items. They cover how far the items lie apart, too, which a slope doesn't.
+        propensities_high: Their upper ends.
     """
 
     condition: str
@@ -61,6 +64,8 @@ class ConditionRow:
     first_kl: tuple[float, ...] = ()
     nll_change: tuple[float, ...] = ()
     items: int = 0
+    propensities_low: tuple[float, ...] = ()
+    propensities_high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,15 @@ def condition_row(
         rank_correlation=rank_correlation(multipliers, items.propensities),
         first_kl=() if bool(items.first_kl.isnan().all()) else _numbers(items.first_kl.nanmean(dim=0)),
         items=count,
+        **_intervals(items.propensities, seed),
         **_costs(texts),
     )
+
+
+def _intervals(propensities: Tensor, seed: int) -> dict[str, tuple[float, ...]]:
+    """Return the intervals of the mean propensities, from ``(items, multipliers)``."""
+    low, high = zip(*(bootstrap_interval(values, seed) for values in propensities.T), strict=True)
+    return {"propensities_low": low, "propensities_high": high}
 
 
 def _costs(texts: TextScores | None) -> dict[str, tuple[float, ...]]:
@@ -126,9 +138,17 @@ def item_rows(items: Sequence[EvaluationItem], scores: ItemScores, multipliers: 
     )
 
 
-def unsteered_row(condition: str, propensities: Tensor) -> ConditionRow:
+def unsteered_row(condition: str, propensities: Tensor, seed: int) -> ConditionRow:
     """Return the row of a baseline without steering, from its propensities ``(items,)``."""
-    return ConditionRow(condition, (0.0,), (float(propensities.mean()),), items=len(propensities))
+    low, high = bootstrap_interval(propensities, seed)
+    return ConditionRow(
+        condition,
+        (0.0,),
+        (float(propensities.mean()),),
+        items=len(propensities),
+        propensities_low=(low,),
+        propensities_high=(high,),
+    )
 
 
 def joined_items(parts: Sequence[ItemScores]) -> ItemScores:

@@ -11,6 +11,7 @@ from typing import Any
 from steering_vectors._arguments import finite_number
 from steering_vectors._html import block, table
 from steering_vectors.evaluation.files import read_json, write_text
+from steering_vectors.evaluation.propensity import UNITS
 from steering_vectors.evaluation.tables import data_frame, paragraph, signed, text_table
 
 
@@ -72,6 +73,7 @@ class Sweep:
         choosing: The number of items by which the row was chosen.
         held_out: The number of the other items, on which it is reported.
         texts: The number of texts on which KL was measured.
+        propensity: The propensity, as printed.
 
     >>> Sweep((), None, (), max_kl=0.5, choosing=8, held_out=8, texts=8).verdict
     'does not steer: no layer and multiplier raises the propensity within the budget'
@@ -84,6 +86,7 @@ class Sweep:
     choosing: int
     held_out: int
     texts: int
+    propensity: str = "text_propensity()"
 
     def best(self, max_kl: float | None = None) -> SweepRow | None:
         """Return the row with the largest gain on the choosing half, or None if no gain is positive.
@@ -182,9 +185,10 @@ class Sweep:
         return columns, lines
 
     def _notes(self) -> list[str]:
+        unit = UNITS.get(self.propensity)
         notes = [
-            f"Gain: the mean change of propensity over {self.choosing} items, by which a row is chosen; held out: over "
-            f"{self.held_out} others. Reversed: items that move the other way."
+            f"Gain: the mean change of {self.propensity}{f', in {unit}' if unit else ''}, over {self.choosing} items, "
+            f"by which a row is chosen; held out: over {self.held_out} others. Reversed: items that move the other way."
         ]
         if self.texts:
             budget = "" if self.max_kl is None else f" At most {self.max_kl:g} at the 95th percentile is allowed."

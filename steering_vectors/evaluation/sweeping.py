@@ -113,7 +113,7 @@ def sweep(
     if chosen is not None:
         vectors = control_vectors(controls, model, tokenizer, swept[chosen.layer], training_samples, seed)
         points = tuple(grid.points(chosen, vectors, otherwise, halves[1]))
-    return Sweep(rows, chosen, points, budget, len(halves[0]), len(halves[1]), len(neutral))
+    return Sweep(rows, chosen, points, budget, len(halves[0]), len(halves[1]), len(neutral), repr(propensity))
 
 
 def _layers_of(plan: Plan, vector: SteeringVector, layers: int | Iterable[int] | None) -> SteeringVector:

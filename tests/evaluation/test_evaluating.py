@@ -85,7 +85,13 @@ def test_propensities_and_slopes_are_those_of_a_loop(model: Any, vector: Steerin
     assert row.slope == pytest.approx(slopes.mean(), abs=1e-5)
     assert row.anti_steerable == pytest.approx((slopes < 0).mean())
     assert row.propensities == pytest.approx(expected.mean(axis=0), abs=1e-5)
+    for place, values in enumerate(expected.T):
+        drawn = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+        ends = (row.propensities_low[place], row.propensities_high[place])
+        assert ends == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.1 * np.ptp(values))
     unsteered = next(row for row in result.rows if row.condition == "unsteered")
+    assert unsteered.propensities_low == pytest.approx((row.propensities_low[1],))
+    assert unsteered.propensities_high == pytest.approx((row.propensities_high[1],))
     assert unsteered.propensities == pytest.approx((expected[:, 1].mean(),), abs=1e-5)
 
 
@@ -345,6 +351,8 @@ class TestResult:
         frame = evaluate(model, tiny.tokenizer(), vector, ITEMS, texts=[], controls=None).to_pandas()
         assert isinstance(frame, pandas.DataFrame)
         assert list(frame["multiplier"]) == [-2, -1, 0, 1, 2]
+        assert (frame["propensity_low"] <= frame["propensity"]).all()
+        assert (frame["propensity"] <= frame["propensity_high"]).all()
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
