@@ -15,6 +15,7 @@ from steering_vectors.evaluation.measuring import continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import text_propensity
+from steering_vectors.evaluation.scoring import Manner
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
 
@@ -98,7 +99,9 @@ def calibrate(
     neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts)
     if not neutral:
         raise ValueError("texts is empty: give at least one")
-    plan = Plan(model, tokenizer, tokens, operator, text_propensity(), [], batch_size, 0, chat_template_kwargs)
+    plan = Plan(
+        model, tokenizer, Manner(tokens, operator), text_propensity(), None, batch_size, 0, chat_template_kwargs
+    )
     plan.check(vector)
     parts = plan.parts_of_texts(neutral)
     kept = plan.text_batch(parts[0])  # its unsteered predictions are the largest thing here: no others are kept

@@ -13,17 +13,11 @@ from steering_vectors.evaluation.controls import Controls, control_vectors, with
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
 from steering_vectors.evaluation.measuring import Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
-from steering_vectors.evaluation.plan import Plan, checked_multipliers
+from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, text_propensity
 from steering_vectors.evaluation.result import Evaluation
-from steering_vectors.evaluation.rows import (
-    SYSTEM_PROMPT,
-    UNSTEERED,
-    VARIANT,
-    VECTOR,
-    item_rows,
-    unsteered_row,
-)
+from steering_vectors.evaluation.rows import SYSTEM_PROMPT, VARIANT, VECTOR, item_rows
+from steering_vectors.evaluation.scoring import Apply, Manner
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
 from steering_vectors.token_selection import generated
@@ -41,6 +35,7 @@ def evaluate(
     multipliers: Sequence[float] = (-2, -1, 0, 1, 2),
     tokens: Any = generated,
     operator: PatchDeltaOperator | None = None,
+    apply: Apply | None = None,
     propensity: Propensity = text_propensity(),
     texts: Iterable[Any] | None = None,
     controls: Controls | None = Controls(),
@@ -77,6 +72,12 @@ def evaluate(
             batch's prompts, as ``model.generate`` takes them, to a selector. By default
             :func:`~steering_vectors.generated` steers from each prompt's last token on.
         operator: The operator, as in :meth:`~steering_vectors.SteeringVector.apply`.
+        apply: A callable ``(vector, multipliers, tokens)``, with a multiplier for each row of the
+            batch, that returns the context in which the model is steered, in place of
+            ``vector.apply``. It can't be given with an operator. For instance,
+            ``lambda vector, on, tokens: ablate_everywhere(model, vector, rows=[m > 0 for m in on])``
+            with ``multipliers=[0, 1]`` and ``tokens=None``. At multiplier 0 the model must be as it
+            always is.
         propensity: The callable that computes a propensity from the answers' log-probabilities.
         texts: Neutral texts on which the cost is measured: KL(unsteered ‖ steered) at each token
             from the second on, of which the first is never counted. By default a few that come with
@@ -108,8 +109,8 @@ def evaluate(
     >>> result.rows[0].condition
     'vector'
     """
-    numbers = checked_multipliers(multipliers)
-    plan = Plan(model, tokenizer, tokens, operator, propensity, numbers, batch_size, seed, chat_template_kwargs)
+    how = Manner(tokens, operator, apply)
+    plan = Plan(model, tokenizer, how, propensity, multipliers, batch_size, seed, chat_template_kwargs)
     plan.check(vector, score)
     given = as_items(items)
     questions = plan.questions(given)
@@ -118,12 +119,10 @@ def evaluate(
     vectors = {VECTOR: vector, **control_vectors(controls, model, tokenizer, vector, training_samples, seed)}
     with tqdm(total=len(given) + len(neutral), desc="Evaluating", disable=not show_progress) as bar:
         measured, costs = plan.items(questions, vectors, bar), plan.texts(neutral, vectors, bar)
-    rows = [*(plan.row(name, measured[name], costs[name]) for name in vectors), *plan.otherwise(vector, otherwise)]
-    if controls is not None:
-        rows.append(unsteered_row(UNSTEERED, measured[UNSTEERED].propensities[:, 0], seed))
+    rows = plan.rows(measured, costs, vector, otherwise, unsteered=controls is not None)
     answers = () if score is None else plan.answers(given, vector, score, max_new_tokens)
     by_item = item_rows(given, measured[VECTOR], plan.multipliers)
-    return Evaluation(tuple(rows), by_item, repr(propensity), len(neutral), seed, answers)
+    return Evaluation(rows, by_item, repr(propensity), len(neutral), seed, answers)
 
 
 def _asked_otherwise(

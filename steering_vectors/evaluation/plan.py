@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,8 +29,7 @@ from steering_vectors.evaluation.rows import (
     joined_texts,
     unsteered_row,
 )
-from steering_vectors.evaluation.scoring import Continuation, Scorer, Steering
-from steering_vectors.steering_operators import PatchDeltaOperator
+from steering_vectors.evaluation.scoring import Continuation, Manner, Scorer, Steering
 from steering_vectors.steering_vector import SteeringVector
 
 
@@ -44,10 +43,9 @@ class Plan:
         self,
         model: nn.Module,
         tokenizer: Any,
-        tokens: Any,
-        operator: PatchDeltaOperator | None,
+        how: Manner,
         propensity: Propensity,
-        multipliers: Sequence[float],
+        multipliers: Sequence[float] | None,
         batch_size: int,
         seed: int,
         chat_template_kwargs: Mapping[str, Any] | None,
@@ -57,15 +55,16 @@ class Plan:
         if not is_whole_number(seed):
             raise TypeError(f"seed must be a whole number, got {seed!r}")
         check_takes(propensity, 2, "propensity", "text_propensity()")
-        self.multipliers = tuple(multipliers)
+        how.check()
+        self.multipliers = () if multipliers is None else tuple(checked_multipliers(multipliers))
         self._model, self._tokenizer, self._scorer = model, tokenizer, Scorer(model)
-        self._tokens, self._operator, self._propensity = tokens, operator, propensity
+        self._how, self._propensity = how, propensity
         self._batch_size, self.seed = batch_size, seed
         self._template_kwargs = chat_template_kwargs
 
     def settings(self) -> tuple[object, ...]:
         """Return all but the model and the data on which a measurement depends."""
-        return self.multipliers, self._tokens, self._operator, self._propensity, self._batch_size
+        return self.multipliers, self._how, self._propensity, self._batch_size
 
     def check(self, vector: SteeringVector, score: object = None) -> None:
         """Raise TypeError or ValueError unless the vector fits the model, and a score, if any, can be called."""
@@ -73,7 +72,7 @@ class Plan:
             check_takes(score, 2, "score", "lambda prompt, answer: len(answer)")
         if not isinstance(vector, SteeringVector):
             raise TypeError(f"vector must be a SteeringVector, got {type(vector).__name__}")
-        vector.patch(self._model, operator=self._operator).remove()
+        vector.patch(self._model, operator=self._how.operator).remove()
 
     def questions(self, items: Sequence[EvaluationItem], name: str = "") -> list[Question]:
         """Return the questions of items. Raises ValueError, with the name of the list and the item, for a bad one."""
@@ -128,13 +127,28 @@ class Plan:
                 bar.update(batch.count)
         return {name: joined_texts(parts) for name, parts in found.items()}
 
-    def otherwise(self, vector: SteeringVector, questions: Mapping[str, Sequence[Question]]) -> Iterator[ConditionRow]:
-        """Yield the rows of variants, under the vector, and of a system prompt, without steering."""
-        for name, asked in questions.items():
+    def rows(
+        self,
+        measured: Mapping[str, ItemScores],
+        costs: Mapping[str, TextScores | None],
+        vector: SteeringVector,
+        otherwise: Mapping[str, Sequence[Question]],
+        *,
+        unsteered: bool,
+    ) -> tuple[ConditionRow, ...]:
+        """Return the rows of what was measured, and of the vector on items that are asked otherwise.
+
+        The items after a system prompt are measured without steering.
+        """
+        rows = [self._row(name, measured[name], costs[name]) for name in costs]
+        for name, asked in otherwise.items():
             if name == SYSTEM_PROMPT:
-                yield unsteered_row(name, self.items(asked, {})[UNSTEERED].propensities[:, 0], self.seed)
+                rows.append(unsteered_row(name, self.items(asked, {})[UNSTEERED].propensities[:, 0], self.seed))
             else:
-                yield self.row(name, self.items(asked, {VECTOR: vector})[VECTOR], None)
+                rows.append(self._row(name, self.items(asked, {VECTOR: vector})[VECTOR], None))
+        if unsteered:
+            rows.append(unsteered_row(UNSTEERED, measured[UNSTEERED].propensities[:, 0], self.seed))
+        return tuple(rows)
 
     def answers(
         self,
@@ -156,13 +170,13 @@ class Plan:
             seed=self.seed,
         )
 
-    def row(self, condition: str, items: ItemScores, texts: TextScores | None) -> ConditionRow:
+    def _row(self, condition: str, items: ItemScores, texts: TextScores | None) -> ConditionRow:
         """Return a condition's row."""
         return condition_row(condition, self.multipliers, items, texts, self.seed)
 
     def steering(self, vector: SteeringVector) -> Steering:
         """Return a vector's steering of the model."""
-        return Steering(self._model, vector, self._tokens, self._operator)
+        return Steering(self._model, vector, self._how)
 
 
 def checked_multipliers(multipliers: Sequence[float]) -> list[float]:

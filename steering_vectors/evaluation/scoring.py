@@ -8,24 +8,31 @@ used, and again for longer rows.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from steering_vectors._arguments import check_takes
+from steering_vectors.evaluation.running import (
+    CACHES,
+    device_of,
+    dtype_of,
+    evaluation_mode,
+    padded,
+    run,
+    vocabulary_of,
+)
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
 from steering_vectors.token_selection import TokenPositions
 
 # The most logits of a pass, rows × tokens × vocabulary: 256 MB in float32.
 _MOST_LOGITS = 2**26
-# Names of the cache in a model's arguments and outputs, the newest first.
-_CACHES = ("cache", "past_key_values")
 # Differences between ways in the log-probabilities of tokens that are rounding, as a share of the largest.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-4}
 _ROUNDING_IN_HALF = 0.1
@@ -42,30 +49,54 @@ class Continuation:
         return len(self.prompt) + len(self.answer)
 
 
+Apply: TypeAlias = Callable[[SteeringVector, list[float], Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """The way in which vectors are applied.
+
+    ``tokens`` is a selection, or a function from a batch's prompts to one, such as ``generated``. With ``enter``, that
+    is called in place of ``vector.apply``.
+    """
+
+    tokens: Any = None
+    operator: PatchDeltaOperator | None = None
+    enter: Apply | None = None
+
+    def check(self) -> None:
+        """Raise TypeError for an ``apply`` that can't be called, and ValueError for one beside an operator."""
+        if self.enter is not None:
+            check_takes(self.enter, 3, "apply", "lambda vector, multipliers, tokens: vector.apply(model)")
+            if self.operator is not None:
+                raise ValueError("operator and apply were given: choose one of them")
+
+
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """A vector and the way in which it is applied to rows, each with a multiplier.
-
-    ``tokens`` is a selection, or a function from a batch's prompts to one, such as ``generated``.
-    """
+    """A vector and the way in which it is applied to rows, each with a multiplier."""
 
     model: nn.Module
     vector: SteeringVector
-    tokens: Any = None
-    operator: PatchDeltaOperator | None = None
+    how: Manner = Manner()
 
     def selection(self, prompts: Mapping[str, Tensor]) -> Any:
         """Return the selection for a batch with these prompts."""
-        if not callable(self.tokens):
-            return self.tokens
+        tokens = self.how.tokens
+        if not callable(tokens):
+            return tokens
         try:
-            made = self.tokens(prompts)
+            made = tokens(prompts)
         except (AttributeError, TypeError):  # a selector reads positions, which a mapping hasn't
-            return self.tokens
-        return made if callable(made) or isinstance(made, (slice, list)) else self.tokens
+            return tokens
+        return made if callable(made) or isinstance(made, (slice, list)) else tokens
 
     def apply(self, selection: Any, multipliers: Sequence[float]) -> AbstractContextManager[Any]:
-        return self.vector.apply(self.model, operator=self.operator, multiplier=list(multipliers), tokens=selection)
+        """Return the context in which rows with these multipliers are steered."""
+        numbers = list(multipliers)
+        if self.how.enter is not None:
+            return self.how.enter(self.vector, numbers, selection)
+        return self.vector.apply(self.model, operator=self.how.operator, multiplier=numbers, tokens=selection)
 
 
 @dataclass(frozen=True)
@@ -99,11 +130,11 @@ class Scorer:
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
-        return _padded(prompts, self.model)
+        return padded(prompts, self.model)
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
         """Return a context in which all modules are in evaluation mode."""
-        return _evaluation_mode(self.model)
+        return evaluation_mode(self.model)
 
     def ends_of_sequence(self) -> set[int]:
         """Return the token ids at which the model ends an answer."""
@@ -119,7 +150,7 @@ class Scorer:
         """Return each row's place in ``rows``, in any order, with the logits ``(answer, vocabulary)`` of its answer."""
         if all(row.multiplier == 0 for row in rows):
             steering = None  # the same, by any operator
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             while True:
                 way = self._ways[0]
                 scored = way(self.model, batch, rows, steering)
@@ -148,7 +179,7 @@ class Scorer:
             return False
         answer = torch.tensor(batch.continuations[shortest.number].answer)[:, None]
         expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, answer) for part in (expected, found))
-        tolerance = _ROUNDING.get(_dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
+        tolerance = _ROUNDING.get(dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
         if not bool(((expected - found).abs() <= tolerance).all()):
             return False
         self._checked[way] = longest
@@ -167,7 +198,7 @@ class Batch:
 
     def log_probabilities(self, rows: Sequence[Row], steering: Steering | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield each row's place with the log-probabilities ``(answer, vocabulary)``, in float32 or wider."""
-        for part in _parts(rows, self.continuations, _vocabulary_of(self._scorer.model)):
+        for part in _parts(rows, self.continuations, vocabulary_of(self._scorer.model)):
             for place, logits in self._scorer.logits(self, [rows[n] for n in part], steering):
                 wide = logits if logits.dtype == torch.float64 else logits.float()
                 yield part[place], wide.log_softmax(dim=-1)
@@ -185,8 +216,8 @@ class Batch:
         """Return the cache of the prompts but for their last tokens, or None if the model has none to be shared."""
         if self._cache is None:
             beginnings = [prompt[:-1] for prompt in self.prompts]
-            output = _run(self._scorer.model, _padded(beginnings, self._scorer.model), use_cache=True, keep=1)
-            cache = next((output[name] for name in _CACHES if output.get(name) is not None), False)
+            output = run(self._scorer.model, padded(beginnings, self._scorer.model), use_cache=True, keep=1)
+            cache = next((output[name] for name in CACHES if output.get(name) is not None), False)
             # transformers 4 returns a tuple to those who pass no cache.
             kind: Any = DynamicCache
             self._cache = kind.from_legacy_cache(cache) if isinstance(cache, tuple) else cache
@@ -208,19 +239,19 @@ def _after_shared_cache(
         return None
     selection = None
     if steering is not None:
-        selection = steering.selection(_padded([part.prompt for part in continuations], model))
+        selection = steering.selection(padded([part.prompt for part in continuations], model))
         if not _begins_at_the_last_token(selection, continuations, model):
             return None
 
     def scored() -> Iterator[tuple[int, Tensor]]:
         cache = copy.deepcopy(batch.cache())
-        places = torch.tensor([batch.prompts[part.prompt] for part in continuations], device=_device_of(model))
+        places = torch.tensor([batch.prompts[part.prompt] for part in continuations], device=device_of(model))
         cache.batch_select_indices(places)
-        before = _padded([prompt[:-1] for prompt in batch.prompts], model)["attention_mask"][places]
-        now = _padded([(part.prompt[-1], *part.answer[:-1]) for part in continuations], model, left=False)
+        before = padded([prompt[:-1] for prompt in batch.prompts], model)["attention_mask"][places]
+        now = padded([(part.prompt[-1], *part.answer[:-1]) for part in continuations], model, left=False)
         inputs = {**now, "attention_mask": torch.cat([before, now["attention_mask"]], dim=1)}
         with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
-            logits = _run(model, inputs, use_cache=True, cache=cache).logits
+            logits = run(model, inputs, use_cache=True, cache=cache).logits
         for place, part in enumerate(continuations):
             yield place, logits[place, : len(part.answer)]
 
@@ -232,10 +263,10 @@ def _in_padded_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Run whole rows, with prompts that are padded on the left and answers on the right."""
     continuations = [batch.continuations[row.number] for row in rows]
-    selection = None if steering is None else steering.selection(_padded([c.prompt for c in continuations], model))
+    selection = None if steering is None else steering.selection(padded([c.prompt for c in continuations], model))
     keep = 1 + max(len(part.answer) for part in continuations)
     with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
-        logits = _run(model, _whole(continuations, model), use_cache=False, keep=keep).logits[:, -keep:]
+        logits = run(model, _whole(continuations, model), use_cache=False, keep=keep).logits[:, -keep:]
     for place, part in enumerate(continuations):
         yield place, logits[place, : len(part.answer)]
 
@@ -280,43 +311,9 @@ def _begins_at_the_last_token(selection: Any, continuations: Sequence[Continuati
 
 def _whole(continuations: Sequence[Continuation], model: nn.Module) -> dict[str, Tensor]:
     """Return ids and mask of whole rows: all answers begin in the same column."""
-    prompts = _padded([part.prompt for part in continuations], model)
-    answers = _padded([part.answer for part in continuations], model, left=False)
+    prompts = padded([part.prompt for part in continuations], model)
+    answers = padded([part.answer for part in continuations], model, left=False)
     return {name: torch.cat([prompts[name], answers[name]], dim=1) for name in prompts}
-
-
-def _padded(rows: Sequence[Sequence[int]], model: nn.Module, *, left: bool = True) -> dict[str, Tensor]:
-    """Return ids and mask ``(rows, width)``. Padding has the id 0, which is seen by no token."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[place, columns] = torch.tensor(row, dtype=torch.long)
-        mask[place, columns] = 1
-    device = _device_of(model)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Any], *, use_cache: bool, keep: int = 0, cache: Any = None) -> Any:
-    """Run one pass, with the arguments that the model takes, for at least the last ``keep`` logits; 0 for all."""
-    takes = _parameters_of(model)
-    mask, now = inputs["attention_mask"], inputs["input_ids"].shape[1]
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -now:]
-    options = {"position_ids": positions, "logits_to_keep": keep, "num_logits_to_keep": keep, "use_cache": use_cache}
-    known = {name: value for name, value in {**inputs, **options, "return_dict": True}.items() if name in takes}
-    if cache is not None:
-        known[next((name for name in _CACHES if name in takes), _CACHES[-1])] = cache
-    elif bool(mask.all()):
-        known.pop("attention_mask", None)
-    return model(**known)
-
-
-def _parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the model's forward, or of the one inside a wrapper that passes arguments on."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
-    return inspect.signature(inner.forward).parameters
 
 
 def _parts(rows: Sequence[Row], continuations: Sequence[Continuation], vocabulary: int) -> Iterator[list[int]]:
@@ -331,31 +328,3 @@ def _parts(rows: Sequence[Row], continuations: Sequence[Continuation], vocabular
         part.append(place)
     if part:
         yield part
-
-
-def _vocabulary_of(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", 0) or 32_000)
-
-
-def _device_of(model: Any) -> torch.device:
-    device: torch.device = next(model.get_input_embeddings().parameters()).device
-    return device
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Put all modules in evaluation mode, and each back on exit."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -20,9 +20,9 @@ from steering_vectors.evaluation.evaluating import Variant, variants_of
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
 from steering_vectors.evaluation.measuring import Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
-from steering_vectors.evaluation.plan import Plan, checked_multipliers
+from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, text_propensity
-from steering_vectors.evaluation.scoring import Continuation
+from steering_vectors.evaluation.scoring import Continuation, Manner
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.sweep_result import PointRow, Sweep, SweepRow, best_row
 from steering_vectors.steering_operators import PatchDeltaOperator
@@ -97,8 +97,8 @@ def sweep(
     >>> [(row.layer, row.multiplier) for row in result.rows]
     [(1, -1.0), (1, 1.0)]
     """
-    numbers = checked_multipliers(multipliers)
-    plan = Plan(model, tokenizer, tokens, operator, propensity, numbers, batch_size, seed, chat_template_kwargs)
+    how = Manner(tokens, operator)
+    plan = Plan(model, tokenizer, how, propensity, multipliers, batch_size, seed, chat_template_kwargs)
     swept = _layers_of(plan, vector, layers)
     given = as_items(items)
     halves = _halves(len(given), seed)

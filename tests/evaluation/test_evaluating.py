@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from steering_vectors import SteeringVector, ablation_operator, from_index, train_steering_vector
+from steering_vectors import SteeringVector, ablate_everywhere, ablation_operator, from_index, train_steering_vector
 from steering_vectors.evaluation import (
     ConditionRow,
     Controls,
@@ -194,6 +194,22 @@ def test_tokens_and_operators_are_passed_on(model: Any, vector: SteeringVector) 
     assert ablated.items[0].propensities[1] == pytest.approx(ablated.items[0].propensities[2], abs=1e-5)
 
 
+def test_an_ablation_everywhere_is_measured_by_rows(model: Any, vector: SteeringVector) -> None:
+    def ablated(given: SteeringVector, on: list[float], _tokens: Any) -> Any:
+        return ablate_everywhere(model, given, rows=[multiplier > 0 for multiplier in on])
+
+    result = evaluate(
+        model, tiny.tokenizer(), vector, ITEMS, apply=ablated, tokens=None, multipliers=[0, 1], texts=TEXTS
+    )
+    plain = evaluate(model, tiny.tokenizer(), vector, ITEMS, multipliers=[0, 1], texts=[], controls=None)
+    with ablate_everywhere(model, vector):
+        alone = evaluate(model, tiny.tokenizer(), vector, ITEMS, multipliers=[0, 1], texts=[], controls=None)
+    for item, off, on in zip(result.items, plain.items, alone.items):
+        assert item.propensities == pytest.approx((off.propensities[0], on.propensities[0]), abs=1e-5)
+    assert [row.condition for row in result.rows] == ["vector", "random 1", "random 2", "random 3", "unsteered"]
+    assert len({row.propensities[1] for row in result.rows[:4]}) == 4
+
+
 def test_a_system_prompt_and_variants_have_rows(model: Any, vector: SteeringVector) -> None:
     shouted = [(prompt.upper(), matching, other) for prompt, matching, other in ITEMS]
     result = evaluate(
@@ -375,6 +391,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no vector": ({"vector": torch.ones(5)}, TypeError, "vector must be a SteeringVector"),
     "a batch of none": ({"batch_size": 0}, ValueError, "batch_size must be"),
     "a propensity that is a name": ({"propensity": "text"}, TypeError, "propensity must be callable"),
+    "an apply that takes one argument": ({"apply": len}, TypeError, "apply must be callable with 3"),
+    "an apply and an operator": (
+        {"apply": lambda v, m, t: v.apply(None), "operator": ablation_operator()},
+        ValueError,
+        "operator and apply were given",
+    ),
     "a score that takes one argument": ({"score": len}, TypeError, "score must be callable with 2"),
     "a variant of other items": ({"variants": {"x": ITEMS[:1]}}, ValueError, "variant 'x' has 1 items"),
     "a bad variant": ({"variants": {"x": [("a", "b")]}}, ValueError, "variant 'x': item 0 has two parts"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, from_index, generated
 from steering_vectors.evaluation import scoring
-from steering_vectors.evaluation.scoring import Continuation, Row, Scorer, Steering
+from steering_vectors.evaluation.scoring import Continuation, Manner, Row, Scorer, Steering
 from tests import tiny
 
 PROMPTS = [(11, 12, 13, 14, 15), (21, 22, 23, 24, 25, 26, 27, 28, 29), (31, 32)]
@@ -54,7 +54,7 @@ def alone(model: Any, part: Continuation, multiplier: float, selects: Selects) -
 def test_equal_a_pass_for_each_answer_alone(architecture: str, tokens: str) -> None:
     model = tiny.shared(architecture)
     given, selects = TOKENS[tokens]
-    found = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), given))
+    found = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(given)))
     for row, answer in zip(ROWS, found, strict=True):
         expected = alone(model, CONTINUATIONS[row.number], row.multiplier, selects)
         torch.testing.assert_close(answer.tokens, expected, atol=1e-5, rtol=1e-5)
@@ -71,7 +71,7 @@ def test_a_prompts_cache_is_shared(architecture: str) -> None:
     )
     for multiplier in (1.0, 2.0):
         rows = [Row(number, multiplier) for number in range(len(CONTINUATIONS))]
-        batch.scores(rows, Steering(model, vector(), generated))
+        batch.scores(rows, Steering(model, vector(), Manner(generated)))
     handle.remove()
     if architecture == "gpt2" and tiny.ON_TRANSFORMERS_4:
         pytest.skip("its cache is a tuple, which isn't shared")
@@ -86,7 +86,7 @@ def test_a_prompts_cache_is_shared(architecture: str) -> None:
 def test_a_way_that_scores_otherwise_is_left(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose cache, or whose padding, changes what it computes is scored another way."""
     model = tiny.build("llama")
-    run = scoring._run
+    run = scoring.run
 
     def faulty(model: Any, inputs: Any, **kwargs: Any) -> Any:
         output = run(model, inputs, **kwargs)
@@ -95,9 +95,9 @@ def test_a_way_that_scores_otherwise_is_left(fault: str, monkeypatch: pytest.Mon
             output.logits = output.logits + torch.linspace(0, 0.1, output.logits.shape[-1])
         return output
 
-    monkeypatch.setattr(scoring, "_run", faulty)
+    monkeypatch.setattr(scoring, "run", faulty)
     scorer = Scorer(model)
-    found = scorer.batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), generated))
+    found = scorer.batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(generated)))
     for row, answer in zip(ROWS, found, strict=True):
         expected = alone(model, CONTINUATIONS[row.number], row.multiplier, TOKENS["generated"][1])
         torch.testing.assert_close(answer.tokens, expected, atol=1e-5, rtol=1e-5)
@@ -107,9 +107,9 @@ def test_a_way_that_scores_otherwise_is_left(fault: str, monkeypatch: pytest.Mon
 
 def test_passes_are_split_where_logits_would_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.shared("llama")
-    expected = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), generated))
+    expected = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(generated)))
     monkeypatch.setattr(scoring, "_MOST_LOGITS", 3 * 5 * tiny.VOCABULARY)
-    found = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), generated))
+    found = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(generated)))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.tokens, other.tokens, atol=1e-5, rtol=1e-5)
 
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), generated))
+    Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(generated)))
     assert [module.training for module in model.modules()] == before
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 

@@ -1,0 +1,76 @@
+"""Run a model over padded rows, with the arguments that it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Names of the cache in a model's arguments and outputs, the newest first.
+CACHES = ("cache", "past_key_values")
+
+
+def padded(rows: Sequence[Sequence[int]], model: nn.Module, *, left: bool = True) -> dict[str, Tensor]:
+    """Return ids and mask ``(rows, width)``. Padding has the id 0, which is seen by no token."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for place, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[place, columns] = torch.tensor(row, dtype=torch.long)
+        mask[place, columns] = 1
+    device = device_of(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], *, use_cache: bool, keep: int = 0, cache: Any = None) -> Any:
+    """Run one pass, with the arguments that the model takes, for at least the last ``keep`` logits; 0 for all."""
+    takes = _parameters_of(model)
+    mask, now = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -now:]
+    options = {"position_ids": positions, "logits_to_keep": keep, "num_logits_to_keep": keep, "use_cache": use_cache}
+    known = {name: value for name, value in {**inputs, **options, "return_dict": True}.items() if name in takes}
+    if cache is not None:
+        known[next((name for name in CACHES if name in takes), CACHES[-1])] = cache
+    elif bool(mask.all()):
+        known.pop("attention_mask", None)
+    return model(**known)
+
+
+def _parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the model's forward, or of the one inside a wrapper that passes arguments on."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    return inspect.signature(inner.forward).parameters
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", 0) or 32_000)
+
+
+def device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
+    """Put all modules in evaluation mode, and each back on exit."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
