@@ -15,34 +15,12 @@ from steering_vectors._models.activations import input_of
 from steering_vectors._steering import stream_parts
 from steering_vectors._steering.stream_parts import written_parts
 from tests import tiny
+from tests.ablated_by_hand import DIRECTION, UNIT, WRITTEN, ablated_by_hand, without
 from tests.test_laws import generate
 from tests.test_steering import answer, first, hooks_of, logits, padded, unchanged, vector
 
-DIRECTION = torch.randn(tiny.HIDDEN, generator=torch.Generator().manual_seed(4))
-UNIT = DIRECTION / DIRECTION.norm()
 INPUTS = padded([11, 12, 13, 14, 15], [21, 22])
 
-# What is added to the stream in each block, told by hand.
-WRITTEN = {
-    "bloom": ["self_attention.dense", "mlp.dense_4h_to_h"],
-    "falcon": ["self_attention", "mlp"],
-    "gemma2": ["post_attention_layernorm", "post_feedforward_layernorm"],
-    "gemma3": ["post_attention_layernorm", "post_feedforward_layernorm"],
-    "gpt2": ["attn", "mlp"],
-    "gpt_neo": ["attn", "mlp"],
-    "gpt_neox": ["attention", "mlp"],
-    "gptj": ["attn", "mlp"],
-    "llama": ["self_attn", "mlp"],
-    "mamba": ["mixer"],
-    "mistral": ["self_attn", "mlp"],
-    "mixtral": ["self_attn", "mlp" if not tiny.ON_TRANSFORMERS_4 else "block_sparse_moe"],
-    "mpt": ["attn", "ffn.down_proj"],
-    "opt": ["self_attn", "fc2"],
-    "phi": ["self_attn", "mlp"],
-    "qwen2": ["self_attn", "mlp"],
-    "qwen3": ["self_attn", "mlp"],
-    "stablelm": ["self_attn", "mlp"],
-}
 PARTS = ("embeddings", "self_attn", "mlp")
 # Where the stream is read in the midst of a block.
 READ_BETWEEN = {
@@ -54,41 +32,6 @@ READ_BETWEEN = {
     "opt": "final_layer_norm",
     "mistral": "post_attention_layernorm",
 }
-
-
-def without(activation: Tensor) -> Tensor:
-    unit = UNIT.to(activation.dtype)
-    return activation - (activation @ unit)[..., None] * unit
-
-
-@contextmanager
-def ablated_by_hand(
-    model: nn.Module,
-    architecture: str,
-    by_layer: Callable[[int], Callable[[Tensor], Tensor]] = lambda layer: without,
-    at_outputs: bool = False,
-) -> Iterator[None]:
-    """``by_layer`` ablates what is written in each layer; ``at_outputs``, also what each block returns."""
-
-    def after(layer: int, output: Any) -> Any:
-        activation = by_layer(layer)(first(output))
-        return activation if isinstance(output, Tensor) else (activation, *output[1:])
-
-    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (by_layer(0)(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": by_layer(0)(kwargs["hidden_states"])}
-
-    blocks = tiny.blocks(model)  # type: ignore[arg-type]
-    handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    for layer, block in enumerate(blocks):
-        for module in (*map(block.get_submodule, WRITTEN[architecture]), *([block] if at_outputs else [])):
-            handles.append(module.register_forward_hook(lambda _m, _a, output, layer=layer: after(layer, output)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name in WRITTEN])

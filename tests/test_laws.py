@@ -31,8 +31,8 @@ from steering_vectors import (
     train_steering_vector,
 )
 from tests import families, tiny
+from tests.ablated_by_hand import WRITTEN, ablated_by_hand
 from tests.families import FIRST_PASS, SELECTIONS
-from tests.test_ablation import WRITTEN, ablated_by_hand
 
 PROMPTS = [[11, 12, 13, 14, 15], [21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33]]
 STEPS = 4

@@ -91,7 +91,7 @@ def _blends(
     parts = dict.fromkeys(part for block in blocks for part in _at_depth(block, depth) if part not in left_out)
     hooks = [
         *(Hook(block, begin, before=True) for block in blocks),
-        *(Hook(part, begin_part, before=True) for blend in blends.values() for part in blend.known),
+        *(Hook(part, begin_part, before=True) for blend in blends.values() for part in blend.known if _takes_it(part)),
         *(Hook(part, replace) for part in parts),
         *(Hook(block, end, first=True) for block in blocks),  # so that it sees the output before the block is steered
     ]
@@ -109,6 +109,11 @@ def _blends(
         )
         return
     yield from blends.items()
+
+
+def _takes_it(part: nn.Module) -> bool:
+    """Return True if PyTorch allows a hook before the module: those of TorchScript have none."""
+    return not isinstance(part, torch.jit.ScriptModule)
 
 
 def _at_depth(module: nn.Module, depth: int) -> Iterator[nn.Module]:
@@ -157,7 +162,7 @@ class _Blend:
         size = given.float().square().mean(dim=-1, keepdim=True).sqrt()  # tokens' sizes differ by a factor of a hundred
         random = torch.randn(given.shape, generator=self._generator, device="cpu").to(given.device) * size
         written = random.to(activation.dtype).to(given.dtype)  # as the stream gets it: autocast rounds some outputs
-        self._replaced.append((part, written, self._began))
+        self._replaced.append((part, written, self.known.get(part, self._began)))
         # A copy, since some models add to it in place.
         return with_activation(output, written.to(activation.dtype, copy=True).reshape(activation.shape))
 

@@ -17,11 +17,11 @@ CACHES = ("cache", "past_key_values")
 def padded(rows: Sequence[Sequence[int]], model: nn.Module, *, left: bool = True) -> dict[str, Tensor]:
     """Return ids and mask ``(rows, width)``. Padding has the id 0, which is seen by no token."""
     width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
     for place, row in enumerate(rows):
         columns = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[place, columns] = torch.tensor(row, dtype=torch.long)
+        ids[place, columns] = torch.tensor(row, dtype=torch.long, device="cpu")
         mask[place, columns] = 1
     device = device_of(model)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

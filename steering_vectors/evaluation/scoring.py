@@ -177,7 +177,7 @@ class Scorer:
             found = dict(tried or ())[0]
         except Exception:  # the model can't do it this way; what is wrong with the rows, the next way raises too
             return False
-        answer = torch.tensor(batch.continuations[shortest.number].answer)[:, None]
+        answer = torch.tensor(batch.continuations[shortest.number].answer, device="cpu")[:, None]
         expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, answer) for part in (expected, found))
         tolerance = _ROUNDING.get(dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
         if not bool(((expected - found).abs() <= tolerance).all()):
