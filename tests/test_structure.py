@@ -48,7 +48,7 @@ LEVELS: list[set[str]] = [
     },
     {"evaluation"},
     {"plots"},
-    {"demo", "__main__"},
+    {"demo", "__main__", "cli"},
 ]
 # Packages that call the public functions alone.
 ON_THE_FACE = {"evaluation", "plots"}

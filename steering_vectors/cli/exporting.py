@@ -1,0 +1,63 @@
+"""Write vectors for other programs, and models with steered weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steering_vectors.cli.loading import check_output, layers_of, load_model, load_vector
+from steering_vectors.cli.screen import note
+from steering_vectors.cli.vectors import OfModel
+
+
+def gguf(vector: str, output: Path, multiplier: float) -> None:
+    """Write a control vector for llama.cpp."""
+    from steering_vectors.interop import to_gguf
+
+    check_output(output)
+    print(to_gguf(load_vector(vector), output, multiplier=multiplier))
+
+
+def adapter(model: str, vector: str, output: Path, multiplier: float, ablate: bool, of_model: OfModel) -> None:
+    """Write a PEFT adapter."""
+    from steering_vectors import ablation_operator, merging
+
+    gguf_file, dtype, device = of_model
+    loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)[0]
+    operator = ablation_operator() if ablate else None
+    print(merging.to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier))
+
+
+def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: OfModel) -> None:
+    """Write a file for lm-evaluation-harness."""
+    from steering_vectors.interop import to_lm_eval
+
+    check_output(output)
+    written = to_lm_eval(
+        load_vector(vector), load_model(model, gguf_file=of_model[0])[0], output, multiplier=multiplier
+    )
+    print(",".join(f"{name}={value}" for name, value in written.items()))
+
+
+def weights(model: str, vector: str, output: Path, multiplier: float, of_model: OfModel) -> None:
+    """Write a model with the vector in its weights."""
+    from steering_vectors import merging
+
+    gguf_file, dtype, device = of_model
+    loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+    merged = merging.merge(load_vector(vector), loaded, multiplier=multiplier)
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    note(f"{output}: a {type(merged).__name__} that is always steered")
+
+
+def ablate(model: str, vector: str, output: Path, layers: str | None, of_model: OfModel) -> None:
+    """Write a model without a direction."""
+    from steering_vectors import merging
+
+    numbers, direction = layers_of(layers), load_vector(vector)
+    gguf_file, dtype, device = of_model
+    loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+    merged = merging.merge_ablation(loaded, direction if numbers is None else direction[numbers])
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    note(f"{output}: a {type(merged).__name__} without the direction")

@@ -1,0 +1,117 @@
+"""Load what commands name: models, vectors, and files of pairs, items and texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steering_vectors.cli.screen import note
+
+
+def load_model(
+    name: str | None, *, gguf_file: str | None = None, dtype: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, of the hub or a folder; SmolLM2 where its package is installed, for None."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if name is None:
+        from steering_vectors.demo import load
+
+        note("no model was named: using SmolLM2-135M-Instruct, which takes about 20 seconds to load")
+        model, tokenizer = load(None)
+    else:
+        given: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **given)
+    if dtype is not None:
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise click.BadParameter(f"{dtype!r} is no dtype; common ones are float32, bfloat16 and float16")
+        model = model.to(getattr(torch, dtype))
+    if device is not None:
+        model = model.to(device)
+    return model.eval(), tokenizer
+
+
+def load_vector(path: str) -> Any:
+    """Return a vector from a file, from a folder, or from a repository of the hub."""
+    from steering_vectors import SteeringVector, hub
+
+    return SteeringVector.load(path) if Path(path).is_file() else hub.from_pretrained(path)
+
+
+def is_vector(argument: str) -> bool:
+    """Return True if an argument names a vector and not a model: a file, or a folder with a vector in it."""
+    path = Path(argument)
+    return path.suffix == ".safetensors" or (path.is_dir() and (path / "steering_vector.safetensors").is_file())
+
+
+def model_and_rest(arguments: Sequence[str], *, least: int, usage: str) -> tuple[str | None, list[str]]:
+    """Return the model's name, or None if the first argument is a vector already, and the other arguments."""
+    if arguments and is_vector(arguments[0]):
+        found: tuple[str | None, list[str]] = (None, list(arguments))
+    else:
+        found = (arguments[0] if arguments else None, list(arguments[1:]))
+    if len(found[1]) < least:
+        raise click.UsageError(f"expected {usage}")
+    return found
+
+
+def layers_of(text: str | None) -> list[int] | None:
+    """Return the layers that a text such as ``10-16``, ``12`` or ``8,-1`` names."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise click.BadParameter(f"{text!r} names no layers: write 12, 10-16 or 8,12,-1")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise click.BadParameter(f"{part.strip()!r} ends before it begins")
+        found.extend(range(first, last + 1))
+    return found
+
+
+def read_rows(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of a CSV or JSON Lines file, which have these columns. Raises ValueError that names the line."""
+    from steering_vectors._pair_files import read_rows_of
+
+    return read_rows_of(path, names)
+
+
+def read_texts(path: Path | None) -> list[str] | None:
+    """Return the texts of a file, one in each line."""
+    if path is None:
+        return None
+    texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{path} has no texts: write one in each line")
+    return texts
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    from steering_vectors.evaluation.files import write_text
+
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def check_output(path: Path | None) -> None:
+    """Raise OSError, before any work, for an output that can't be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.absolute().parent} doesn't exist: make it first")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"the folder {path.absolute().parent} is read-only")

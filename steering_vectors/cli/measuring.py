@@ -1,0 +1,163 @@
+"""Evaluate, sweep, calibrate and diagnose; draw the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.cli.loading import (
+    check_output,
+    layers_of,
+    load_model,
+    load_vector,
+    read_rows,
+    read_texts,
+    write_json,
+)
+from steering_vectors.cli.screen import note, shows_progress
+from steering_vectors.cli.talking import steered_tokens
+from steering_vectors.cli.vectors import OfModel, aggregator_of, model_and_pairs, pairs_of, read_tokens
+
+
+def evaluate(
+    model: str,
+    vector: str,
+    items: Path,
+    multipliers: Sequence[float] | None,
+    tokens: str,
+    layers: str | None,
+    texts: Path | None,
+    pairs: Path | None,
+    read: str,
+    given: dict[str, Any],
+    output: Path | None,
+    of_model: OfModel,
+) -> None:
+    """Print an evaluation, and write it as JSON."""
+    from steering_vectors import evaluation
+
+    check_output(output)
+    arguments = {**given, "tokens": steered_tokens(tokens), "texts": read_texts(texts)}
+    if multipliers:
+        arguments["multipliers"] = multipliers
+    if pairs is not None:
+        arguments["training_samples"] = pairs_of(pairs)
+        arguments["controls"] = evaluation.Controls(training={"tokens": read_tokens(read)})
+    result = evaluation.evaluate(
+        *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
+    )
+    print(result)
+    if output is not None:
+        result.to_json(output)
+
+
+def sweep(
+    model: str,
+    vector: str,
+    items: Path,
+    multipliers: Sequence[float] | None,
+    tokens: str,
+    layers: str | None,
+    texts: Path | None,
+    given: dict[str, Any],
+    output: Path | None,
+    of_model: OfModel,
+) -> None:
+    """Print a sweep, and write it as JSON."""
+    from steering_vectors import evaluation
+
+    check_output(output)
+    arguments = {**given, "tokens": steered_tokens(tokens), "texts": read_texts(texts)}
+    if multipliers:
+        arguments["multipliers"] = multipliers
+    result = evaluation.sweep(
+        *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
+    )
+    print(result)
+    if output is not None:
+        result.to_json(output)
+
+
+def calibrate(
+    model: str,
+    vector: str,
+    max_kl: float,
+    tokens: str,
+    layers: str | None,
+    texts: Path | None,
+    output: Path | None,
+    of_model: OfModel,
+) -> None:
+    """Print a calibration, and write it as JSON."""
+    from steering_vectors import evaluation
+
+    check_output(output)
+    result = evaluation.calibrate(
+        *_loaded(model, vector, layers, of_model), read_texts(texts), max_kl=max_kl, tokens=steered_tokens(tokens)
+    )
+    print(result)
+    if output is not None:
+        write_json(output, asdict(result))
+
+
+def diagnose(
+    arguments: Sequence[str],
+    layers: str | None,
+    tokens: str,
+    aggregator: str,
+    batch_size: int,
+    output: Path | None,
+    of_model: OfModel,
+) -> None:
+    """Print a diagnosis, and write it as JSON."""
+    from steering_vectors import evaluation
+
+    name, pairs = model_and_pairs(arguments)
+    read, method, numbers = read_tokens(tokens), aggregator_of(aggregator), layers_of(layers)
+    check_output(output)
+    samples = pairs_of(pairs)
+    gguf_file, dtype, device = of_model
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    _, result = evaluation.diagnose(
+        model,
+        tokenizer,
+        samples,
+        layers=numbers,
+        tokens=read,
+        aggregator=method,
+        batch_size=batch_size,
+        show_progress=shows_progress(),
+    )
+    print(result)
+    if output is not None:
+        write_json(output, asdict(result))
+
+
+def plot(source: Path, output: Path) -> None:
+    """Draw what evaluate or sweep wrote."""
+    from steering_vectors import plots
+    from steering_vectors.evaluation import Evaluation, Sweep
+
+    check_output(output)
+    try:
+        evaluation = Evaluation.from_json(source)
+    except ValueError:
+        drawn: Any = plots.heatmap(Sweep.from_json(source))[0]
+    else:
+        drawn = plots.propensity_curves(evaluation)
+    drawn.figure.savefig(output, bbox_inches="tight")
+    note(str(output))
+
+
+def _loaded(model: str, vector: str, layers: str | None, of_model: OfModel) -> tuple[Any, Any, Any]:
+    """Return the model, its tokenizer, and the vector at the layers that were asked for."""
+    numbers, loaded = layers_of(layers), load_vector(vector)
+    chosen = loaded if numbers is None else loaded[numbers]
+    gguf_file, dtype, device = of_model
+    return *load_model(model, gguf_file=gguf_file, dtype=dtype, device=device), chosen
+
+
+def _items(path: Path) -> list[Any]:
+    return read_rows(path, ("prompt", "matching", "not_matching"))

@@ -1,0 +1,228 @@
+"""Generate at several multipliers, and talk with a steered model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steering_vectors.cli.loading import load_model, load_vector, model_and_rest
+from steering_vectors.cli.screen import console, note
+
+OfModel = tuple[str | None, str | None, str | None]
+_DEFAULT = (-1.0, 0.0, 1.0)
+_HELP = "/m NUMBER sets the strength (/m NAME NUMBER of one vector), /off stops steering, /trace shows what was steered"
+
+
+def steered_tokens(name: str) -> Any:
+    """Return the tokens to steer by their name, as a function of the prompts or, for all, None."""
+    from steering_vectors import generated, prompted
+
+    values = {"generated": generated, "all": None, "prompt": prompted}
+    if name not in values:
+        raise click.BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint="--tokens")
+    return values[name]
+
+
+def generate(
+    arguments: Sequence[str],
+    multipliers: Sequence[float] | None,
+    chat: bool,
+    tokens: str,
+    max_new_tokens: int,
+    of_model: OfModel,
+) -> None:
+    """Print what the model writes after each prompt, at each multiplier."""
+    name, (vector_name, *prompts) = model_and_rest(arguments, least=2, usage="[MODEL] VECTOR PROMPT...")
+    selection, vector = steered_tokens(tokens), load_vector(vector_name)
+    gguf_file, dtype, device = of_model
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    at = list(multipliers or _DEFAULT)
+    from steering_vectors import prompt_ids
+
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
+        print(prompt)
+        inputs = _batch(ids, len(at), model)
+        lines = _Lines(tokenizer, at, len(ids))
+        with lines, vector.apply(model, multiplier=at, tokens=None if selection is None else selection(inputs)):
+            model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                streamer=lines,
+                pad_token_id=_padding(tokenizer),
+            )
+        print()
+
+
+def _batch(ids: Sequence[int], rows: int, model: Any) -> dict[str, Any]:
+    import torch
+
+    found = torch.tensor([list(ids)] * rows)
+    return {"input_ids": found.to(model.device), "attention_mask": torch.ones_like(found).to(model.device)}
+
+
+def _padding(tokenizer: Any) -> int:
+    return next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+
+
+class _Lines:
+    """The answers of a batch, one a row: written as they grow on a terminal, and at the end elsewhere."""
+
+    def __init__(self, tokenizer: Any, multipliers: Sequence[float], prompt_length: int) -> None:
+        from rich.live import Live
+
+        self._tokenizer, self._multipliers = tokenizer, multipliers
+        self._ids: list[list[int]] = [[] for _ in multipliers]
+        self._is_prompt = True
+        self._console = console()
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+
+    def __enter__(self) -> _Lines:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        elif error[0] is None:
+            self._console.print(self._table())
+
+    def put(self, value: Any) -> None:
+        """Take the next token of each row; the first call brings the prompts."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for row, token in zip(self._ids, value.flatten().tolist(), strict=True):
+            row.append(token)
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def end(self) -> None:
+        """Do nothing: the context's end writes what is left."""
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(justify="right")
+        table.add_column(overflow="fold")
+        for multiplier, ids in zip(self._multipliers, self._ids, strict=True):
+            text = " ".join(self._tokenizer.decode(ids, skip_special_tokens=True).split())
+            table.add_row(f"{multiplier:+g}" if multiplier else "0", text)
+        return table
+
+
+def chat(
+    arguments: Sequence[str],
+    multipliers: Sequence[float] | None,
+    tokens: str,
+    max_new_tokens: int,
+    of_model: OfModel,
+) -> None:
+    """Talk until the input ends."""
+    name, names = model_and_rest(arguments, least=1, usage="[MODEL] VECTOR...")
+    given = list(multipliers or [1.0])
+    if len(given) not in (1, len(names)):
+        raise click.UsageError(f"expected one multiplier, or one for each of the {len(names)} vectors")
+    selection, vectors = steered_tokens(tokens), [load_vector(one) for one in names]
+    gguf_file, dtype, device = of_model
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: use generate, which completes texts")
+    strengths = dict(
+        zip((Path(one).stem for one in names), given * (len(names) if len(given) == 1 else 1), strict=True)
+    )
+    talk = _Talk(model, tokenizer, dict(zip(strengths, vectors, strict=True)), strengths, selection, max_new_tokens)
+    note(_HELP)
+    while (line := _asked()) is not None:
+        if line.startswith("/"):
+            talk.command(line)
+        elif line:
+            talk.answer(line)
+
+
+def _asked() -> str | None:
+    """Return a line of the user's, or None at the end of the input."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+class _Talk:
+    """A conversation with a steered model."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        vectors: dict[str, Any],
+        strengths: dict[str, float],
+        selection: Any,
+        max_new_tokens: int,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._vectors, self._strengths = vectors, strengths
+        self._selection, self._max_new_tokens = selection, max_new_tokens
+        self._messages: list[dict[str, str]] = []
+        self._trace: Any = None
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with a slash says."""
+        word, *rest = line[1:].split()
+        if word == "off":
+            self._strengths = dict.fromkeys(self._strengths, 0.0)
+        elif word == "m" and rest:
+            names = [rest[0]] if len(rest) == 2 else list(self._strengths)
+            try:
+                strength = float(rest[-1])
+            except ValueError:
+                note(f"{rest[-1]!r} is no number; {_HELP}")
+                return
+            if unknown := [name for name in names if name not in self._strengths]:
+                note(f"there is no vector {unknown[0]}, only {', '.join(self._strengths)}")
+                return
+            self._strengths.update(dict.fromkeys(names, strength))
+        elif word == "trace":
+            if self._trace is None:
+                note("nothing was said yet")
+            else:
+                self._trace.show(self._tokenizer)
+            return
+        else:
+            note(_HELP)
+            return
+        note(", ".join(f"{name} {strength:g}" for name, strength in self._strengths.items()))
+
+    def answer(self, line: str) -> None:
+        """Answer a message, steered by all vectors."""
+        from transformers import TextStreamer
+
+        from steering_vectors import prompt_ids, trace_steering
+
+        self._messages.append({"role": "user", "content": line})
+        ids = prompt_ids(self._tokenizer, self._messages)
+        inputs = _batch(ids, 1, self._model)
+        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with ExitStack() as stack:
+            self._trace = stack.enter_context(trace_steering(self._model))
+            for name, vector in self._vectors.items():
+                if self._strengths[name]:
+                    tokens = None if self._selection is None else self._selection(inputs)
+                    stack.enter_context(vector.apply(self._model, multiplier=self._strengths[name], tokens=tokens))
+            output = self._model.generate(
+                **inputs,
+                max_new_tokens=self._max_new_tokens,
+                do_sample=False,
+                streamer=streamer,
+                pad_token_id=_padding(self._tokenizer),
+            )
+        text = self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        self._messages.append({"role": "assistant", "content": text})

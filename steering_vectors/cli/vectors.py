@@ -1,0 +1,112 @@
+"""Train, show and combine vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steering_vectors.cli.loading import check_output, layers_of, load_model, load_vector, read_rows
+from steering_vectors.cli.screen import note, print_table, shows_progress
+
+OfModel = tuple[str | None, str | None, str | None]  # the GGUF file, the dtype, the device
+
+
+def train(
+    arguments: Sequence[str],
+    output: Path,
+    layers: str | None,
+    tokens: str,
+    aggregator: str,
+    batch_size: int,
+    of_model: OfModel,
+) -> None:
+    """Train a vector and save it."""
+    name, pairs = model_and_pairs(arguments)
+    read, method, numbers = read_tokens(tokens), aggregator_of(aggregator), layers_of(layers)
+    check_output(output)
+    samples = pairs_of(pairs)
+    gguf_file, dtype, device = of_model
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    from steering_vectors import train_steering_vector
+
+    vector = train_steering_vector(
+        model,
+        tokenizer,
+        samples,
+        layers=numbers,
+        tokens=read,
+        aggregator=method,
+        batch_size=batch_size,
+        show_progress=shows_progress(),
+    )
+    vector.save(output)
+    note(f"{output}: {len(samples)} pairs, layers {vector.layers[0]} to {vector.layers[-1]}")
+
+
+def model_and_pairs(arguments: Sequence[str]) -> tuple[str | None, Path]:
+    """Return the model's name, if one is given, and the pairs' file."""
+    if len(arguments) > 2:
+        raise click.UsageError("expected [MODEL] PAIRS")
+    *model, pairs = arguments
+    return (model[0] if model else None), Path(pairs)
+
+
+def pairs_of(path: Path) -> list[tuple[Any, Any]]:
+    """Return the pairs of a file."""
+    return [(row["positive"], row["negative"]) for row in read_rows(path, ("positive", "negative"))]
+
+
+def read_tokens(name: str) -> Any:
+    """Return the tokens to read by their name; None is the last one."""
+    from steering_vectors import completion, from_index
+
+    return chosen(name, "--tokens", {"last": None, "mean": from_index(1), "completion": completion()})
+
+
+def aggregator_of(name: str) -> Any:
+    """Return an aggregator by its name."""
+    from steering_vectors import logistic_aggregator, mean_aggregator, pca_aggregator
+
+    made = {"mean": mean_aggregator, "pca": pca_aggregator, "logistic": logistic_aggregator}
+    return chosen(name, "--aggregator", made)()
+
+
+def chosen(name: str, option: str, values: dict[str, Any]) -> Any:
+    """Return the value of a name. Raises BadParameter, which lists the names, for another."""
+    if name not in values:
+        raise click.BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint=option)
+    return values[name]
+
+
+def show(name: str) -> None:
+    """Print a vector's layers and its metadata."""
+    vector = load_vector(name)
+    shares = vector.shares()
+    rows = [
+        (layer, f"{norm:.3g}", f"{shares[layer]:.3f}" if layer in shares else "")
+        for layer, norm in vector.norms().items()
+    ]
+    print(f"{vector.layer_type}, {vector.hidden_size} wide, {len(vector.layers)} layers")
+    print()
+    print_table(["layer", "norm", "norm / stream"], rows)
+    if vector.metadata:
+        print()
+        print_table(["how it was made", ""], sorted(vector.metadata.items()), numbers=False)
+
+
+def combine(given: Sequence[str], output: Path) -> None:
+    """Add vectors, each times its factor, and save the sum."""
+    check_output(output)
+    terms = []
+    for argument in given:
+        name, colon, factor = argument.rpartition(":")
+        try:
+            terms.append((name, float(factor)) if colon else (argument, 1.0))
+        except ValueError:
+            raise click.BadParameter(f"{argument!r} has no number behind the colon, as in {name}:0.5") from None
+    total: Any = sum(load_vector(name) * factor for name, factor in terms)
+    total.save(output)
+    note(f"{output}: {' '.join(f'{factor:+g} × {name}' for name, factor in terms)}")
