@@ -24,7 +24,17 @@ MOST_LINES_OF_A_FUNCTION = 40
 WINGS = {"_models", "_tokens", "_passes", "_extraction", "_steering", "_vectors"}
 # From the ground up: a module imports what stands on its own level or below, and a wing nothing beside it.
 LEVELS: list[set[str]] = [
-    {"_arguments", "_html", "_locks", "_pair_files", "_precision", "_processes", "_statistics", "_version"},
+    {
+        "_arguments",
+        "_html",
+        "_locks",
+        "_pair_files",
+        "_precision",
+        "_processes",
+        "_statistics",
+        "_version",
+        "_whole_files",
+    },
     {"_models"},
     {"_tokens"},
     {"aggregators", "layer_matching", "steering_operators", "token_selection", "torch_utils"},

@@ -2,13 +2,13 @@
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+from steering_vectors._whole_files import whole_file
 
 # A vector for all layers of the largest models takes only a few megabytes.
 LARGEST_FILE = 2**30
@@ -28,27 +28,10 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     Raises FileNotFoundError if the folder doesn't exist, IsADirectoryError if ``path`` is a folder, and OSError if it
     exists but is not a regular file.
     """
-    target = Path(os.path.realpath(path))  # where a link points
-    if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it, or use save_pretrained(folder)")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent}: create it before saving")
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path} exists and is not a regular file: give another name")
     content = _sorted(safetensors.torch.save(copies, dict(metadata)))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            os.chmod(temporary, target.stat().st_mode & 0o777)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path, or_folder=", or use save_pretrained(folder)") as temporary:
+        temporary.write_bytes(content)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
