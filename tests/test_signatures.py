@@ -16,7 +16,8 @@ from steering_vectors import SteeringVector, aggregators, layer_matching
 
 MOST_CHARACTERS = 600
 PACKAGE = Path(steering_vectors.__file__).parent
-MODULES = [importlib.import_module(f"steering_vectors.{path.stem}") for path in sorted(PACKAGE.glob("[a-z]*.py"))]
+NAMES = [*sorted(path.stem for path in PACKAGE.glob("[a-z]*.py")), "interop"]
+MODULES = [importlib.import_module(f"steering_vectors.{name}") for name in NAMES]
 CLASSES = {name: cls for name in steering_vectors.__all__ if inspect.isclass(cls := getattr(steering_vectors, name))}
 # By the alias, what it must stay: an object that users can import and look at.
 ALIASES = {
@@ -44,7 +45,8 @@ def public_callables() -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for module in MODULES:
         for name, function in vars(module).items():
-            if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_"):
+            is_here = f"{getattr(function, '__module__', '')}.".startswith(f"{module.__name__}.")
+            if inspect.isfunction(function) and is_here and not name.startswith("_"):
                 found[f"{module.__name__.partition('.')[2]}.{name}"] = function
     found["active_patches"] = steering_vectors.active_patches
     for name, cls in CLASSES.items():

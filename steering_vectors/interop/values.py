@@ -1,11 +1,7 @@
-"""Steering vectors from other sources: files of other projects, tensors, features of sparse autoencoders.
-
-Each function documents how its source numbers layers. In this library, layer l is the output of block l, from 0.
-"""
+"""Steering vectors from values at hand: tensors, arrays, and features of sparse autoencoders."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,59 +12,6 @@ from torch import Tensor, nn
 from steering_vectors._arguments import is_whole_number
 from steering_vectors.layer_matching import LayerType
 from steering_vectors.steering_vector import SteeringVector
-
-__all__ = ["from_sae", "from_tensors", "load_caa", "load_persona_vectors"]
-
-
-def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
-    """Load the ``.pt`` file of one direction ``(hidden,)`` that the code of CAA writes.
-
-    The code of contrastive activation addition counts blocks from 0 and reads their outputs, as
-    this library does. Directions have the scale of those trained here: multipliers near 1 fit. The
-    file is read with ``torch.load(…, weights_only=True)``, which runs no code.
-
-    Source: https://github.com/nrimsky/CAA, for arXiv 2312.06681.
-
-    Args:
-        path: The file's path.
-        layer: The number in the file's name: ``vec_layer_13_….pt`` is of layer 13.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file has other content.
-
-    >>> torch.save(torch.ones(4), folder / "vec_layer_13_Llama-2-7b-chat-hf.pt")
-    >>> load_caa(folder / "vec_layer_13_Llama-2-7b-chat-hf.pt", layer=13).layers
-    [13]
-    """
-    direction = _loaded(path)
-    if not isinstance(direction, Tensor) or direction.ndim != 1:
-        raise ValueError(f"{path} holds {_shown(direction)}, expected one direction (hidden,)")
-    return from_tensors(direction, layer=layer)
-
-
-def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
-    """Load the ``.pt`` file of a tensor ``(blocks + 1, hidden)`` that the persona vectors code writes.
-
-    Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is
-    this vector's layer 19. Two rows are left out, as they are not outputs of blocks. Row 0 was read
-    from the embeddings, and the last row after the model's final norm. The file is read with
-    ``torch.load(…, weights_only=True)``, which runs no code.
-
-    Source: https://github.com/safety-research/persona_vectors, for arXiv 2507.21509.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file has other content.
-
-    >>> torch.save(torch.randn(5, 8), folder / "evil_response_avg_diff.pt")
-    >>> load_persona_vectors(folder / "evil_response_avg_diff.pt").layers
-    [0, 1, 2]
-    """
-    rows = _loaded(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[0] < 3:
-        raise ValueError(f"{path} holds {_shown(rows)}, expected a tensor (blocks + 1, hidden)")
-    return SteeringVector({number - 1: rows[number].clone() for number in range(1, rows.shape[0] - 1)})
 
 
 def from_tensors(tensors: Any, *, layer: int | None = None, layer_type: LayerType = "decoder_block") -> SteeringVector:
@@ -150,20 +93,9 @@ def _decoder_rows(sae: Any) -> Tensor:
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise TypeError(
             f"sae must be an autoencoder with W_dec (features, hidden) or a linear decoder, or the weight (features, "
-            f"hidden) itself, got {_shown(sae)}"
+            f"hidden) itself, got {shown(sae)}"
         )
     return weight
-
-
-def _loaded(path: str | os.PathLike[str]) -> Any:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises errors of all kinds for broken files
-        kind = type(error).__name__
-        raise ValueError(f"{path} can't be loaded safely, as a file of tensors only ({kind})") from error
-    return content.detach() if isinstance(content, Tensor) else content
 
 
 def _rows(tensors: Any) -> Any:
@@ -173,7 +105,7 @@ def _rows(tensors: Any) -> Any:
     try:
         rows = tensors if isinstance(tensors, Tensor) else torch.as_tensor(tensors, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"tensors must be a tensor, a sequence or a mapping, got {_shown(tensors)}") from error
+        raise TypeError(f"tensors must be a tensor, a sequence or a mapping, got {shown(tensors)}") from error
     if not isinstance(tensors, Tensor) and not rows.is_floating_point():
         rows = rows.to(torch.get_default_dtype())
     if rows.ndim == 0:
@@ -195,5 +127,6 @@ def _is_number(first: Sequence[Any]) -> bool:
     return bool(first) and not isinstance(first[0], (Sequence, Mapping)) and getattr(first[0], "ndim", 0) == 0
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a few words on a value that doesn't fit, for an error."""
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
