@@ -207,6 +207,7 @@ _MODULES = {
         "hub",
         "interop",
         "layer_matching",
+        "merging",
         "monitoring",
         "plots",
         "prompts",

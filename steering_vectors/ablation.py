@@ -128,6 +128,39 @@ def ablate_everywhere(
     return SteeringContext(with_parts, shown=repr(checked))
 
 
+def stream_writers(
+    model: nn.Module, *, layer_config: ModelLayerConfig | None = None
+) -> dict[int, dict[str, str | None]]:
+    """Return the modules inside each block that write to the residual stream, by layer number.
+
+    They are the modules that :func:`~steering_vectors.ablate_everywhere` ablates, found in the same
+    way: by passes over five tokens, in which module outputs are replaced. Each module's name has
+    its layer type, ``"self_attn"`` or ``"mlp"``, or None if that is unknown. A norm that follows a
+    module is named instead of it. A block is empty if its output is not the sum of its input and
+    such modules' outputs.
+
+    Args:
+        model: The model to look at. It is not changed.
+        layer_config: The blocks' names, as in :meth:`SteeringVector.apply`.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If the layers can't be identified.
+
+    Warns:
+        UserWarning: If the model can't be run on tokens alone.
+
+    >>> stream_writers(model)[0]
+    {'transformer.h.0.attn': 'self_attn', 'transformer.h.0.mlp': 'mlp'}
+    """
+    blocks = layers_of(anatomy_of(model), "decoder_block", layer_config).modules
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[int, dict[str, str | None]] = {layer: {} for layer in blocks}
+    for layer, part, kind in parts_inside(model, blocks):
+        found[layer][names[part]] = kind
+    return found
+
+
 def _strengths(strength: Any, found: Layers, layers: Iterable[int]) -> dict[tuple[int, str], float]:
     """Return the strength at each layer and part; the embeddings are a part of the first layer alone."""
     places = [(n, part) for n in layers for part in _PARTS if part != "embeddings" or n == min(found.modules)]

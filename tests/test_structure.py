@@ -56,12 +56,12 @@ LEVELS: list[set[str]] = [
         ),
         *("steering_vector", "tracing", "train_steering_vector", "unembedding", "versions"),
     },
-    {"evaluation"},
+    {"evaluation", "merging"},
     {"plots"},
     {"demo", "__main__", "cli"},
 ]
 # Packages that call the public functions alone.
-ON_THE_FACE = {"evaluation", "plots"}
+ON_THE_FACE = {"evaluation", "merging", "plots"}
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 FRONT_DOOR = "__init__"  # stands on no level: programs alone import it
 

@@ -76,8 +76,45 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Built by some tests only.
 _MORE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("ArceeConfig", {**_SIZES, **_HEADS}),
+    "biogpt": ("BioGptConfig", _SIZES),
+    "codegen": ("CodeGenConfig", {**_GPT_SIZES, "rotary_dim": 4}),
+    "cohere": ("CohereConfig", {**_SIZES, "num_key_value_heads": 2}),
+    "cohere2": ("Cohere2Config", {**_SIZES, "num_key_value_heads": 2}),
+    "ernie4_5": ("Ernie4_5Config", {**_SIZES, **_HEADS}),
+    "gemma": ("GemmaConfig", {**_SIZES, **_HEADS}),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT_SIZES),
+    "gpt_oss": ("GptOssConfig", {**_SIZES, **_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteConfig", {**_SIZES, "num_key_value_heads": 2, "residual_multiplier": 0.3}),
+    "helium": ("HeliumConfig", {**_SIZES, **_HEADS}),
+    "jais2": ("Jais2Config", {**_SIZES, "num_key_value_heads": 2}),
+    "nemotron": ("NemotronConfig", {**_SIZES, **_HEADS}),
+    "olmo2": ("Olmo2Config", {**_SIZES, "num_key_value_heads": 2}),
+    "persimmon": ("PersimmonConfig", _SIZES),
     "phi3": ("Phi3Config", {**_SIZES, "num_key_value_heads": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_SIZES, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_SIZES, **_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "seed_oss": ("SeedOssConfig", {**_SIZES, **_HEADS}),
+    "smollm3": ("SmolLM3Config", {**_SIZES, "num_key_value_heads": 2}),
+    "starcoder2": ("Starcoder2Config", {**_SIZES, "num_key_value_heads": 2}),
+    "xglm": (
+        "XGLMConfig",
+        {"vocab_size": VOCABULARY, "d_model": HIDDEN, "num_layers": LAYERS, "attention_heads": 4, "ffn_dim": 48},
+    ),
 }
+
+
+def is_there(name: str) -> bool:
+    """True if this version of transformers has the architecture."""
+    return hasattr(transformers, {**_CONFIGS, **_MORE_CONFIGS}[name][0])
+
 
 ARCHITECTURES = [name for name, (config, _) in _CONFIGS.items() if hasattr(transformers, config)]
 # Cached, they give other logits than uncached, whoever steers them.

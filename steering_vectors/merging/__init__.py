@@ -1,0 +1,9 @@
+"""Write steering into weights: merged models and adapters, which run where this library isn't installed.
+
+Everything here calls the library's public functions only.
+"""
+
+from steering_vectors.merging.biases import merge
+from steering_vectors.merging.projecting import merge_ablation
+
+__all__ = ["merge", "merge_ablation"]

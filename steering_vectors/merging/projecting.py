@@ -1,0 +1,120 @@
+"""Merge an ablation into a model's weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from steering_vectors._arguments import with_hints
+from steering_vectors.ablation import ablate_everywhere
+from steering_vectors.merging.copies import check_equal, check_mergeable, logits_of, plain_copy, wide_dtype
+from steering_vectors.merging.writers import check_complete, watched_places, writing_weights
+from steering_vectors.steering_vector import SteeringVector
+
+__all__ = ["merge_ablation", "unit_rows_of", "untie"]
+
+_WHOLE = "weights write at every token and layer alike: ablate with ablate_everywhere"
+
+
+@with_hints(
+    tokens=_WHOLE, rows=_WHOLE, strength=_WHOLE, layer_config=_WHOLE, missing="the arguments are model, direction"
+)
+def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -> PreTrainedModel:
+    """Return a copy of ``model`` that can't write along ``direction``: an ordinary model, always ablated.
+
+    The copy computes what ``model`` does inside ``ablate_everywhere(model, direction)``. All weights
+    and biases that write to the residual stream become ``W − u uᵀW`` with ``u = d / ‖d‖``: the
+    embeddings, and those of each block's attention and MLP, experts included. They are found by
+    running a few tokens; no list of models is needed. The result is saved by ``save_pretrained`` and
+    loaded by ``from_pretrained`` without this library. It is in evaluation mode, with the given
+    model's dtype and device; the given model is not changed. Memory is needed for both.
+
+    Embeddings that are tied to the head are untied, since the head stays as it is. The two models
+    are compared on a few tokens before the copy is returned.
+
+    Source: weight orthogonalisation, arXiv 2406.11717, section 2.4 and appendix E.
+
+    Args:
+        model: A Hugging Face model.
+        direction: A direction ``(hidden,)``, several ``(k, hidden)`` of which the span is removed,
+            or a vector of one layer.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the direction is all zeros or doesn't fit the model, if no weights can do it,
+            as where a norm follows attention or the MLP, if weights are quantized, not loaded or
+            split over devices, if the model is being steered, or if the copy computes something
+            else.
+
+    Warns:
+        UserWarning: If the embeddings were tied to the head.
+
+    >>> merged = merge_ablation(model, torch.ones(32))
+    >>> merged.save_pretrained(folder / "ablated")
+    """
+    check_mergeable(model)
+    if not isinstance(direction, (Tensor, SteeringVector)):
+        raise TypeError(
+            f"direction must be a tensor (hidden,) or (k, hidden), or a vector of one layer, got "
+            f"{type(direction).__name__}: weights can't remove other directions at each layer"
+        )
+    merged = plain_copy(model)
+    expected = logits_of(merged, ablate_everywhere(merged, direction))
+    unit_rows = unit_rows_of(direction)
+    places = watched_places(merged)
+    axes = writing_weights(merged, places)
+    names = {module: name for name, module in merged.named_modules()}
+    if untie(merged, axes):
+        warnings.warn(
+            "the embeddings are no longer tied to the head, which stays as it is, so the merged model has "
+            "tie_word_embeddings=False and takes more memory",
+            UserWarning,
+            stacklevel=3,
+        )
+    for name, axis in axes.items():
+        _project(merged.get_parameter(name), unit_rows, axis)
+    check_complete(merged, places, unit_rows, names.__getitem__)
+    check_equal(logits_of(merged), expected, merged.dtype, "the merged model")
+    return merged  # type: ignore[no-any-return]
+
+
+def unit_rows_of(direction: Tensor | SteeringVector) -> Tensor:
+    """Return orthonormal rows ``(rank, hidden)`` in float64 that span the directions, on the CPU.
+
+    A row that is a combination of others, to the rounding of its dtype, adds none.
+    """
+    if isinstance(direction, SteeringVector):
+        (direction,) = direction.layer_activations.values()
+    rows = direction.detach().cpu().double().reshape(-1, direction.shape[-1])
+    rows = torch.nn.functional.normalize(rows[rows.norm(dim=-1) > 0], dim=-1)
+    _, sizes, spanning = torch.linalg.svd(rows, full_matrices=False)
+    rounding = 2 * len(direction) ** 0.5 * torch.finfo(direction.dtype).eps
+    kept: Tensor = spanning[sizes > rounding]
+    return kept
+
+
+def untie(model: Any, axes: dict[str, int]) -> bool:
+    """Let the head have weights of its own if they are embeddings that write to the stream, and return True then."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or not any(model.get_parameter(name) is weight for name in axes):
+        return False
+    head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+    return True
+
+
+@torch.no_grad()
+def _project(weight: nn.Parameter, unit_rows: Tensor, axis: int) -> None:
+    """Remove the directions ``(k, hidden)`` from an axis of the weight, in place."""
+    moved = weight.movedim(axis, -1)
+    units = unit_rows.to(weight.device, wide_dtype(weight))
+    wide = moved.to(units.dtype)
+    moved.copy_(wide - (wide @ units.T) @ units)
