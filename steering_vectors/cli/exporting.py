@@ -19,12 +19,13 @@ def gguf(vector: str, output: Path, multiplier: float) -> None:
 
 def adapter(model: str, vector: str, output: Path, multiplier: float, ablate: bool, of_model: OfModel) -> None:
     """Write a PEFT adapter."""
-    from steering_vectors import ablation_operator, merging
+    from steering_vectors import ablation_operator
+    from steering_vectors.merging import to_adapter
 
     gguf_file, dtype, device = of_model
     loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)[0]
     operator = ablation_operator() if ablate else None
-    print(merging.to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier))
+    print(to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier))
 
 
 def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: OfModel) -> None:
@@ -40,11 +41,11 @@ def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: 
 
 def weights(model: str, vector: str, output: Path, multiplier: float, of_model: OfModel) -> None:
     """Write a model with the vector in its weights."""
-    from steering_vectors import merging
+    from steering_vectors.merging import merge
 
     gguf_file, dtype, device = of_model
     loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    merged = merging.merge(load_vector(vector), loaded, multiplier=multiplier)
+    merged = merge(load_vector(vector), loaded, multiplier=multiplier)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     note(f"{output}: a {type(merged).__name__} that is always steered")
@@ -52,12 +53,12 @@ def weights(model: str, vector: str, output: Path, multiplier: float, of_model: 
 
 def ablate(model: str, vector: str, output: Path, layers: str | None, of_model: OfModel) -> None:
     """Write a model without a direction."""
-    from steering_vectors import merging
+    from steering_vectors.merging import merge_ablation
 
     numbers, direction = layers_of(layers), load_vector(vector)
     gguf_file, dtype, device = of_model
     loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    merged = merging.merge_ablation(loaded, direction if numbers is None else direction[numbers])
+    merged = merge_ablation(loaded, direction if numbers is None else direction[numbers])
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     note(f"{output}: a {type(merged).__name__} without the direction")

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from steering_vectors.cli.screen import note
+from steering_vectors.cli.usage import BadParameter, UsageError
 
 
 def load_model(
@@ -34,7 +33,7 @@ def load_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(name, **given)
     if dtype is not None:
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise click.BadParameter(f"{dtype!r} is no dtype; common ones are float32, bfloat16 and float16")
+            raise BadParameter(f"{dtype!r} is no dtype; common ones are float32, bfloat16 and float16")
         model = model.to(getattr(torch, dtype))
     if device is not None:
         model = model.to(device)
@@ -61,7 +60,7 @@ def model_and_rest(arguments: Sequence[str], *, least: int, usage: str) -> tuple
     else:
         found = (arguments[0] if arguments else None, list(arguments[1:]))
     if len(found[1]) < least:
-        raise click.UsageError(f"expected {usage}")
+        raise UsageError(f"expected {usage}")
     return found
 
 
@@ -73,10 +72,10 @@ def layers_of(text: str | None) -> list[int] | None:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
-            raise click.BadParameter(f"{text!r} names no layers: write 12, 10-16 or 8,12,-1")
+            raise BadParameter(f"{text!r} names no layers: write 12, 10-16 or 8,12,-1")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise click.BadParameter(f"{part.strip()!r} ends before it begins")
+            raise BadParameter(f"{part.strip()!r} ends before it begins")
         found.extend(range(first, last + 1))
     return found
 

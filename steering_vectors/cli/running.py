@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
+import typer
 
 from steering_vectors.cli.app import app
 from steering_vectors.cli.screen import print_error
+from steering_vectors.cli.usage import ClickException
 
 # What the library, and what it calls, raises for a user's mistake and for what the machine lacks.
 _EXPECTED = (ImportError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+_INTERRUPTED = 130
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -19,13 +21,11 @@ def run(arguments: Sequence[str]) -> int:
     given = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(given, standalone_mode=False, prog_name="steering-vectors")
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except click.ClickException as error:
+    except ClickException as error:
         error.show(sys.stderr)
-        return error.exit_code
+        return int(error.exit_code)
     except BrokenPipeError:  # what reads the output has ended
         return 0
     except _EXPECTED as error:
@@ -33,9 +33,9 @@ def run(arguments: Sequence[str]) -> int:
             raise
         print_error(error)
         return 1
-    return int(code or 0)
+    return _interrupted() if code == _INTERRUPTED else int(code or 0)
 
 
 def _interrupted() -> int:
     print("interrupted", file=sys.stderr)
-    return 130
+    return _INTERRUPTED

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import click
-
 from steering_vectors.cli.loading import load_model, load_vector, model_and_rest
 from steering_vectors.cli.screen import console, note
+from steering_vectors.cli.usage import BadParameter, UsageError
 
 OfModel = tuple[str | None, str | None, str | None]
 _DEFAULT = (-1.0, 0.0, 1.0)
@@ -24,7 +23,7 @@ def steered_tokens(name: str) -> Any:
 
     values = {"generated": generated, "all": None, "prompt": prompted}
     if name not in values:
-        raise click.BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint="--tokens")
+        raise BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint="--tokens")
     return values[name]
 
 
@@ -46,10 +45,10 @@ def generate(
 
     for prompt in prompts:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
-        print(prompt)
         inputs = _batch(ids, len(at), model)
-        lines = _Lines(tokenizer, at, len(ids))
-        with lines, vector.apply(model, multiplier=at, tokens=None if selection is None else selection(inputs)):
+        steering = vector.apply(model, multiplier=at, tokens=None if selection is None else selection(inputs))
+        print(prompt, flush=True)
+        with _Lines(tokenizer, at) as lines, steering:
             model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -74,7 +73,7 @@ def _padding(tokenizer: Any) -> int:
 class _Lines:
     """The answers of a batch, one a row: written as they grow on a terminal, and at the end elsewhere."""
 
-    def __init__(self, tokenizer: Any, multipliers: Sequence[float], prompt_length: int) -> None:
+    def __init__(self, tokenizer: Any, multipliers: Sequence[float]) -> None:
         from rich.live import Live
 
         self._tokenizer, self._multipliers = tokenizer, multipliers
@@ -130,7 +129,7 @@ def chat(
     name, names = model_and_rest(arguments, least=1, usage="[MODEL] VECTOR...")
     given = list(multipliers or [1.0])
     if len(given) not in (1, len(names)):
-        raise click.UsageError(f"expected one multiplier, or one for each of the {len(names)} vectors")
+        raise UsageError(f"expected one multiplier, or one for each of the {len(names)} vectors")
     selection, vectors = steered_tokens(tokens), [load_vector(one) for one in names]
     gguf_file, dtype, device = of_model
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
@@ -191,8 +190,8 @@ class _Talk:
                 return
             self._strengths.update(dict.fromkeys(names, strength))
         elif word == "trace":
-            if self._trace is None:
-                note("nothing was said yet")
+            if self._trace is None or not self._trace.summary():
+                note("nothing was steered yet" if self._trace is None else "the last answer was not steered")
             else:
                 self._trace.show(self._tokenizer)
             return

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from steering_vectors.cli.loading import check_output, layers_of, load_model, load_vector, read_rows
 from steering_vectors.cli.screen import note, print_table, shows_progress
+from steering_vectors.cli.usage import BadParameter, UsageError
 
 OfModel = tuple[str | None, str | None, str | None]  # the GGUF file, the dtype, the device
 
@@ -49,7 +48,7 @@ def train(
 def model_and_pairs(arguments: Sequence[str]) -> tuple[str | None, Path]:
     """Return the model's name, if one is given, and the pairs' file."""
     if len(arguments) > 2:
-        raise click.UsageError("expected [MODEL] PAIRS")
+        raise UsageError("expected [MODEL] PAIRS")
     *model, pairs = arguments
     return (model[0] if model else None), Path(pairs)
 
@@ -77,7 +76,7 @@ def aggregator_of(name: str) -> Any:
 def chosen(name: str, option: str, values: dict[str, Any]) -> Any:
     """Return the value of a name. Raises BadParameter, which lists the names, for another."""
     if name not in values:
-        raise click.BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint=option)
+        raise BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint=option)
     return values[name]
 
 
@@ -106,7 +105,7 @@ def combine(given: Sequence[str], output: Path) -> None:
         try:
             terms.append((name, float(factor)) if colon else (argument, 1.0))
         except ValueError:
-            raise click.BadParameter(f"{argument!r} has no number behind the colon, as in {name}:0.5") from None
+            raise BadParameter(f"{argument!r} has no number behind the colon, as in {name}:0.5") from None
     total: Any = sum(load_vector(name) * factor for name, factor in terms)
     total.save(output)
     note(f"{output}: {' '.join(f'{factor:+g} × {name}' for name, factor in terms)}")

@@ -1,0 +1,340 @@
+"""The command line, each command of which does what a line or two of Python does."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from steering_vectors import SteeringVector, from_index, generated, train_steering_vector
+from steering_vectors.cli import main
+from steering_vectors.cli.loading import layers_of
+from steering_vectors.evaluation import Diagnosis, Evaluation, Sweep, calibrate, diagnose, evaluate, sweep
+from tests import tiny
+
+PAIRS = [("I love it", "I hate it"), ("so good", "so bad"), ("a warm day", "a cold day"), ("Great", "Awful")]
+ITEMS = [("I say", " yes", " no!"), ("Then we", " are glad", " weep"), ("It", " works", " fails now")]
+TEXTS = ["It rains in the morning.", "The house is old."]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a vector, and files of pairs, items and texts."""
+    made = tmp_path_factory.mktemp("cli")
+    model = tiny.build("llama")
+    model.save_pretrained(made / "model")
+    tiny.tokenizer(chat_template=tiny.CHATML).save_pretrained(made / "model")
+    generator = torch.Generator().manual_seed(0)
+    SteeringVector({n: torch.randn(tiny.HIDDEN, generator=generator) for n in (0, 1)}).save(made / "joy.safetensors")
+    (made / "pairs.jsonl").write_text("\n".join(json.dumps({"positive": p, "negative": n}) for p, n in PAIRS))
+    (made / "pairs.csv").write_text("\n".join(["positive,negative", *(f"{p},{n}" for p, n in PAIRS)]))
+    names = ("prompt", "matching", "not_matching")
+    (made / "items.jsonl").write_text("\n".join(json.dumps(dict(zip(names, item))) for item in ITEMS))
+    (made / "texts.txt").write_text("\n".join(TEXTS))
+    return made
+
+
+@pytest.fixture
+def loaded(folder: Path) -> tuple[Any, Any, SteeringVector]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    return model, tokenizer, SteeringVector.load(folder / "joy.safetensors")
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("pairs", ["pairs.jsonl", "pairs.csv"])
+def test_train_is_the_training_call(run: Run, folder: Path, loaded: Any, tmp_path: Path, pairs: str) -> None:
+    path = tmp_path / "made.safetensors"
+    code, out, err = run("train", "model", pairs, "-o", path, "--layers", "0-1", "--tokens", "mean")
+    assert (code, out) == (0, "")
+    assert "4 pairs, layers 0 to 1" in err
+    expected = train_steering_vector(*loaded[:2], PAIRS, layers=[0, 1], tokens=from_index(1), batch_size=8)
+    assert SteeringVector.load(path) == expected
+
+
+def test_generate_writes_what_generate_writes(run: Run, loaded: Any) -> None:
+    model, tokenizer, vector = loaded
+    arguments = ("joy.safetensors", "I say", "-m", 0, "-m", 3, "--max-new-tokens", 5)
+    code, out, err = run("generate", "model", *arguments)
+    assert (code, err) == (0, "")
+    inputs = tokenizer("I say", return_tensors="pt")
+    for multiplier, line in zip((0, 3), out.splitlines()[1:]):
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with vector.apply(model, multiplier=multiplier, tokens=generated(kept)):
+            output = model.generate(**kept, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        text = tokenizer.decode(output[0, 5:], skip_special_tokens=True)
+        assert line.split()[1:] == text.split()
+    assert out.splitlines()[0] == "I say"
+
+
+def test_generate_puts_a_prompt_into_the_template(run: Run, loaded: Any) -> None:
+    plain = run("generate", "model", "joy.safetensors", "I say", "-m", 0, "--tokens", "all")[1]
+    as_chat = run("generate", "model", "joy.safetensors", "I say", "-m", 0, "--chat")[1]
+    assert plain != as_chat
+
+
+def test_chat_changes_the_strength_and_traces(run: Run) -> None:
+    lines = "/trace\nHi\n/trace\n/off\nHi\n/m joy 2\n/m x 2\n/m much\n/help\n/trace\n"
+    code, out, err = run("chat", "model", "joy.safetensors", "-m", 5, "--max-new-tokens", 4, stdin=lines)
+    assert code == 0
+    assert "nothing was steered yet" in err
+    assert "the last answer was not steered" in err
+    assert "[[" in out
+    assert "joy 0\n" in err
+    assert "joy 2\n" in err
+    assert "there is no vector x, only joy" in err
+    assert "'much' is no number" in err
+    assert err.count("/off stops steering") >= 2
+    assert len(out.splitlines()) >= 3
+
+
+def test_chat_remembers_and_steers(run: Run, loaded: Any) -> None:
+    model, tokenizer, vector = loaded
+    out = run("chat", "model", "joy.safetensors", "-m", 5, "--max-new-tokens", 4, stdin="Hi\n")[1]
+    chat = [{"role": "user", "content": "Hi"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with vector.apply(model, multiplier=5, tokens=generated(kept)):
+        output = model.generate(**kept, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    text = tokenizer.decode(output[0, kept["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert out.split() == text.split()
+
+
+def test_show_lists_layers_and_metadata(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "made.safetensors"
+    run("train", "model", "pairs.csv", "-o", path)
+    code, out, err = run("show", path)
+    assert (code, err) == (0, "")
+    assert "decoder_block, 32 wide, 3 layers" in out
+    assert "model_type" in out
+    assert max(map(len, out.splitlines())) <= 80
+    SteeringVector.load(path).save_pretrained(tmp_path / "made")
+    assert run("show", tmp_path / "made")[1] == out
+
+
+def test_evaluate_is_evaluate(run: Run, loaded: Any, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    arguments = ("--texts", "texts.txt", "-m", 0, "-m", 1, "--pairs", "pairs.csv", "--layers", 1, "-o", path)
+    code, out, err = run("evaluate", "model", "joy.safetensors", "items.jsonl", *arguments)
+    assert (code, err) == (0, "")
+    expected = evaluate(*loaded[:2], loaded[2][1], ITEMS, multipliers=[0, 1], texts=TEXTS, training_samples=PAIRS)
+    assert out == f"{expected}\n"
+    assert Evaluation.from_json(path) == expected
+
+
+def test_sweep_is_sweep_and_goes_on(run: Run, loaded: Any, tmp_path: Path) -> None:
+    path, kept = tmp_path / "result.json", tmp_path / "kept.json"
+    arguments = ("--texts", "texts.txt", "-m", 0, "-m", 1, "--max-kl", 9, "--resume", kept, "-o", path)
+    code, out, err = run("sweep", "model", "joy.safetensors", "items.jsonl", *arguments)
+    assert (code, err) == (0, "")
+    expected = sweep(*loaded, ITEMS, multipliers=[0, 1], texts=TEXTS, max_kl=9)
+    assert out == f"{expected}\n"
+    assert Sweep.from_json(path) == expected
+    assert run("sweep", "model", "joy.safetensors", "items.jsonl", *arguments)[1] == out
+    code, _, err = run("sweep", "model", "joy.safetensors", "items.jsonl", "--resume", kept)
+    assert code == 1
+    assert "holds a sweep with another" in err
+
+
+def test_calibrate_and_diagnose_are_themselves(run: Run, loaded: Any, tmp_path: Path) -> None:
+    found = run("calibrate", "model", "joy.safetensors", "--max-kl", 0.1, "--texts", "texts.txt", "-o", "found.json")
+    expected = calibrate(*loaded, TEXTS, max_kl=0.1, tokens=generated)
+    assert found == (0, f"{expected}\n", "")
+    assert json.loads(Path("found.json").read_text())["multiplier"] == pytest.approx(expected.multiplier)
+    code, out, err = run("diagnose", "model", "pairs.jsonl", "--layers", "1", "-o", "found.json")
+    assert (code, err) == (0, "")
+    _, diagnosis = diagnose(*loaded[:2], PAIRS, layers=[1], batch_size=8)
+    assert isinstance(diagnosis, Diagnosis)
+    assert out == f"{diagnosis}\n"
+    assert json.loads(Path("found.json").read_text())["pairs"] == 4
+
+
+def test_plot_draws_both_results(run: Run, tmp_path: Path) -> None:
+    given = ("model", "joy.safetensors", "items.jsonl", "--texts", "texts.txt", "-o", "result.json")
+    for command in ("evaluate", "sweep"):
+        run(command, *given)
+        path = tmp_path / f"{command}.png"
+        assert run("plot", "result.json", "-o", path)[0] == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_combine_adds(run: Run, loaded: Any, tmp_path: Path) -> None:
+    path = tmp_path / "sum.safetensors"
+    assert run("combine", "joy.safetensors:2", "joy.safetensors:-0.5", "-o", path)[0] == 0
+    directions = SteeringVector.load(path).layer_activations
+    for layer, direction in loaded[2].layer_activations.items():
+        torch.testing.assert_close(directions[layer], 1.5 * direction)
+
+
+def test_exports_write_what_the_library_writes(run: Run, loaded: Any, tmp_path: Path) -> None:
+    from steering_vectors import ablate_everywhere
+    from steering_vectors.interop import from_gguf
+
+    model, _, vector = loaded
+    SteeringVector({1: vector.layer_activations[1]}).save("one.safetensors")
+    code, out, _ = run("export", "gguf", "one.safetensors", "-m", 2, "-o", tmp_path / "one.gguf")
+    assert code == 0
+    assert "--control-vector" in out
+    torch.testing.assert_close(from_gguf(tmp_path / "one.gguf").layer_activations[1], 2 * vector.layer_activations[1])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert run("export", "weights", "model", "one.safetensors", "-m", 2, "-o", tmp_path / "merged")[0] == 0
+    assert run("ablate", "model", "one.safetensors", "-o", tmp_path / "ablated")[0] == 0
+    for name, context in {
+        "merged": vector[1].apply(model, multiplier=2),
+        "ablated": ablate_everywhere(model, vector[1]),
+    }.items():
+        made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad(), context:
+            torch.testing.assert_close(made(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert run("export", "lm-eval", "model", "one.safetensors", "-o", tmp_path / "one.pt")[0] == 0
+    assert (tmp_path / "one.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "model", "none.csv", "-o", "x"], 1, "none.csv"),
+        (["train", "model", "pairs.csv"], 2, "Missing option '-o'"),
+        (["train", "a", "b", "c", "-o", "x"], 2, "expected [MODEL] PAIRS"),
+        (["train", "model", "bad.jsonl", "-o", "x"], 1, "bad.jsonl, line 2: not JSON, column 1"),
+        (
+            ["train", "model", "bad.csv", "-o", "x"],
+            1,
+            "bad.csv has the columns good, bad; it needs positive and negative",
+        ),
+        (["train", "model", "pairs.csv", "-o", "none/x"], 1, "doesn't exist: make it first"),
+        (
+            ["train", "model", "pairs.csv", "-o", "x", "--tokens", "all"],
+            2,
+            "'all' is not one of last, mean, completion",
+        ),
+        (["train", "model", "pairs.csv", "-o", "x", "--layers", "5-2"], 2, "ends before it begins"),
+        (["train", "model", "pairs.csv", "-o", "x", "--layers", "all"], 2, "'all' names no layers"),
+        (
+            ["train", "model", "pairs.csv", "-o", "x", "--layers", "40"],
+            1,
+            "layer 40 does not exist: the model has 3 layers",
+        ),
+        (["train", "model", "pairs.csv", "-o", "x", "--dtype", "half_float"], 2, "is no dtype"),
+        (["generate", "joy.safetensors"], 2, "expected [MODEL] VECTOR PROMPT..."),
+        (["generate", "model", "joy.safetensors", "Hi", "--tokens", "some"], 2, "'some' is not one of generated, all"),
+        (["generate", "model", "wide.safetensors", "Hi"], 1, "5 numbers"),
+        (["chat", "model", "joy.safetensors", "-m", "1", "-m", "2"], 2, "expected one multiplier"),
+        (["show", "pairs.csv"], 1, "error: "),
+        (["evaluate", "model", "joy.safetensors", "pairs.csv"], 1, "it needs prompt, matching and not_matching"),
+        (["evaluate", "model", "joy.safetensors", "items.jsonl", "-m", "1"], 1, "two different multipliers"),
+        (["evaluate", "model", "joy.safetensors", "items.jsonl", "--layers", "2"], 1, "2"),
+        (["plot", "pairs.jsonl", "-o", "x.png"], 1, "error: "),
+        (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no number behind the colon"),
+        (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
+        (["wander"], 2, "No such command 'wander'"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(
+    run: Run, folder: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (folder / "bad.jsonl").write_text('{"positive": "a", "negative": "b"}\nnothing\n')
+    (folder / "bad.csv").write_text("good,bad\na,b\n")
+    SteeringVector({1: torch.ones(5)}).save(folder / "wide.safetensors")
+    found, out, err = run(*arguments)
+    assert (found, out) == (code, "")
+    assert message in " ".join(err.split())
+    if code == 1:
+        assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not (folder / "x").exists()
+
+
+def test_debug_shows_where_an_error_arose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "train", "model", "none.csv", "-o", "x"])
+
+
+def test_an_interrupt_ends_cleanly(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from steering_vectors.cli import vectors
+
+    def interrupted(*_args: Any, **_kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vectors, "load_model", interrupted)
+    code, out, err = run("train", "model", "pairs.csv", "-o", tmp_path / "made.safetensors")
+    assert (code, out, err) == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = [
+    "train",
+    "generate",
+    "chat",
+    "show",
+    "evaluate",
+    "sweep",
+    "calibrate",
+    "diagnose",
+    "plot",
+    "combine",
+    "ablate",
+]
+EXPORTS = [["export", name] for name in ("gguf", "adapter", "lm-eval", "weights")]
+
+
+@pytest.mark.parametrize("command", [*([name] for name in COMMANDS), *EXPORTS], ids=" ".join)
+def test_help_has_two_examples(run: Run, command: list[str]) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert out.partition("Examples:")[2].count(f"steering-vectors {' '.join(command)} ") == 2
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in [*COMMANDS, "export"]:
+        assert f"\n  {command} " in out
+
+
+def test_help_imports_no_pytorch() -> None:
+    code = (
+        "import sys\nfrom steering_vectors.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(*{'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys\nsys.modules['typer'] = None\nfrom steering_vectors.cli import main\nmain(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'steering-vectors[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [(None, None), ("12", [12]), ("10-12", [10, 11, 12]), ("8,-1", [8, -1]), ("1, 3-4", [1, 3, 4])]
+)
+def test_layers_are_read(text: str | None, layers: list[int] | None) -> None:
+    assert layers_of(text) == layers
