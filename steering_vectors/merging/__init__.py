@@ -3,7 +3,8 @@
 Everything here calls the library's public functions only.
 """
 
+from steering_vectors.merging.adapters import Adapter, to_adapter
 from steering_vectors.merging.biases import merge
 from steering_vectors.merging.projecting import merge_ablation
 
-__all__ = ["merge", "merge_ablation"]
+__all__ = ["Adapter", "merge", "merge_ablation", "to_adapter"]

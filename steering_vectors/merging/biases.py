@@ -51,7 +51,7 @@ def merge(
 
     Args:
         vector: The vector, of decoder blocks' outputs.
-        model: A Hugging Face model of a family that has such biases; a refusal lists them.
+        model: A Hugging Face model of a family that has such biases; an error lists them.
         multiplier: The factor on the directions.
         engine: None if transformers will run the result; ``"vllm"`` to refuse the families that
             vLLM isn't known to serve with their biases.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from steering_vectors.layer_matching import collect_matching_layers, guess_and_enhance_layer_config
 
-__all__ = ["block_names", "check_equal", "check_mergeable", "few_tokens", "logits_of", "plain_copy", "wide_dtype"]
+__all__ = ["block_names", "check_equal", "check_mergeable", "logits_of", "pass_inputs", "plain_copy", "wide_dtype"]
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The largest difference of logits, as a share of the largest logit.
@@ -94,26 +93,21 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def few_tokens(model: PreTrainedModel) -> Tensor:
-    """Return a few token ids ``(2, 12)``, spread over the vocabulary and always the same."""
+def pass_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the inputs of a pass over a few token ids ``(2, 12)``, spread over the vocabulary and always the same."""
     embeddings: Any = model.get_input_embeddings()
     generator = torch.Generator("cpu").manual_seed(0)
     ids = torch.randint(embeddings.weight.shape[0], (2, 12), generator=generator, device="cpu")
-    return ids.to(embeddings.weight.device)
+    return {"input_ids": ids.to(embeddings.weight.device), "use_cache": False}
 
 
 @torch.no_grad()
 def logits_of(model: Any, within: AbstractContextManager[Any] | None = None) -> Tensor:
-    """Return what the model computes for a few tokens: logits, or the last hidden state if it has no head."""
-    with _nothing() if within is None else within:
-        output = model(input_ids=few_tokens(model), use_cache=False)
+    """Return what the model computes for those tokens: logits, or the last hidden state if it has no head."""
+    with nullcontext() if within is None else within:
+        output = model(**pass_inputs(model))
     made = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return made.to(wide_dtype(made))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def check_equal(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:

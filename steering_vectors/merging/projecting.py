@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from steering_vectors._arguments import with_hints
 from steering_vectors.ablation import ablate_everywhere
-from steering_vectors.merging.copies import check_equal, check_mergeable, logits_of, plain_copy, wide_dtype
-from steering_vectors.merging.writers import check_complete, watched_places, writing_weights
+from steering_vectors.merging.copies import check_equal, check_mergeable, logits_of, plain_copy
+from steering_vectors.merging.writers import check_complete, project, watched_places, writing_weights
 from steering_vectors.steering_vector import SteeringVector
 
-__all__ = ["merge_ablation", "unit_rows_of", "untie"]
+__all__ = ["merge_ablation", "unit_rows_of"]
 
 _WHOLE = "weights write at every token and layer alike: ablate with ablate_everywhere"
 
@@ -67,8 +67,8 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
     unit_rows = unit_rows_of(direction)
     places = watched_places(merged)
     axes = writing_weights(merged, places)
-    names = {module: name for name, module in merged.named_modules()}
-    if untie(merged, axes):
+    check_complete(merged, places, axes, unit_rows)
+    if _untie(merged, axes):
         warnings.warn(
             "the embeddings are no longer tied to the head, which stays as it is, so the merged model has "
             "tie_word_embeddings=False and takes more memory",
@@ -76,8 +76,7 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
             stacklevel=3,
         )
     for name, axis in axes.items():
-        _project(merged.get_parameter(name), unit_rows, axis)
-    check_complete(merged, places, unit_rows, names.__getitem__)
+        project(merged.get_parameter(name), unit_rows, axis)
     check_equal(logits_of(merged), expected, merged.dtype, "the merged model")
     return merged  # type: ignore[no-any-return]
 
@@ -97,7 +96,7 @@ def unit_rows_of(direction: Tensor | SteeringVector) -> Tensor:
     return kept
 
 
-def untie(model: Any, axes: dict[str, int]) -> bool:
+def _untie(model: Any, axes: dict[str, int]) -> bool:
     """Let the head have weights of its own if they are embeddings that write to the stream, and return True then."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
@@ -109,12 +108,3 @@ def untie(model: Any, axes: dict[str, int]) -> bool:
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = {}
     return True
-
-
-@torch.no_grad()
-def _project(weight: nn.Parameter, unit_rows: Tensor, axis: int) -> None:
-    """Remove the directions ``(k, hidden)`` from an axis of the weight, in place."""
-    moved = weight.movedim(axis, -1)
-    units = unit_rows.to(weight.device, wide_dtype(weight))
-    wide = moved.to(units.dtype)
-    moved.copy_(wide - (wide @ units.T) @ units)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steering_vectors.ablation import stream_writers
-from steering_vectors.merging.copies import block_names, few_tokens, wide_dtype
+from steering_vectors.merging.copies import block_names, pass_inputs, wide_dtype
 
-__all__ = ["check_complete", "watched_places", "writing_weights"]
+__all__ = ["check_complete", "copies", "inputs_of", "project", "watched_places", "writing_weights"]
 
 # By dtype, the share of a change that rounding may turn away from a direction, and that of an output that it may leave
 # along a removed one.
@@ -44,24 +45,31 @@ def watched_places(model: PreTrainedModel) -> list[Place]:
             f"and of its parts' outputs, so no weights can keep a direction out of it: use ablate_everywhere"
         )
     blocks = [model.get_submodule(name) for name in names]
-    given: dict[nn.Module, tuple[Any, Any]] = {}
-    handles = [
-        block.register_forward_pre_hook(lambda m, args, kw: given.update({m: _copies(args, kw)}), with_kwargs=True)
-        for block in blocks
-    ]
-    inputs = {"input_ids": few_tokens(model), "use_cache": False}
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: list[Place] = [("", model, (), inputs, [blocks[0]])]
+    given = inputs_of(model, blocks)
+    found: list[Place] = [("", model, (), pass_inputs(model), [blocks[0]])]
     for name, block, parts in zip(names, blocks, writers.values(), strict=True):
         found.append((f"{name}.", block, *given[block], [model.get_submodule(part) for part in parts]))
     return found
 
 
-def _copies(args: Any, kwargs: Any) -> tuple[Any, Any]:
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, blocks: list[nn.Module]) -> dict[nn.Module, tuple[Any, Any]]:
+    """Return the arguments, by position and by keyword, with which blocks are called for a few tokens."""
+    given: dict[nn.Module, tuple[Any, Any]] = {}
+    handles = [
+        block.register_forward_pre_hook(lambda m, args, kw: given.update({m: copies(args, kw)}), with_kwargs=True)
+        for block in blocks
+    ]
+    try:
+        model(**pass_inputs(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given
+
+
+def copies(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments with copies of the tensors, since some blocks change them in place."""
     return tuple(_copy_of(value) for value in args), {name: _copy_of(value) for name, value in kwargs.items()}
 
 
@@ -138,7 +146,7 @@ def _written(place: Place) -> dict[nn.Module, Tensor]:
         handles = [module.register_forward_hook(keep) for module in modules]
     else:
         handles = [modules[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
-    args, kwargs = _copies(args, kwargs)
+    args, kwargs = copies(args, kwargs)
     try:
         root(*args, **kwargs)
     except _Reached:
@@ -174,18 +182,48 @@ def _other_experts(model: nn.Module, found: Mapping[str, int]) -> dict[str, int]
 
 
 @torch.no_grad()
-def check_complete(
-    model: PreTrainedModel, places: list[Place], unit_rows: Tensor, names: Callable[[nn.Module], str]
-) -> None:
-    """Raise ValueError unless nothing that is written has a part left along the directions ``(k, hidden)``."""
+def check_complete(model: PreTrainedModel, places: list[Place], axes: Mapping[str, int], unit_rows: Tensor) -> None:
+    """Raise ValueError if weights without the directions ``(k, hidden)`` still write something along them.
+
+    ``axes`` are those of the weights that write. They are projected place by place, and put back.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    in_blocks = tuple(place[0] for place in places[1:])
     for place in places:
-        for module, written in _written(place).items():
-            rows = written.to(wide_dtype(written))
-            left = float((rows @ unit_rows.to(rows).T).norm() / rows.norm().clamp(min=1e-30))
-            if left * (rows.shape[-1] / len(unit_rows)) ** 0.5 > _ROUNDING[written.dtype]:
-                what = f"{names(module)}, a {type(module).__name__}," if place[0] else "the input of the first block"
+        mine = {
+            name: axis
+            for name, axis in axes.items()
+            if (name.startswith(place[0]) if place[0] else not name.startswith(in_blocks))
+        }
+        kept = {name: model.get_parameter(name).detach().clone() for name in mine}
+        try:
+            for name, axis in mine.items():
+                project(model.get_parameter(name), unit_rows, axis)
+            written = _written(place)
+        finally:
+            for name, weight in kept.items():
+                model.get_parameter(name).copy_(weight)
+        for module, output in written.items():
+            if _share_along(output, unit_rows) > _ROUNDING[output.dtype]:
+                what = f"{names[module]}, a {type(module).__name__}," if place[0] else "the input of the first block"
                 raise ValueError(
                     f"{what} is not computed by a linear layer alone: a norm, or something else that isn't linear, "
                     f"comes after it, so no weights of {type(model).__name__} can keep a direction out of it. Use "
                     f"ablate_everywhere"
                 )
+
+
+def _share_along(output: Tensor, unit_rows: Tensor) -> float:
+    """Return the size of the part along the directions, as a multiple of that along random ones."""
+    rows = output.to(wide_dtype(output))
+    along = (rows @ unit_rows.to(rows).T).norm() / rows.norm().clamp(min=1e-30)
+    return float(along) * math.sqrt(rows.shape[-1] / len(unit_rows))
+
+
+@torch.no_grad()
+def project(weight: nn.Parameter, unit_rows: Tensor, axis: int) -> None:
+    """Remove the directions ``(k, hidden)`` from an axis of the weight, in place."""
+    moved = weight.movedim(axis, -1)
+    units = unit_rows.to(weight.device, wide_dtype(weight))
+    wide = moved.to(units.dtype)
+    moved.copy_(wide - (wide @ units.T) @ units)

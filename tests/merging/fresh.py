@@ -33,7 +33,7 @@ def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def logits_in_a_fresh_process(
-    folders: Iterable[Path], beside: Path, ids: Tensor = IDS, script: str = _SCRIPT
+    folders: Iterable[Path | str], beside: Path, ids: Tensor = IDS, script: str = _SCRIPT
 ) -> dict[str, Tensor]:
     """The logits by folder; the process is stopped by missing weights, and by those that it has no place for."""
     given, made = beside / "given.pt", beside / "made.pt"

@@ -159,7 +159,12 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str
             loaded[name] = TINY[name]()
         return loaded[name]
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **_: load(name)[0])
+    really = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **_: really(name) if os.path.isdir(name) else load(name)[0],  # what the page itself saved
+    )
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: load(name)[1])
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name: load(name)[0])
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: load(name)[1])
@@ -179,7 +184,10 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str
         assert active_patches(model) == []
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+@pytest.mark.filterwarnings(  # peft's
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:Detected that the base layer has no bias term:UserWarning",
+)
 @pytest.mark.parametrize("page", ON_SMOLLM2)
 def test_the_page_runs_on_smollm2(page: str, smollm2: tuple[Any, Any], models: dict[str, tuple[Any, Any]]) -> None:
     model, tokenizer = smollm2

@@ -1,0 +1,59 @@
+"""Folders of adapters, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["check_target", "hash_of_weights", "written_folder"]
+
+FACTS = "steering_adapter.json"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """Return the path. Raises FileExistsError unless there is nothing, an empty folder, or an adapter."""
+    target = Path(os.fspath(folder))
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file: an adapter is a folder, so choose another path")
+    if target.is_dir() and any(target.iterdir()) and not (target / _CONFIG).is_file():
+        raise FileExistsError(f"{target} has other files than an adapter's: choose an empty folder or a new one")
+    return target
+
+
+def written_folder(target: Path, save: Callable[[str], object], facts: dict[str, Any], vllm: Any) -> str:
+    """Let ``save`` write an adapter, put the facts beside it, and move it to ``target``. Returns the weights' hash."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        new = beside / "new"
+        save(str(new))
+        digest = hashlib.sha256((new / _WEIGHTS).read_bytes()).hexdigest()
+        written = {**facts, "adapter_sha256": digest, "vllm": vllm}
+        (new / FACTS).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            os.replace(target, beside / "old")
+        os.replace(new, target)
+    finally:
+        if (beside / "old").exists() and not target.exists():
+            os.replace(beside / "old", target)
+        shutil.rmtree(beside, ignore_errors=True)
+    return digest
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of the model's weights: names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

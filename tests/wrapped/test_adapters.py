@@ -1,0 +1,333 @@
+"""Adapters of PEFT, loaded in a fresh process without this library, against the steered model."""
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steering_vectors import (
+    SteeringVector,
+    ablate_everywhere,
+    ablation_operator,
+    addition_operator,
+    clamp_operator,
+)
+from steering_vectors.merging import Adapter, merge_ablation, to_adapter
+from tests import tiny
+from tests.merging.cases import DIRECTION, MULTIPLIER, SEVERAL, VECTOR
+from tests.merging.fresh import lively, logits, logits_in_a_fresh_process
+
+peft = pytest.importorskip("peft", minversion="0.21")
+
+pytestmark = [
+    pytest.mark.xdist_group("adapters"),
+    pytest.mark.filterwarnings(
+        "ignore:.*script_method.*:DeprecationWarning", "ignore::FutureWarning:transformers", "ignore::UserWarning:peft"
+    ),
+]
+
+_SCRIPT = """
+import sys
+sys.modules["steering_vectors"] = None  # an import of it fails
+import torch, transformers, peft
+ids, items = torch.load(sys.argv[1])
+made = {}
+for item in items:
+    base, adapter = item.split("|")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        made[item] = model(ids, use_cache=False).logits
+        with model.disable_adapter():
+            assert torch.equal(model(ids, use_cache=False).logits, plain)
+torch.save(made, sys.argv[2])
+"""
+
+# A case's name → the architecture, what its config says besides, and True if biases are random.
+ABLATED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    **{
+        name: (name, {}, True)
+        for name in (
+            *("cohere", "falcon", "gemma", "granite", "llama", "mistral", "mixtral", "nemotron", "phi3", "qwen2"),
+            *("qwen2_moe", "qwen3", "qwen3_moe", "stablelm"),
+        )
+    },
+    **{name: (name, {}, False) for name in ("gpt2", "gpt_neox", "phi")},
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, True),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}, True),
+}
+ADDED = [
+    *("cohere", "falcon", "gemma", "gpt_neo", "gpt_neox", "gptj", "granite", "llama", "mamba", "mistral", "opt", "phi"),
+    *("nemotron", "phi3", "qwen2", "qwen3", "stablelm"),
+]
+CASES = [
+    *(("ablated", name) for name in ABLATED),
+    *(("ablated by 0.7", name) for name in ("llama", "mixtral")),
+    *(("without three", name) for name in ("llama", "qwen2", "qwen3_moe")),
+    *(("added", name) for name in ADDED),
+]
+
+
+def made_for(kind: str, name: str) -> Any:
+    if kind == "added":
+        return lively(name)
+    architecture, settings, biases = ABLATED[name]
+    return lively(architecture, **settings) if biases else tiny.build(architecture, **settings)
+
+
+def steered(kind: str, model: Any) -> Tensor:
+    contexts: dict[str, Callable[[], Any]] = {
+        "ablated": lambda: ablate_everywhere(model, DIRECTION),
+        "ablated by 0.7": lambda: ablate_everywhere(model, DIRECTION, strength=0.7),
+        "without three": lambda: ablate_everywhere(model, SEVERAL),
+        "added": lambda: VECTOR.apply(model, multiplier=MULTIPLIER),
+    }
+    with contexts[kind]():
+        return logits(model)
+
+
+def written(kind: str, model: Any, folder: Path) -> Adapter:
+    if kind == "added":
+        return to_adapter(VECTOR, model, folder, multiplier=MULTIPLIER)
+    direction, strength = (SEVERAL if "three" in kind else DIRECTION), (0.7 if "0.7" in kind else 1.0)
+    return to_adapter(direction, model, folder, operator=ablation_operator(), multiplier=strength)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Tensor]:
+    """By case, the logits that PEFT computes in a fresh process."""
+    folder, items = tmp_path_factory.mktemp("adapters"), {}
+    for number, (kind, name) in enumerate(CASES):
+        model, base = made_for(kind, name), folder / f"base{number}"
+        model.save_pretrained(base)
+        written(kind, model, folder / f"adapter{number}")
+        items[kind, name] = f"{base}|{folder / f'adapter{number}'}"
+    found = logits_in_a_fresh_process(items.values(), folder, script=_SCRIPT)
+    return {case: found[item] for case, item in items.items()}
+
+
+class TestEachCase:
+    @pytest.mark.parametrize(("kind", "name"), CASES)
+    def test_computes_what_the_steered_model_does_in_a_fresh_process(self, fresh: Any, kind: str, name: str) -> None:
+        model = made_for(kind, name)
+        expected = steered(kind, model)
+        torch.testing.assert_close(fresh[kind, name], expected, atol=2e-5, rtol=1e-5)
+        assert (expected - logits(model)).abs().max() > 0.05
+
+    def test_without_the_embedding_misses_nearly_the_whole_effect(self, tmp_path: Path) -> None:
+        """As such adapters are often made."""
+        model = lively("llama")
+        written("ablated", model, tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole", tmp_path / "lame")
+        tensors = load_file(tmp_path / "lame" / "adapter_model.safetensors")
+        for name, tensor in tensors.items():
+            if "embedding" in name:
+                tensor.zero_()
+        save_file(tensors, tmp_path / "lame" / "adapter_model.safetensors", {"format": "pt"})
+        expected, plain = steered("ablated", model), logits(model)
+        lame = logits(peft.PeftModel.from_pretrained(model, tmp_path / "lame").eval())
+        assert (lame - expected).abs().max() > 0.3 * (plain - expected).abs().max()
+
+
+class TestTheFolder:
+    def test_has_the_adapter_alone_and_no_base_weights(self, tmp_path: Path) -> None:
+        model = lively("llama")
+        adapter = written("ablated", model, tmp_path / "ablated")
+        assert adapter.folder == tmp_path / "ablated"
+        names = load_file(tmp_path / "ablated" / "adapter_model.safetensors")
+        assert all("lora" in name for name in names)
+        assert len(names) == 2 * (2 * tiny.LAYERS + 1)
+        files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "steering_adapter.json"}
+        config = json.loads((tmp_path / "ablated" / "adapter_config.json").read_text())
+        assert sorted(config["target_modules"]) == ["down_proj", "embed_tokens", "o_proj"]
+
+    def test_names_the_operation_and_the_weights_of_the_base(self, tmp_path: Path) -> None:
+        hashes = []
+        for model in (lively("llama"), lively("llama"), lively("llama").bfloat16()):
+            to_adapter(VECTOR, model, tmp_path / "added", multiplier=0.2)
+            facts = json.loads((tmp_path / "added" / "steering_adapter.json").read_text())
+            assert (facts["operation"], facts["layers"], facts["multiplier"]) == ("add", [0, 2], 0.2)
+            hashes.append(facts["base_sha256"])
+        assert hashes[0] == hashes[1] != hashes[2]
+
+    def test_s_name_changes_with_the_contents(self, tmp_path: Path) -> None:
+        model = lively("llama")
+        names = [written(kind, model, tmp_path / "x").name for kind in ("ablated", "ablated", "ablated by 0.7")]
+        assert names[0] == names[1] != names[2]
+        assert all(name.startswith("x-") and len(name) == 10 for name in names)
+
+    def test_of_an_older_adapter_is_replaced_whole(self, tmp_path: Path) -> None:
+        model = lively("llama")
+        written("added", model, tmp_path / "x")
+        (tmp_path / "x" / "old").touch()
+        written("ablated", model, tmp_path / "x")
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        assert not (tmp_path / "x" / "old").exists()
+
+    def test_with_something_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "cat.png").touch()
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError, match="photos has other files than an adapter's"):
+            written("added", lively("llama"), tmp_path / "photos")
+        with pytest.raises(FileExistsError, match="file is a file: an adapter is a folder"):
+            written("added", lively("llama"), tmp_path / "file")
+
+    def test_stays_as_it_was_if_writing_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = lively("llama")
+        written("added", model, tmp_path / "x")
+        before = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
+
+        def fail(self: Any, path: str, **kwargs: Any) -> None:
+            Path(path).mkdir()
+            (Path(path) / "adapter_config.json").touch()
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(peft.PeftModel, "save_pretrained", fail)
+        with pytest.raises(OSError, match="no space left"):
+            written("ablated", model, tmp_path / "x")
+        with pytest.raises(OSError, match="no space left"):
+            written("ablated", model, tmp_path / "y")
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        assert (tmp_path / "x" / "adapter_model.safetensors").read_bytes() == before
+
+
+class TestForVLLM:
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("llama", "--enable-lora --max-lora-rank 1 --max-loras 2 --lora-modules"),
+            ("qwen2", "--enable-lora --max-lora-rank 1 --max-loras 2 --model-impl transformers --lora-modules"),
+        ],
+    )
+    def test_an_ablation_names_the_options_of_the_server(self, tmp_path: Path, name: str, options: str) -> None:
+        adapter = written("ablated", made_for("ablated", name), tmp_path / "x")
+        assert adapter.vllm_options == f"{options} {adapter.name}={tmp_path / 'x'}"
+        assert (adapter.why_not_vllm, adapter.rank) == ("", 1)
+
+    def test_several_directions_need_a_rank_that_vllm_has(self, tmp_path: Path) -> None:
+        adapter = written("without three", lively("llama"), tmp_path / "x")
+        assert (adapter.rank, adapter.vllm["max_lora_rank"]) == (3, 8)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "reason"),
+        [
+            ("added", "llama", "no adapters that add a constant"),
+            ("ablated", "gpt2", "named embed_tokens alone, and not on wpe, wte"),
+            ("ablated", "mixtral", "adapters on experts were not tried"),
+        ],
+    )
+    def test_what_it_can_t_serve_has_a_reason(self, tmp_path: Path, kind: str, name: str, reason: str) -> None:
+        adapter = written(kind, made_for(kind, name), tmp_path / "x")
+        assert reason in adapter.why_not_vllm
+        assert adapter.vllm_options == ""
+
+
+def test_the_given_model_stays_as_it_was(tmp_path: Path) -> None:
+    model = lively("llama").train()
+    before, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    for kind in ("added", "ablated"):
+        written(kind, model, tmp_path / kind)
+    assert model.training
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["added", "ablated"])
+def test_half_precision_agrees_to_its_rounding(kind: str, tmp_path: Path) -> None:
+    model = tiny.build("llama").bfloat16()
+    written(kind, model, tmp_path / kind)
+    expected = steered(kind, model)
+    adapted = logits(peft.PeftModel.from_pretrained(model, tmp_path / kind).eval())
+    torch.testing.assert_close(adapted, expected, atol=0.1, rtol=0.05)
+
+
+REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
+    "a norm after an ablated part": (DIRECTION, lambda: lively("gemma2"), {"operator": ablation_operator()}, ValueError,
+        "a Gemma2RMSNorm, is not computed by a linear layer alone"),
+    "a norm after an added bias": (VECTOR, lambda: lively("gemma2"), {}, ValueError,
+        "no linear layer of model.layers.0, a Gemma2DecoderLayer, is added to the stream as it is"),
+    "experts": (VECTOR, lambda: lively("mixtral"), {}, ValueError, "a mixture of experts comes after"),
+    "Conv1D": (VECTOR, lambda: lively("gpt2"), {}, ValueError, "of a kind to which PEFT can't add a bias"),
+    "biases": (DIRECTION, lambda: lively("phi"), {"operator": ablation_operator()}, ValueError,
+        "dense.bias is a bias with a part along the direction, .* merge_ablation"),
+    "positions": (DIRECTION, lambda: tiny.build("opt"), {"operator": ablation_operator()}, ValueError,
+        "PEFT's adapters don't fit OPTForCausalLM"),
+    "another operator": (VECTOR, lambda: lively("llama"), {"operator": clamp_operator(1.0)}, ValueError,
+        "an adapter can do addition_operator\\(\\) and ablation_operator\\(\\), got clamp_operator"),
+    "a lambda": (VECTOR, lambda: lively("llama"), {"operator": lambda h, d: d}, ValueError, "got <function"),
+    "a direction to add": (DIRECTION, lambda: lively("llama"), {"operator": addition_operator()}, TypeError,
+        "whose directions have layers, got Tensor: for an ablation everywhere, pass operator=ablation_operator"),
+    "tokens": (VECTOR, lambda: lively("llama"), {"tokens": [0]}, TypeError, "an adapter acts at every token"),
+    "no directions": (SteeringVector({}), lambda: lively("llama"), {}, ValueError, "the vector has no directions"),
+    "a layer type": (SteeringVector({0: torch.ones(32)}, "mlp"), lambda: lively("llama"), {}, ValueError,
+        "outputs can be written into an adapter, and this one is of mlp"),
+    "zeros": (torch.zeros(32), lambda: lively("llama"), {"operator": ablation_operator()}, ValueError, "all zeros"),
+    "layers": (VECTOR, lambda: lively("llama"), {"operator": ablation_operator()}, ValueError, "removes one direction"),
+    "a list": ([1.0] * 32, lambda: lively("llama"), {"operator": ablation_operator()}, TypeError, "got list"),
+    "meta": (VECTOR, lambda: lively("llama").to("meta"), {}, ValueError, "weights aren't loaded"),
+    "a layer": (SteeringVector({3: torch.ones(32)}), lambda: lively("llama"), {}, ValueError, "layer 3 does not exist"),
+    "NaN": (VECTOR, lambda: lively("llama"), {"multiplier": float("nan")}, ValueError, "multiplier must be finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_t_be_exact_is_refused_in_words_and_nothing_written(case: str, tmp_path: Path) -> None:
+    given, make, arguments, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        to_adapter(given, make(), tmp_path / "x", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forgotten_weight_would_be_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from steering_vectors.merging import adapters
+
+    monkeypatch.setattr(adapters, "_fill", lambda *args: None)
+    for kind in ("added", "ablated"):
+        with pytest.raises(ValueError, match="the adapted model would compute something else"):
+            written(kind, lively("llama"), tmp_path / "x")
+
+
+def test_an_adapted_model_is_refused(tmp_path: Path) -> None:
+    adapted = peft.get_peft_model(lively("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"merge the adapter first, with model.merge_and_unload\(\)"):
+        to_adapter(VECTOR, adapted, tmp_path / "x")
+
+
+def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"needs peft 0.21 or newer: pip install 'steering-vectors\[adapters\]'"):
+        to_adapter(VECTOR, lively("llama"), tmp_path / "x")
+
+
+def test_smollm2_ablated_by_weights_and_by_an_adapter_computes_the_same(smollm2: Any, tmp_path: Path) -> None:
+    model, tokenizer = smollm2
+    ids = tokenizer("The weather in Paris is", return_tensors="pt")["input_ids"]
+    direction = torch.randn(2, 576, generator=torch.Generator().manual_seed(0))
+    with ablate_everywhere(model, direction):
+        expected = logits(model, ids)
+    assert (expected - logits(model, ids)).abs().max() > 0.5
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the embeddings are no longer tied")
+        merged = merge_ablation(model, direction)
+    torch.testing.assert_close(logits(merged, ids), expected, atol=2e-4, rtol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    del merged
+    (fresh,) = logits_in_a_fresh_process([tmp_path / "merged"], tmp_path, ids).values()
+    torch.testing.assert_close(fresh, expected, atol=2e-4, rtol=1e-5)
+    adapter = to_adapter(direction, model, tmp_path / "adapter", operator=ablation_operator())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2e6
+    item = f"{model.name_or_path}|{adapter.folder}"
+    (fresh,) = logits_in_a_fresh_process([item], tmp_path, ids, _SCRIPT).values()
+    torch.testing.assert_close(fresh, expected, atol=2e-4, rtol=1e-5)
