@@ -241,7 +241,7 @@ class TestTheFrontDoor:
         shown = {name for name in dir(steering_vectors) if not name.startswith("_")}
         modules = {module.removesuffix(".__init__") for module in FILES if not module.startswith("_")}
         modules = {module for module in modules if "." not in module}
-        assert shown == {*steering_vectors.__all__, *modules} - {"demo", "__main__"}
+        assert shown == {*steering_vectors.__all__, *modules} - LEVELS[-1]
         for name in shown:
             assert getattr(steering_vectors, name) is not None
 

@@ -7,6 +7,27 @@ from typing import Annotated
 
 import typer
 
+from steering_vectors.cli.export_app import export_app
+from steering_vectors.cli.options import (
+    EXAMPLES,
+    BatchSize,
+    Device,
+    Dtype,
+    GgufFile,
+    ItemsFile,
+    Layers,
+    ModelAndPairs,
+    ModelName,
+    NewFile,
+    NewFolder,
+    Output,
+    Seed,
+    Selected,
+    Strengths,
+    TextsFile,
+    VectorName,
+)
+
 app = typer.Typer(
     name="steering-vectors",
     help="Train steering vectors, steer models with them, and measure what they do.",
@@ -15,36 +36,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Every command is a line or two of Python, which the documentation shows. --debug: where an error arose.",
 )
-export_app = typer.Typer(help="Write a vector for other programs.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(export_app, name="export")
-
-ModelAndPairs = Annotated[
-    list[str], typer.Argument(metavar="[MODEL] PAIRS", help="A model of the hub or a folder, and a CSV or JSONL file.")
-]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model of the hub, or a folder.")]
-VectorName = Annotated[str, typer.Argument(metavar="VECTOR", help="A vector's file, folder, or repository.")]
-ItemsFile = Annotated[
-    Path, typer.Argument(metavar="ITEMS", help="A CSV or JSONL file with prompt, matching and not_matching.")
-]
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the result as JSON.")]
-NewFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")]
-NewFolder = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")]
-Layers = Annotated[str | None, typer.Option(metavar="10-16", help="The layers, such as 12, 10-16 or 8,12,-1.")]
-Strengths = Annotated[
-    list[float] | None, typer.Option("-m", "--multiplier", metavar="NUMBER", help="A multiplier; may be repeated.")
-]
-Selected = Annotated[str, typer.Option(metavar="generated|all|prompt", help="The tokens to steer.")]
-BatchSize = Annotated[int, typer.Option(metavar="NUMBER", help="The number of samples or items in a pass.")]
-GgufFile = Annotated[str | None, typer.Option(metavar="NAME", help="The GGUF file in the model's folder.")]
-Dtype = Annotated[str | None, typer.Option(metavar="float32|bfloat16", help="The dtype to run the model in.")]
-Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="The device to run the model on.")]
-TextsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Neutral texts, one in each line.")]
-Seed = Annotated[int, typer.Option(metavar="NUMBER", help="The seed of controls and intervals.")]
-_EXAMPLES = "\b\nExamples:\n"
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors train pairs.csv -o joy.safetensors\n"
+    epilog=f"{EXAMPLES}  steering-vectors train pairs.csv -o joy.safetensors\n"
     "  steering-vectors train Qwen/Qwen2.5-0.5B-Instruct pairs.jsonl --layers 10-16 -o joy.safetensors"
 )
 def train(
@@ -65,7 +61,7 @@ def train(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors generate joy.safetensors 'I think that' -m -2 -m 0 -m 2\n"
+    epilog=f"{EXAMPLES}  steering-vectors generate joy.safetensors 'I think that' -m -2 -m 0 -m 2\n"
     "  steering-vectors generate MODEL joy.safetensors 'How are you?' --chat --max-new-tokens 80"
 )
 def generate(
@@ -85,7 +81,7 @@ def generate(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors chat MODEL joy.safetensors\n"
+    epilog=f"{EXAMPLES}  steering-vectors chat MODEL joy.safetensors\n"
     "  steering-vectors chat MODEL joy.safetensors formal.safetensors -m 1 -m 0.5"
 )
 def chat(
@@ -103,7 +99,7 @@ def chat(
     talking.chat(arguments, multiplier, tokens, max_new_tokens, (gguf_file, dtype, device))
 
 
-@app.command(epilog=f"{_EXAMPLES}  steering-vectors show joy.safetensors\n  steering-vectors show user/joy")
+@app.command(epilog=f"{EXAMPLES}  steering-vectors show joy.safetensors\n  steering-vectors show user/joy")
 def show(vector: VectorName) -> None:
     """Show a vector's layers, norms, and how it was made."""
     from steering_vectors.cli import vectors
@@ -112,7 +108,7 @@ def show(vector: VectorName) -> None:
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors evaluate MODEL joy.safetensors items.jsonl\n"
+    epilog=f"{EXAMPLES}  steering-vectors evaluate MODEL joy.safetensors items.jsonl\n"
     "  steering-vectors evaluate MODEL joy.safetensors items.csv --pairs pairs.csv -o result.json"
 )
 def evaluate(
@@ -146,7 +142,7 @@ def evaluate(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors sweep MODEL joy.safetensors items.jsonl --layers 8-20 --max-kl 0.5\n"
+    epilog=f"{EXAMPLES}  steering-vectors sweep MODEL joy.safetensors items.jsonl --layers 8-20 --max-kl 0.5\n"
     "  steering-vectors sweep MODEL joy.safetensors items.jsonl --resume sweep.json"
 )
 def sweep(
@@ -177,7 +173,7 @@ def sweep(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors calibrate MODEL joy.safetensors\n"
+    epilog=f"{EXAMPLES}  steering-vectors calibrate MODEL joy.safetensors\n"
     "  steering-vectors calibrate MODEL joy.safetensors --max-kl 0.3 --texts texts.txt"
 )
 def calibrate(
@@ -199,7 +195,7 @@ def calibrate(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors diagnose pairs.csv\n"
+    epilog=f"{EXAMPLES}  steering-vectors diagnose pairs.csv\n"
     "  steering-vectors diagnose MODEL pairs.jsonl --tokens mean --layers 8-20"
 )
 def diagnose(
@@ -220,7 +216,7 @@ def diagnose(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors plot result.json -o result.png\n"
+    epilog=f"{EXAMPLES}  steering-vectors plot result.json -o result.png\n"
     "  steering-vectors plot sweep.json -o sweep.svg"
 )
 def plot(
@@ -234,7 +230,7 @@ def plot(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors combine joy.safetensors:1 formal.safetensors:-0.5 -o both.safetensors\n"
+    epilog=f"{EXAMPLES}  steering-vectors combine joy.safetensors:1 formal.safetensors:-0.5 -o both.safetensors\n"
     "  steering-vectors combine user/joy:2 -o twice.safetensors"
 )
 def combine(
@@ -248,7 +244,7 @@ def combine(
 
 
 @app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors ablate MODEL refusal.safetensors -o model-without\n"
+    epilog=f"{EXAMPLES}  steering-vectors ablate MODEL refusal.safetensors -o model-without\n"
     "  steering-vectors ablate MODEL refusal.safetensors --layers 16 -o model-without"
 )
 def ablate(
@@ -263,73 +259,3 @@ def ablate(
     from steering_vectors.cli import exporting
 
     exporting.ablate(model, vector, output, layers, (gguf_file, dtype, None))
-
-
-@export_app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors export gguf joy.safetensors -o joy.gguf\n"
-    "  steering-vectors export gguf joy.safetensors -m 1.5 -o joy.gguf"
-)
-def gguf(
-    vector: VectorName, output: NewFile, multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0
-) -> None:
-    """Write a control vector for llama.cpp, and print the options that apply it."""
-    from steering_vectors.cli import exporting
-
-    exporting.gguf(vector, output, multiplier)
-
-
-@export_app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors export adapter MODEL joy.safetensors -o joy-adapter\n"
-    "  steering-vectors export adapter MODEL refusal.safetensors --ablate -o without-refusal"
-)
-def adapter(
-    model: ModelName,
-    vector: VectorName,
-    output: NewFolder,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Ablate the direction everywhere instead of adding it.")
-    ] = False,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = None,
-) -> None:
-    """Write a PEFT adapter."""
-    from steering_vectors.cli import exporting
-
-    exporting.adapter(model, vector, output, multiplier, ablate, (gguf_file, dtype, None))
-
-
-@export_app.command(
-    name="lm-eval",
-    epilog=f"{_EXAMPLES}  steering-vectors export lm-eval MODEL joy.safetensors -o joy.pt\n"
-    "  steering-vectors export lm-eval MODEL joy.safetensors -m 2 -o joy.pt",
-)
-def lm_eval(
-    model: ModelName,
-    vector: VectorName,
-    output: NewFile,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
-    gguf_file: GgufFile = None,
-) -> None:
-    """Write the file that lm-evaluation-harness's model type 'steered' reads."""
-    from steering_vectors.cli import exporting
-
-    exporting.lm_eval(model, vector, output, multiplier, (gguf_file, None, None))
-
-
-@export_app.command(
-    epilog=f"{_EXAMPLES}  steering-vectors export weights MODEL joy.safetensors -o joyful-model\n"
-    "  steering-vectors export weights MODEL joy.safetensors -m 1.5 -o joyful-model"
-)
-def weights(
-    model: ModelName,
-    vector: VectorName,
-    output: NewFolder,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = None,
-) -> None:
-    """Write a model that is always steered, without this library."""
-    from steering_vectors.cli import exporting
-
-    exporting.weights(model, vector, output, multiplier, (gguf_file, dtype, None))

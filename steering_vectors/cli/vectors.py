@@ -42,7 +42,8 @@ def train(
         show_progress=shows_progress(),
     )
     vector.save(output)
-    note(f"{output}: {len(samples)} pairs, layers {vector.layers[0]} to {vector.layers[-1]}")
+    first, last = vector.layers[0], vector.layers[-1]
+    note(f"{output}: {len(samples)} pairs, {f'layer {first}' if first == last else f'layers {first} to {last}'}")
 
 
 def model_and_pairs(arguments: Sequence[str]) -> tuple[str | None, Path]:

@@ -1,0 +1,81 @@
+"""The commands that write a vector for other programs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from steering_vectors.cli.options import EXAMPLES, Dtype, GgufFile, ModelName, NewFile, NewFolder, VectorName
+
+export_app = typer.Typer(help="Write a vector for other programs.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@export_app.command(
+    epilog=f"{EXAMPLES}  steering-vectors export gguf joy.safetensors -o joy.gguf\n"
+    "  steering-vectors export gguf joy.safetensors -m 1.5 -o joy.gguf"
+)
+def gguf(
+    vector: VectorName, output: NewFile, multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0
+) -> None:
+    """Write a control vector for llama.cpp, and print the options that apply it."""
+    from steering_vectors.cli import exporting
+
+    exporting.gguf(vector, output, multiplier)
+
+
+@export_app.command(
+    epilog=f"{EXAMPLES}  steering-vectors export adapter MODEL joy.safetensors -o joy-adapter\n"
+    "  steering-vectors export adapter MODEL refusal.safetensors --ablate -o without-refusal"
+)
+def adapter(
+    model: ModelName,
+    vector: VectorName,
+    output: NewFolder,
+    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Ablate the direction everywhere instead of adding it.")
+    ] = False,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write a PEFT adapter."""
+    from steering_vectors.cli import exporting
+
+    exporting.adapter(model, vector, output, multiplier, ablate, (gguf_file, dtype, None))
+
+
+@export_app.command(
+    name="lm-eval",
+    epilog=f"{EXAMPLES}  steering-vectors export lm-eval MODEL joy.safetensors -o joy.pt\n"
+    "  steering-vectors export lm-eval MODEL joy.safetensors -m 2 -o joy.pt",
+)
+def lm_eval(
+    model: ModelName,
+    vector: VectorName,
+    output: NewFile,
+    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    gguf_file: GgufFile = None,
+) -> None:
+    """Write the file that lm-evaluation-harness's model type 'steered' reads."""
+    from steering_vectors.cli import exporting
+
+    exporting.lm_eval(model, vector, output, multiplier, (gguf_file, None, None))
+
+
+@export_app.command(
+    epilog=f"{EXAMPLES}  steering-vectors export weights MODEL joy.safetensors -o joyful-model\n"
+    "  steering-vectors export weights MODEL joy.safetensors -m 1.5 -o joyful-model"
+)
+def weights(
+    model: ModelName,
+    vector: VectorName,
+    output: NewFolder,
+    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write a model that is always steered, without this library."""
+    from steering_vectors.cli import exporting
+
+    exporting.weights(model, vector, output, multiplier, (gguf_file, dtype, None))

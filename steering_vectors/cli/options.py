@@ -1,0 +1,32 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelAndPairs = Annotated[
+    list[str], typer.Argument(metavar="[MODEL] PAIRS", help="A model of the hub or a folder, and a CSV or JSONL file.")
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model of the hub, or a folder.")]
+VectorName = Annotated[str, typer.Argument(metavar="VECTOR", help="A vector's file, folder, or repository.")]
+ItemsFile = Annotated[
+    Path, typer.Argument(metavar="ITEMS", help="A CSV or JSONL file with prompt, matching and not_matching.")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the result as JSON.")]
+NewFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The file to write.")]
+NewFolder = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")]
+Layers = Annotated[str | None, typer.Option(metavar="10-16", help="The layers, such as 12, 10-16 or 8,12,-1.")]
+Strengths = Annotated[
+    list[float] | None, typer.Option("-m", "--multiplier", metavar="NUMBER", help="A multiplier; may be repeated.")
+]
+Selected = Annotated[str, typer.Option(metavar="generated|all|prompt", help="The tokens to steer.")]
+BatchSize = Annotated[int, typer.Option(metavar="NUMBER", help="The number of samples or items in a pass.")]
+GgufFile = Annotated[str | None, typer.Option(metavar="NAME", help="The GGUF file in the model's folder.")]
+Dtype = Annotated[str | None, typer.Option(metavar="float32|bfloat16", help="The dtype to run the model in.")]
+Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="The device to run the model on.")]
+TextsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Neutral texts, one in each line.")]
+Seed = Annotated[int, typer.Option(metavar="NUMBER", help="The seed of controls and intervals.")]
+EXAMPLES = "\b\nExamples:\n"
