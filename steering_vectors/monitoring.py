@@ -214,7 +214,10 @@ class SteeringMonitor:
         if current.number not in self._passes:
             try:
                 positions = current.positions
-            except ValueError:  # several texts in one row
+                several = positions.several_texts
+            except ValueError:  # several texts in one row, and a cache
+                several = True
+            if several:
                 self._passes[current.number] = _WatchedPass(current.thread, None, None)
             else:
                 ids = None if positions.input_ids is None else positions.input_ids.detach().clone()
