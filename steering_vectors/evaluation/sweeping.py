@@ -18,7 +18,7 @@ from steering_vectors.evaluation.cells import Cells, hash_of, hash_of_model, has
 from steering_vectors.evaluation.controls import Controls, control_vectors
 from steering_vectors.evaluation.evaluating import Variant, variants_of
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
-from steering_vectors.evaluation.measuring import Question, continuations_of_texts
+from steering_vectors.evaluation.measuring import ItemBatch, Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, text_propensity
@@ -200,10 +200,16 @@ class _Grid:
         half: Tensor,
     ) -> Iterator[PointRow]:
         """Yield a row for each control, and for the vector under each variant, at the chosen layer and multiplier."""
+        batches = self._held_out(self.questions, half) if vectors else []
         for name, control in vectors.items():
-            yield _point(self.plan, name, control, chosen.multiplier, self.questions, half)
+            yield _point(self.plan, name, control, chosen.multiplier, batches)
         for name, asked in otherwise.items():
-            yield _point(self.plan, name, self.vector[chosen.layer], chosen.multiplier, asked, half)
+            yield _point(self.plan, name, self.vector[chosen.layer], chosen.multiplier, self._held_out(asked, half))
+
+    def _held_out(self, questions: Sequence[Question], half: Tensor) -> list[ItemBatch]:
+        numbers = set(half.tolist())
+        asked = [question for question in questions if question.item in numbers]
+        return [self.plan.item_batch(part) for part in self.plan.parts_of_items(asked)]
 
     def _rows(self, halves: tuple[Tensor, Tensor], seed: int) -> Iterator[SweepRow]:
         item_parts, text_parts = range(len(self._item_parts())), range(len(self._text_parts()))
@@ -264,13 +270,10 @@ def _row(
 
 
 def _point(
-    plan: Plan, condition: str, vector: SteeringVector, multiplier: float, questions: Sequence[Question], half: Tensor
+    plan: Plan, condition: str, vector: SteeringVector, multiplier: float, batches: Sequence[ItemBatch]
 ) -> PointRow:
     """Return a row of the chosen layer and multiplier, measured on the items that were held out."""
-    held_out = set(half.tolist())
-    asked = [question for question in questions if question.item in held_out]
-    parts = [plan.item_batch(part) for part in plan.parts_of_items(asked)]
-    scores = torch.cat([part.scores(plan.steering(vector), [0.0, multiplier]).propensities for part in parts])
+    scores = torch.cat([batch.scores(plan.steering(vector), [0.0, multiplier]).propensities for batch in batches])
     gains = scores[:, 1] - scores[:, 0]
     low, high = bootstrap_interval(gains, plan.seed)
     return PointRow(condition, float(gains.mean()), low, high)
