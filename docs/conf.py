@@ -47,6 +47,7 @@ python_maximum_signature_line_length = 80
 # No inventory of other projects' pages can be fetched in a build without network.
 _ELSEWHERE = [
     "AbstractContextManager",
+    "Axes",
     "Tensor",
     "nn.Module",
     "os.PathLike",

@@ -22,6 +22,7 @@ else:
 
 __all__ = ["heatmap", "layer_diagnostics", "projections", "propensity_curves"]
 
+_FEW_LAYERS = 12  # each has its number below
 # Colours like those of Okabe and Ito that stand out from white and from black.
 _BLUE, _ORANGE, _GREEN, _PINK, _GREY = "#1e88cf", "#d55e00", "#009e73", "#cc79a7", "#808080"
 
@@ -80,8 +81,13 @@ def propensity_curves(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes
     axes.set_xlabel("multiplier")
     axes.set_ylabel(f"propensity{_unit(evaluation)}")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize="small")
+    _legend_above(axes, handles[::-1], labels[::-1])
     return axes
+
+
+def _legend_above(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    where: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.45, 1)}
+    axes.legend(handles, labels, **where, ncols=2, frameon=False, fontsize="small")
 
 
 def _unit(result: Evaluation | Sweep) -> str:
@@ -212,7 +218,9 @@ def layer_diagnostics(diagnosis: Diagnosis, *, ax: Axes | Sequence[Axes] | None 
     for label, (values, line) in lines.items():
         drawn[0].plot(layers, values, label=label, markersize=4, **line._asdict())
     drawn[0].set_ylabel("share or cosine")
-    drawn[0].legend(frameon=False, fontsize="small")
+    _legend_above(drawn[0], *drawn[0].get_legend_handles_labels())
+    if len(layers) <= _FEW_LAYERS:
+        drawn[0].set_xticks(layers)
     if len(drawn) > 1:
         drawn[1].bar(layers, [row.separation for row in diagnosis.rows], color=_BLUE)
         drawn[1].set_ylabel("separation d'\n(standard deviations)")

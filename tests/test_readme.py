@@ -24,8 +24,11 @@ def test_the_readme_runs_as_one_script(
     script = "\n".join(textwrap.dedent(block) for block in blocks)
     exec(compile(script, str(README), "exec"), {})
     printed = capsys.readouterr().out
-    (shown, *_) = re.findall(r"\.\. code-block:: text\n\n((?:    .*\n|\n)+)", README.read_text())
-    assert printed.startswith(textwrap.dedent(shown).rstrip())
+    shown = re.findall(r"\.\. code-block:: text\n\n((?:    .*\n|\n)+)", README.read_text())
+    assert len(shown) == 2
+    assert printed.startswith("\n".join(textwrap.dedent(block).strip() for block in shown))
+    assert "\nsteers: " in shown[1].replace("    ", "")
+    assert max(len(line) for line in textwrap.dedent(shown[1]).splitlines()) <= 80
 
 
 def test_the_first_example_fits_a_narrow_window_with_one_statement_a_line() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from drawings import blocks, operators, projections, selections, strengths
+from drawings import blocks, evaluations, operators, projections, selections, strengths
 from drawings.models import NoModelError
 from drawings.themes import DARK, LIGHT, THEMES, Theme
 from drawings.traces import steered_text
@@ -19,10 +19,14 @@ __all__ = ["DARK", "LIGHT", "PICTURES", "THEMES", "NoModelError", "Theme", "stee
 
 PICTURES: Mapping[str, Callable[[Theme], Figure]] = {
     "block": blocks.draw,
+    "curves": evaluations.draw_curves,
+    "diagnosis": evaluations.draw_diagnosis,
     "operators": operators.draw,
     "projections": projections.draw,
     "selections": selections.draw,
     "strengths": strengths.draw,
+    "sweep": evaluations.draw_sweep,
+    "watched": evaluations.draw_watched,
 }
 
 

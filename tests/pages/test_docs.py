@@ -31,7 +31,7 @@ from steering_vectors import (
 from tests import tiny, tiny_vision
 
 DOCS = Path(__file__).parents[2] / "docs"
-NOTEBOOK = DOCS / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = ["quickstart", "evaluation"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.rst"))]
 ON_QUANTIZED = ["howto/quantized.rst"]  # run by tests/wrapped/test_quantized.py, which has what it needs
@@ -253,8 +253,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(steering_vectors.__all__) <= set(documented)
 
 
-def test_the_notebook_is_committed_without_outputs() -> None:
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_committed_without_outputs(name: str) -> None:
+    notebook = json.loads((DOCS / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(cells) > 4
     for cell in cells:
@@ -262,27 +263,49 @@ def test_the_notebook_is_committed_without_outputs() -> None:
         assert cell["execution_count"] is None
 
 
-@pytest.mark.filterwarnings("ignore")  # those of Jupyter; the notebook's own show in its outputs
-@pytest.mark.usefixtures("smollm2")  # which keeps the model where the notebook's process finds it
-def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_notebook(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Run a notebook in a process of its own, and return each cell's outputs by its id."""
     import nbclient
     import nbformat
 
     monkeypatch.syspath_prepend(DOCS)
     local_hub = importlib.import_module("local_hub")
-    environment = {**os.environ, **local_hub.offline_environment(tmp_path), "OMP_NUM_THREADS": "1"}
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = {**os.environ, **local_hub.offline_environment(folder), "OMP_NUM_THREADS": "1"}
+    notebook = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(DOCS.parent)}})
     client.execute(env=environment)
-    outputs = {cell["id"]: cell.get("outputs", []) for cell in notebook.cells}
-    printed = {name: "".join(output.get("text", "") for output in group) for name, group in outputs.items()}
+    return {cell["id"]: cell.get("outputs", []) for cell in notebook.cells}
+
+
+def printed_by(outputs: list[Any]) -> str:
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def has_picture(outputs: list[Any]) -> bool:
+    return any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Jupyter; the notebook's own show in its outputs
+@pytest.mark.usefixtures("smollm2")  # which keeps the model where the notebook's process finds it
+def test_the_quickstart_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = run_notebook("quickstart", tmp_path, monkeypatch)
     assert "SteeringVector(layers=[0-29]" in outputs["train"][0]["data"]["text/plain"]
     assert ">[0-29]</td>" in outputs["train"][0]["data"]["text/html"]
-    assert "monstrosity" in printed["apply"]
-    trained, random = (
-        [float(effect) for effect in line.split()[1:]] for line in printed["control"].splitlines() if line.strip()
-    )
+    assert "monstrosity" in printed_by(outputs["apply"])
+    lines = printed_by(outputs["control"]).splitlines()
+    trained, random = ([float(effect) for effect in line.split()[1:]] for line in lines if line.strip())
     assert trained == sorted(trained)
     assert trained[-1] - trained[0] > 4 * abs(random[-1] - random[0])
-    for name in ("control", "layers"):
-        assert any("image/png" in output.get("data", {}) for output in outputs[name])
+    assert all(has_picture(outputs[name]) for name in ("control", "layers"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("smollm2")
+def test_the_notebook_on_evaluation_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = run_notebook("evaluation", tmp_path, monkeypatch)
+    assert all(has_picture(outputs[name]) for name in ("diagnose", "sweep", "curves", "monitor"))
+    assert any("steers: on items held out" in str(output.get("data", {})) for output in outputs["sweep"])
+    assert "\nsteers: its slope is +" in printed_by(outputs["evaluate"])
+    assert re.search(r"p95\nvector .* 0 of 10 ", printed_by(outputs["evaluate"]))
+    assert len(printed_by(outputs["each"]).splitlines()) == 10
+    assert "of 0.3 allowed" in printed_by(outputs["calibrate"])

@@ -22,10 +22,10 @@ sys.path.insert(0, str(DOCS))
 
 import drawings  # noqa: E402
 import local_hub  # noqa: E402
-from drawings import blocks, models, operators, projections, selections, strengths, traces  # noqa: E402
+from drawings import blocks, evaluations, models, operators, projections, selections, strengths, traces  # noqa: E402
 from drawings.themes import WIDTH, Theme  # noqa: E402
 
-OF_SMOLLM2 = ["projections", "strengths"]
+OF_SMOLLM2 = ["curves", "diagnosis", "projections", "strengths", "sweep", "watched"]
 _DIRECTIVE = re.compile(r"^ *\.\. picture:: (\S+)\n((?: +:\w+: .*\n)*)", re.MULTILINE)
 
 
@@ -57,10 +57,11 @@ def test_every_picture_is_on_a_page_and_has_a_text_in_its_stead() -> None:
         assert len(alt(name)) > 40
 
 
-def test_the_plots_of_the_notebook_have_a_text_in_their_stead() -> None:
-    notebook = json.loads((DOCS / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "count"), [("quickstart", 2), ("evaluation", 4)])
+def test_the_plots_of_a_notebook_have_a_text_in_their_stead(name: str, count: int) -> None:
+    notebook = json.loads((DOCS / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
     plots = [cell for cell in notebook["cells"] if "plt.show()" in "".join(cell["source"])]
-    assert len(plots) == 2
+    assert len(plots) == count
     for cell in plots:
         assert len(cell["metadata"]["mystnb"]["image"]["alt"]) > 40
 
@@ -225,8 +226,12 @@ def test_pictures_are_of_the_pairs_and_texts_that_their_pages_show() -> None:
     assert assigned("howto/strengths.rst", "questions") == strengths.QUESTIONS
     assert assigned("howto/strengths.rst", "texts") == strengths.TEXTS
     assert assigned("advanced_usage.rst", "pairs") == traces.PAIRS
-    page = (DOCS / "howto" / "sharing.rst").read_text(encoding="utf-8")
-    shown_pairs = re.search(r"joy = trained\((.*)\)\n", page)
+    page = "does_it_steer.rst"
+    assert tuple(assigned(page, name) for name in ("child", "professor")) == (evaluations.CHILD, evaluations.PROFESSOR)
+    assert assigned(page, "questions") == evaluations.QUESTIONS
+    assert assigned(page, "answers") == evaluations.ANSWERS
+    sharing = (DOCS / "howto" / "sharing.rst").read_text(encoding="utf-8")
+    shown_pairs = re.search(r"joy = trained\((.*)\)\n", sharing)
     assert shown_pairs is not None
     assert ast.literal_eval(shown_pairs[1]) == projections.PAIRS
 
@@ -251,6 +256,21 @@ def test_the_texts_in_the_stead_of_pictures_have_the_numbers_that_are_drawn() ->
     by_token = {token.text: round(token.projection) for token in projections.measured()}
     for token in ("friendly", "wonderful", "dirty", "broken"):
         assert re.search(rf'"{token}"( has| and)? {str(by_token[token]).replace("-", "−")}', alt("projections"))
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_the_texts_of_evaluations_have_the_numbers_that_are_drawn() -> None:
+    rows = {row.condition: row for row in evaluations.evaluated().rows}
+    low, high = rows["vector"].propensities[0], rows["vector"].propensities[-1]
+    assert f"from {low:.1f} to {high:.1f} nats per token".replace("-", "−") in alt("curves")
+    assert f"level line is at {rows['system prompt'].propensities[0]:.1f}" in alt("curves")
+    chosen = evaluations.swept().chosen
+    assert chosen is not None
+    assert f"layer {chosen.layer} at {chosen.multiplier:+g}" in alt("sweep")
+    along = evaluations.watched().by_sequence()[evaluations.LAYER][0].tolist()
+    start = len(along) - 12  # of the answer's 12 tokens, the last doesn't go through the model
+    assert f"between {min(along[start:]):.0f} and {max(along[start:]):.0f}" in alt("watched")
+    assert f"first token's is {along[0]:.0f}".replace("-", "−") in alt("watched")
 
 
 @pytest.fixture
