@@ -16,28 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, completion, from_index, generated, train_steering_vector
+from steering_vectors._demo_questions import ITEMS, NEGATIVE, POSITIVE, QUESTIONS, UNSEEN_QUESTIONS
 from steering_vectors._pair_files import read_pairs
+from steering_vectors.evaluation import EvaluationItem, evaluate
 
-POSITIVE, NEGATIVE = "Explain it to a five year old child.", "Explain it to a professor."
-QUESTIONS = (
-    "What is the sun?",
-    "How does a car work?",
-    "Why do we sleep?",
-    "What is money?",
-    "How do birds fly?",
-    "What is a computer?",
-)
-UNSEEN_QUESTIONS = ("What is rain?", "Why is the sky blue?", "What is gravity?", "How do plants grow?")
 NEW_TOKENS = 36
 WIDTH = 80
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEPTH = 0.53  # of the blocks: a little past the middle
+_WRITTEN, _WRITTEN_TOKENS = 8, 16  # the questions that the model answers itself, and the length of its answers
 _SHARES = (0.1, 0.4)  # of the stream's norm, which usually show an effect and leave the text whole
 
 
@@ -55,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         speaker = Speaker(*load(options.model))
         blocks = speaker.model.config.get_text_config().num_hidden_layers
         layer = round(_DEPTH * blocks) if options.layer is None else options.layer
-        vector = _trained(speaker, idea, layer)
+        pairs = speaker.pairs(idea)
+        vector = _trained(speaker, idea, pairs, layer)
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -71,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for question in options.ask or UNSEEN_QUESTIONS:
         answers[question] = speaker.answers(question, vector, multipliers)
         _show_answers(question, answers[question])
-    _show_what_was_seen(speaker, idea, answers)
+    if idea.pairs is None:
+        _show_evaluation(speaker, idea, vector, pairs, multipliers)
+    else:
+        _show_changes(answers)
     _show_what_next(vector)
 
 
@@ -82,6 +78,11 @@ class Idea:
     positive: str = POSITIVE
     negative: str = NEGATIVE
     pairs: Sequence[tuple[Any, Any]] | None = None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The instruction to steer towards, and the one to steer away from."""
+        return self.positive, self.negative
 
 
 @dataclass(frozen=True)
@@ -112,16 +113,33 @@ class Speaker:
         texts = self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return dict(zip(multipliers, texts, strict=True))
 
-    @torch.no_grad()
-    def log_probability(self, prompt: str, answer: str) -> float:
-        """Return the log-probability that the unsteered model gives an answer to a prompt."""
-        start = self._ids([prompt])["input_ids"].shape[1]
-        ids = self._ids([prompt + answer])["input_ids"]  # (1, seq)
-        predictions = self.model(ids).logits[0, start - 1 : -1].float().log_softmax(dim=-1)  # (answer, vocabulary)
-        return float(predictions.gather(-1, ids[0, start:, None]).sum())
+    def pairs(self, idea: Idea) -> Sequence[tuple[Any, Any]]:
+        """Return the idea's pairs, or the questions after each instruction, as token ids."""
+        if idea.pairs is not None:
+            return idea.pairs
+        return [tuple(self._prompt_ids(question, side) for side in idea.sides) for question in QUESTIONS]  # type: ignore[misc]
 
-    def prompt_ids(self, question: str, instruction: str) -> list[int]:
-        """Return the token ids of a prompt."""
+    def item(self, question: str, *answers: str) -> EvaluationItem:
+        """Return a question and the answers to it, the fitting one first, as a chat or as texts."""
+        if self.tokenizer.chat_template:
+            return EvaluationItem([{"role": "user", "content": question}], *answers)
+        return EvaluationItem(self.prompt(question), *(f" {answer}" for answer in answers))
+
+    def written_items(self, idea: Idea) -> list[EvaluationItem]:
+        """Return questions with the answers that the unsteered model writes after each instruction."""
+        found = []
+        for question, *_ in ITEMS[:_WRITTEN]:
+            texts = [self._written(question, instruction) for instruction in idea.sides]
+            if texts[0] != texts[1] and all(texts):
+                found.append(self.item(question, *texts))
+        return found
+
+    def _written(self, question: str, instruction: str) -> str:
+        inputs = self._ids([self.prompt(question, instruction)])
+        output = self.model.generate(**inputs, max_new_tokens=_WRITTEN_TOKENS, do_sample=False)
+        return str(self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    def _prompt_ids(self, question: str, instruction: str) -> list[int]:
         return list(self._ids([self.prompt(question, instruction)])["input_ids"][0].tolist())
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
@@ -190,17 +208,13 @@ def _idea(options: argparse.Namespace) -> Idea:
     return Idea(options.positive or POSITIVE, options.negative or NEGATIVE)
 
 
-def _trained(speaker: Speaker, idea: Idea, layer: int) -> SteeringVector:
-    model, tokenizer = speaker.model, speaker.tokenizer
-    if idea.pairs is None:
-        pairs = [(speaker.prompt_ids(q, idea.positive), speaker.prompt_ids(q, idea.negative)) for q in QUESTIONS]
-        return train_steering_vector(model, tokenizer, pairs, layers=layer, batch_size=len(pairs))
-    first = idea.pairs[0][0]
-    if isinstance(first, str):
-        tokens: Any = from_index(1)
-    else:  # a chat that ends with the user is read where the model is about to answer
-        tokens = completion() if first[-1]["role"] == "assistant" else None
-    return train_steering_vector(model, tokenizer, idea.pairs, layers=layer, tokens=tokens, batch_size=8)
+def _trained(speaker: Speaker, idea: Idea, pairs: Sequence[tuple[Any, Any]], layer: int) -> SteeringVector:
+    tokens: Any = None  # a chat that ends with the user is read where the model is about to answer
+    if idea.pairs is not None and isinstance(pairs[0][0], str):
+        tokens = from_index(1)
+    elif idea.pairs is not None and pairs[0][0][-1]["role"] == "assistant":
+        tokens = completion()
+    return train_steering_vector(speaker.model, speaker.tokenizer, pairs, layers=layer, tokens=tokens, batch_size=8)
 
 
 def _show_training(idea: Idea, vector: SteeringVector, blocks: int) -> None:
@@ -229,25 +243,42 @@ def _show_answers(question: str, answers: Mapping[float, str]) -> None:
     print(flush=True)
 
 
-def _show_what_was_seen(speaker: Speaker, idea: Idea, answers: Mapping[str, Mapping[float, str]]) -> None:
-    """Print how many answers changed, and which instruction they follow in the eyes of the unsteered model."""
-    steered = [(by_multiplier[m], by_multiplier[0.0]) for by_multiplier in answers.values() for m in by_multiplier if m]
-    changed = sum(answer != unsteered for answer, unsteered in steered)
-    print("What was seen")
-    _write(f"{changed} of {len(steered)} steered answers differ from the unsteered ones.", 2)
-    if idea.pairs is not None:
-        _write("Whether they changed as they should, you must judge: pairs say nothing that could be counted here.", 2)
+def _show_evaluation(
+    speaker: Speaker, idea: Idea, vector: SteeringVector, pairs: Sequence[Any], multipliers: Sequence[float]
+) -> None:
+    """Print how the vector moves the model between two answers to each question, beside controls."""
+    print("Does it steer?")
+    if idea == Idea():
+        items = [speaker.item(*item) for item in ITEMS]
+        source = "written by hand"
+    else:
+        items = speaker.written_items(idea)
+        source = "which the model wrote itself after the instructions"
+    if not items:
+        _write("That can't be measured: the model answers the same after both instructions.", 2)
         return
     _write(
-        f"The unsteered model as the judge: how many answers fit '{idea.positive}' better than '{idea.negative}'?", 2
+        f"{len(items)} questions have two answers each, {source}. How far does steering move the model from the one "
+        f"that fits '{idea.negative}' to the one that fits '{idea.positive}'? Random directions of the same length "
+        f"should move it little, and so should a vector that is trained on shuffled labels.",
+        2,
     )
-    for multiplier in next(iter(answers.values())):
-        fitting = sum(
-            speaker.log_probability(speaker.prompt(question, idea.positive), by_multiplier[multiplier])
-            > speaker.log_probability(speaker.prompt(question, idea.negative), by_multiplier[multiplier])
-            for question, by_multiplier in answers.items()
-        )
-        print(f"{_signed(multiplier):>9}  {fitting} of {len(answers)}", flush=True)
+    print(flush=True)
+    given: dict[str, Any] = {"multipliers": sorted(multipliers), "training_samples": pairs}
+    print(evaluate(speaker.model, speaker.tokenizer, vector, items, **given))
+
+
+def _show_changes(answers: Mapping[str, Mapping[float, str]]) -> None:
+    """Print how many answers changed: more can't be known from pairs."""
+    steered = [(by_multiplier[m], by_multiplier[0.0]) for by_multiplier in answers.values() for m in by_multiplier if m]
+    changed = sum(answer != unsteered for answer, unsteered in steered)
+    print("Does it steer?")
+    _write(f"{changed} of {len(steered)} steered answers differ from the unsteered ones.", 2)
+    _write(
+        "Whether they changed as they should can't be measured here, since pairs don't name answers to compare: write "
+        "questions with two answers each, and call steering_vectors.evaluation.evaluate.",
+        2,
+    )
 
 
 def _show_what_next(vector: SteeringVector) -> None:
@@ -265,7 +296,7 @@ def _show_what_next(vector: SteeringVector) -> None:
         '        --negative "Answer like a lawyer." --ask "What is rain?"'
     )
     _write("Your own pairs, or another model: --pairs FILE, --model NAME.", 2)
-    _write("In Python: the first example of the README does what you saw here.", 2)
+    _write("In Python: the first examples of the README do what you saw here.", 2)
 
 
 def _as_text(prompt: Any) -> str:

@@ -23,22 +23,25 @@ def on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
 
-def likelier_by_multiplier(printed: str) -> dict[str, int]:
-    return {row[0]: int(row[1]) for row in re.findall(r"^ +([+-]?\d+)  (\d) of 4$", printed, flags=re.MULTILINE)}
-
-
-def test_the_demo_shows_an_effect_in_both_directions_and_fits_a_terminal(
+def test_the_demo_shows_an_effect_in_both_directions_measures_it_and_fits_a_terminal(
     smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "load", lambda name: smollm2)
     monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     demo.main([])
     printed = capsys.readouterr().out
-    found = likelier_by_multiplier(printed)
-    assert found["-1"] == 0
-    assert found["+1"] == 4
     assert "+1  Rain is a big, fluffy thing that falls from the sky." in printed
+    assert re.search(r"^vector .* 0 of 16 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^random 1 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^permuted 1 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^steers: its slope is \+", printed, flags=re.MULTILINE)
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_demos_items_are_none_of_the_training_questions() -> None:
+    asked = [question for question, *_ in demo.ITEMS]
+    assert len(set(asked)) == len(asked) == 16
+    assert not set(asked) & set(demo.QUESTIONS)
 
 
 @pytest.mark.usefixtures("on_a_tiny_model")
@@ -47,6 +50,24 @@ def test_the_demo_takes_an_idea_a_question_and_a_strength(capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "+ Be kind." in printed
     assert re.search(r"^Who\?\n  -2  .*\n( +.*\n)*   0  .*\n( +.*\n)*  \+2  ", printed, flags=re.MULTILINE)
+    assert "8 questions have two answers each, which the model wrote itself" in " ".join(printed.split())
+    assert re.search(r"^condition +at -2 +at 0 +at \+2 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^(steers|does not steer): ", printed, flags=re.MULTILINE)
+
+
+def test_answers_that_are_the_same_after_both_instructions_are_no_items(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaker = demo.Speaker(tiny.shared("llama"), tiny.tokenizer())
+    idea = demo.Idea("Be kind.", "Be rude.")
+    written = {"Be kind.": "Yes", "Be rude.": "No"}
+    monkeypatch.setattr(demo.Speaker, "_written", lambda self, question, instruction: written[instruction])
+    (first, *_) = speaker.written_items(idea)
+    assert (first.prompt, first.matching, first.not_matching) == ("Question: What is rain?\nAnswer:", " Yes", " No")
+    written["Be rude."] = "Yes"
+    assert speaker.written_items(idea) == []
+    demo._show_evaluation(speaker, idea, demo.SteeringVector({1: torch.ones(tiny.HIDDEN)}), [], [-1, 0, 1])
+    assert "can't be measured: the model answers the same" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("on_a_tiny_model")
@@ -62,7 +83,10 @@ def test_the_demo_trains_on_the_pairs_of_a_file(
         path.write_text("".join(json.dumps({"positive": p, "negative": n}) + "\n" for p, n in pairs))
     assert read_pairs(path) == pairs
     demo.main(["--pairs", str(path), "--ask", "Who?"])
-    assert "reads 2 pairs, such as\n    + red is good\n    - red is bad" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reads 2 pairs, such as\n    + red is good\n    - red is bad" in printed
+    assert re.search(r"\d of 2 steered answers differ", printed)
+    assert "pairs don't name answers to compare" in " ".join(printed.split())
 
 
 @pytest.mark.usefixtures("on_a_tiny_model")
@@ -126,15 +150,11 @@ def test_an_instruction_goes_before_the_question_where_the_template_takes_no_sys
     assert demo.Speaker(None, tiny.tokenizer()).prompt("Who?", "Be kind.") == "Be kind.\nQuestion: Who?\nAnswer:"
 
 
-def test_an_answers_log_probability_is_the_sum_over_its_tokens() -> None:
-    model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
-    speaker = demo.Speaker(model, tokenizer)
-    before, ids = (tokenizer(text)["input_ids"] for text in ("the owl", "the owl sees red"))
-    expected = 0.0
-    for n in range(len(before), len(ids)):
-        with torch.no_grad():
-            expected += float(model(torch.tensor([ids[:n]])).logits[0, -1].log_softmax(-1)[ids[n]])
-    assert speaker.log_probability("the owl", " sees red") == pytest.approx(expected, abs=1e-4)
+def test_an_item_is_a_chat_where_there_is_a_template() -> None:
+    chatting = demo.Speaker(None, tiny.tokenizer(chat_template=tiny.QWEN_3)).item("Who?", "I", "you")
+    assert (chatting.prompt, chatting.matching) == ([{"role": "user", "content": "Who?"}], "I")
+    plain = demo.Speaker(None, tiny.tokenizer()).item("Who?", "I", "you")
+    assert (plain.prompt, plain.not_matching) == ("Question: Who?\nAnswer:", " you")
 
 
 def test_the_demo_without_its_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

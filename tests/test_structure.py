@@ -26,6 +26,7 @@ WINGS = {"_models", "_tokens", "_passes", "_extraction", "_steering", "_vectors"
 LEVELS: list[set[str]] = [
     {
         "_arguments",
+        "_demo_questions",
         "_html",
         "_locks",
         "_pair_files",
