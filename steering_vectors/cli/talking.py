@@ -62,8 +62,8 @@ def generate(
 def _batch(ids: Sequence[int], rows: int, model: Any) -> dict[str, Any]:
     import torch
 
-    found = torch.tensor([list(ids)] * rows)
-    return {"input_ids": found.to(model.device), "attention_mask": torch.ones_like(found).to(model.device)}
+    found = torch.tensor([list(ids)] * rows, device=model.device)
+    return {"input_ids": found, "attention_mask": torch.ones_like(found)}
 
 
 def _padding(tokenizer: Any) -> int:

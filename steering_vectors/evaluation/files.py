@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from steering_vectors._whole_files import whole_file
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file. A file that exists is replaced once the new one is complete."""
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder: name a file in it")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} doesn't exist: make it first")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a text file, whole or not at all; one that exists is replaced."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(source: str | os.PathLike[str], what: str) -> dict[str, Any]:
@@ -38,9 +27,3 @@ def read_json(source: str | os.PathLike[str], what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"this is not JSON of {what}: it has no keys")
     return found
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

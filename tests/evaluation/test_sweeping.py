@@ -193,7 +193,7 @@ def test_one_item_is_too_few_and_a_folder_is_no_file(model: Any, vector: Steerin
         sweep(model, tiny.tokenizer(), vector, ITEMS[:1])
     with pytest.raises(IsADirectoryError, match="is a folder"):
         swept(model, vector, path=tmp_path)
-    with pytest.raises(FileNotFoundError, match="doesn't exist"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         swept(model, vector, path=tmp_path / "none" / "sweep.json")
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="JSON of a sweep"):
