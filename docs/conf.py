@@ -48,6 +48,7 @@ python_maximum_signature_line_length = 80
 _ELSEWHERE = [
     "AbstractContextManager",
     "Axes",
+    "PreTrainedModel",
     "Tensor",
     "nn.Module",
     "os.PathLike",

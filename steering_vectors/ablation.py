@@ -141,7 +141,8 @@ def stream_writers(
 
     Args:
         model: The model to look at. It is not changed.
-        layer_config: The blocks' names, as in :meth:`SteeringVector.apply`.
+        layer_config: The blocks' names, as in
+            :meth:`~steering_vectors.SteeringVector.apply`.
 
     Raises:
         TypeError: If ``model`` is not a module.

@@ -40,7 +40,8 @@ class Adapter:
             name and path, so changed weights need another name.
         rank: The rank of an ablation's low-rank change; 0 for an addition.
         vllm: The arguments with which vLLM serves the adapter beside its base: keyword arguments of
-            ``vllm.LLM``. Empty if vLLM can't serve it exactly.
+            ``vllm.LLM``. ``max_loras`` is the number of adapters plus 1; with
+            ``model_impl="transformers"``, there can be one only. Empty if vLLM can't serve it exactly.
         why_not_vllm: The reason for which it can't; empty if it can.
     """
 
@@ -101,7 +102,7 @@ def to_adapter(
         ImportError: If PEFT isn't installed, or too old.
         TypeError: If an argument has the wrong type.
         ValueError: If the operator is another one, if an adapter can't do it exactly, as where a
-            norm follows the layer or an ablated layer has a bias, and as in :func:`merge`.
+            norm follows the layer or an ablated layer has a bias, and as in :func:`~steering_vectors.merging.merge`.
         FileExistsError: If the folder has something else in it than an adapter, or is a file.
 
     >>> adapter = to_adapter(direction, model, folder / "ablated", operator=ablation_operator())  # doctest: +SKIP

@@ -63,7 +63,7 @@ def merge(
             devices, if the model is being steered, or if the copy computes something else.
 
     Warns:
-        UserWarning: As :meth:`SteeringVector.apply` does.
+        UserWarning: As :meth:`~steering_vectors.SteeringVector.apply` does.
 
     >>> merged = merge(vector, model, multiplier=2.0)
     >>> merged.save_pretrained(folder / "steered")

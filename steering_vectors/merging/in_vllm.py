@@ -20,7 +20,8 @@ def engine_arguments(model_type: str, names: Iterable[str], rank: int) -> dict[s
     """Return vLLM's arguments to serve an ablation beside its base, or the reason for which vLLM can't.
 
     ``names`` are those of the adapted modules. One slot is kept free: with all slots in use, vLLM lets an adapter act
-    on requests of the base, on a CPU.
+    on requests of the base, on a CPU. The backend of transformers can serve one adapter only: what the first token's
+    adapter changes of the embeddings is looked up for all tokens of a batch.
     """
     lasts = {name.rpartition(".")[2] for name in names}
     if others := {name for name in lasts if name != "embed_tokens" and ("embed" in name or name in ("wte", "wpe"))}:

@@ -19,12 +19,14 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tu
     for kind, cases in (("added", ADDED), ("ablated", ABLATED)):
         for name in there(cases):
             architecture, settings = cases[name]
-            model = lively(architecture, **settings)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the embeddings are no longer tied")
+                for category in (DeprecationWarning, FutureWarning):  # those of old versions of transformers
+                    warnings.filterwarnings("ignore", category=category)
+                model = lively(architecture, **settings)
                 added = kind == "added"
                 made = merge(VECTOR, model, multiplier=MULTIPLIER) if added else merge_ablation(model, DIRECTION)
-            here[kind, name] = logits(made)
+                here[kind, name] = logits(made)
             folders[kind, name] = folder / re.sub(r"\W+", "-", f"{kind} {name}")
             made.save_pretrained(folders[kind, name])
     fresh = logits_in_a_fresh_process(folders.values(), folder)

@@ -14,7 +14,11 @@ from tests import tiny
 from tests.merging.cases import ABLATED, DIRECTION, SEVERAL, VECTOR, there
 from tests.merging.fresh import IDS, lively, logits
 
-pytestmark = pytest.mark.xdist_group("merging")
+pytestmark = [
+    pytest.mark.xdist_group("merging"),
+    # those of old versions of transformers
+    pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning"),
+]
 
 
 def ablated(model: nn.Module, direction: Tensor) -> Tensor:

@@ -85,26 +85,44 @@ def models(smollm2: Any, folder: Path, name: str) -> tuple[Any, Path]:
     return model, folder / "base"
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm2", "qwen2"])
-def test_a_base_and_two_ablations_in_one_batch_are_exact(smollm2: Any, tmp_path: Path, name: str) -> None:
-    model, base = models(smollm2, tmp_path, name)
+def beside_the_base(smollm2: Any, folder: Path, name: str, kept: list[str]) -> tuple[dict[str, float], list[float]]:
+    """The largest difference by request, in one batch with the base, and the effects of the ablations."""
+    model, base = models(smollm2, folder, name)
     rows = directions(model.config.hidden_size)
     removed = {"one": rows[0], "two": rows}
-    adapters = {
-        key: to_adapter(one, model, tmp_path / key, operator=ablation_operator()) for key, one in removed.items()
-    }
-    engine = {**adapters["two"].vllm, "max_loras": len(adapters) + 1}
-    answers = served(tmp_path, base, adapters, engine)
-    cases = [(ids, one) for ids in PROMPTS for one in (None, *removed.values())]
-    found, effects = [], []
-    for answer, (ids, one) in zip(answers, cases, strict=True):
-        expected = expected_steps(model, one, ids, answer["tokens"])
-        found.append(apart(answer["steps"], expected))
-        if one is not None:
+    adapters = {key: to_adapter(removed[key], model, folder / key, operator=ablation_operator()) for key in kept}
+    engine = {**adapters[kept[-1]].vllm, "max_loras": len(adapters) + 1}
+    answers = served(folder, base, adapters, engine)
+    found, effects = dict.fromkeys(["base", *kept], 0.0), []
+    for answer, (ids, key) in zip(answers, [(ids, key) for ids in PROMPTS for key in found], strict=True):
+        expected = expected_steps(model, removed.get(key), ids, answer["tokens"])
+        found[key] = max(found[key], apart(answer["steps"], expected))
+        if key != "base":
             effects.append(apart(answer["steps"], expected_steps(model, None, ids, answer["tokens"])))
-    print(f"\n{name}: off by {max(found):.1e}, effects from {min(effects):.1f} to {max(effects):.1f}")
-    assert max(found) < 5e-4
+    shown = ", ".join(f"{key} {off:.0e}" for key, off in found.items())
+    print(f"\n{name}: off by {shown}; effects from {min(effects):.1f} to {max(effects):.1f}")
+    return found, effects
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_a_base_and_two_ablations_in_one_batch_are_exact(smollm2: Any, tmp_path: Path, name: str) -> None:
+    found, effects = beside_the_base(smollm2, tmp_path, name, ["one", "two"])
+    assert max(found.values()) < 5e-4
     assert min(effects) > 0.1
+
+
+@pytest.mark.parametrize("kept", ["one", "two"])
+def test_one_ablation_is_exact_through_the_backend_of_transformers(smollm2: Any, tmp_path: Path, kept: str) -> None:
+    found, effects = beside_the_base(smollm2, tmp_path, "qwen2", [kept])
+    assert max(found.values()) < 5e-4
+    assert min(effects) > 0.1
+
+
+def test_two_ablations_in_one_batch_are_not_exact_there_as_the_page_says(smollm2: Any, tmp_path: Path) -> None:
+    """vLLM 0.32 takes all tokens' rows of the embeddings' change from the adapter of the batch's first token."""
+    found, _ = beside_the_base(smollm2, tmp_path, "qwen2", ["one", "two"])
+    assert found["base"] < 5e-4
+    assert max(found.values()) > 0.1
 
 
 def test_without_the_embedding_an_ablation_is_wrong(smollm2: Any, tmp_path: Path) -> None:
