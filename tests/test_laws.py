@@ -1068,11 +1068,18 @@ class TestInputsOfProjections:
     """Heads and neurons: laws 1 to 5 and 8 where the activation is a module's input."""
 
     @pytest.mark.parametrize("operator", OPERATORS)
+    @pytest.mark.parametrize(("architecture", "layer_type"), [("llama", "heads"), ("gpt2", "neurons")])
+    def test_every_operator_changes_what_is_read(self, architecture: str, layer_type: Any, operator: str) -> None:
+        self.check_reading(architecture, layer_type, "all tokens", operator)
+
     @pytest.mark.parametrize("selection", ["all tokens", "generated(inputs)"])
     @each_input
     def test_what_is_read_is_what_was_there_plus_the_change(
-        self, architecture: str, layer_type: Any, selection: str, operator: str
+        self, architecture: str, layer_type: Any, selection: str
     ) -> None:
+        self.check_reading(architecture, layer_type, selection, "addition_operator")
+
+    def check_reading(self, architecture: str, layer_type: Any, selection: str, operator: str) -> None:
         model, prompt = tiny.shared(architecture), PROMPTS[1]
         vector, inputs = random_vector_of_inputs(model, layer_type, [1]), padded([prompt])
         tokens, first = (None, 0) if selection == "all tokens" else (generated(inputs), len(prompt) - 1)
