@@ -21,6 +21,8 @@ from steering_vectors.cli.options import (
     NewFile,
     NewFolder,
     Output,
+    PairsFile,
+    ReadTokens,
     Seed,
     Selected,
     Strengths,
@@ -119,12 +121,8 @@ def evaluate(
     tokens: Selected = "generated",
     layers: Layers = None,
     texts: TextsFile = None,
-    pairs: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The training pairs, for the control with permuted labels.")
-    ] = None,
-    read: Annotated[
-        str, typer.Option(metavar="mean|last|completion", help="The tokens that were read in training.")
-    ] = "last",
+    pairs: PairsFile = None,
+    read: ReadTokens = "last",
     system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="An instruction to compare with.")] = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
@@ -154,6 +152,8 @@ def sweep(
     layers: Layers = None,
     max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="The most that a choice may cost.")] = None,
     texts: TextsFile = None,
+    pairs: PairsFile = None,
+    read: ReadTokens = "last",
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep what was measured here, and go on from it.")
     ] = None,
@@ -169,7 +169,7 @@ def sweep(
 
     given = {"max_kl": max_kl, "path": resume, "batch_size": batch_size, "seed": seed}
     of_model = (gguf_file, dtype, device)
-    measuring.sweep(model, vector, items, multiplier, tokens, layers, texts, given, output, of_model)
+    measuring.sweep(model, vector, items, multiplier, tokens, layers, texts, pairs, read, given, output, of_model)
 
 
 @app.command(
@@ -220,10 +220,10 @@ def diagnose(
     "  steering-vectors plot sweep.json -o sweep.svg"
 )
 def plot(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="What evaluate or sweep wrote with -o.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="What evaluate, sweep or diagnose wrote with -o.")],
     output: NewFile,
 ) -> None:
-    """Draw an evaluation or a sweep."""
+    """Draw an evaluation, a sweep or a diagnosis."""
     from steering_vectors.cli import measuring
 
     measuring.plot(result, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,12 +40,7 @@ def evaluate(
     from steering_vectors import evaluation
 
     check_output(output)
-    arguments = {**given, "tokens": steered_tokens(tokens), "texts": read_texts(texts)}
-    if multipliers:
-        arguments["multipliers"] = multipliers
-    if pairs is not None:
-        arguments["training_samples"] = pairs_of(pairs)
-        arguments["controls"] = evaluation.Controls(training={"tokens": read_tokens(read)})
+    arguments = {**given, **_shared(multipliers, tokens, texts, pairs, read)}
     result = evaluation.evaluate(
         *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
     )
@@ -61,6 +57,8 @@ def sweep(
     tokens: str,
     layers: str | None,
     texts: Path | None,
+    pairs: Path | None,
+    read: str,
     given: dict[str, Any],
     output: Path | None,
     of_model: OfModel,
@@ -69,15 +67,27 @@ def sweep(
     from steering_vectors import evaluation
 
     check_output(output)
-    arguments = {**given, "tokens": steered_tokens(tokens), "texts": read_texts(texts)}
-    if multipliers:
-        arguments["multipliers"] = multipliers
+    arguments = {**given, **_shared(multipliers, tokens, texts, pairs, read)}
     result = evaluation.sweep(
         *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
     )
     print(result)
     if output is not None:
         result.to_json(output)
+
+
+def _shared(
+    multipliers: Sequence[float] | None, tokens: str, texts: Path | None, pairs: Path | None, read: str
+) -> dict[str, Any]:
+    """Return the arguments that evaluate and sweep share."""
+    from steering_vectors.evaluation import Controls
+
+    found: dict[str, Any] = {"tokens": steered_tokens(tokens), "texts": read_texts(texts)}
+    if multipliers:
+        found["multipliers"] = multipliers
+    if pairs is not None:
+        found |= {"training_samples": pairs_of(pairs), "controls": Controls(training={"tokens": read_tokens(read)})}
+    return found
 
 
 def calibrate(
@@ -136,17 +146,23 @@ def diagnose(
 
 
 def plot(source: Path, output: Path) -> None:
-    """Draw what evaluate or sweep wrote."""
+    """Draw what evaluate, sweep or diagnose wrote."""
     from steering_vectors import plots
-    from steering_vectors.evaluation import Evaluation, Sweep
+    from steering_vectors.evaluation import Diagnosis, Evaluation, LayerDiagnosis, Sweep
 
     check_output(output)
-    try:
-        evaluation = Evaluation.from_json(source)
-    except ValueError:
-        drawn: Any = plots.heatmap(Sweep.from_json(source))[0]
+    found = json.loads(source.read_text(encoding="utf-8"))
+    keys = set(found) if isinstance(found, dict) else set()
+    drawn: Any
+    if "pairs" in keys:
+        rows = tuple(LayerDiagnosis(**row) for row in found["rows"])
+        drawn = plots.layer_diagnostics(Diagnosis(rows, found["pairs"]))[0]
+    elif "chosen" in keys:
+        drawn = plots.heatmap(Sweep.from_json(source))[0]
+    elif "items" in keys:
+        drawn = plots.propensity_curves(Evaluation.from_json(source))
     else:
-        drawn = plots.propensity_curves(evaluation)
+        raise ValueError(f"{source} is nothing that evaluate, sweep or diagnose wrote with -o")
     drawn.figure.savefig(output, bbox_inches="tight")
     note(str(output))
 

@@ -27,6 +27,10 @@ BatchSize = Annotated[int, typer.Option(metavar="NUMBER", help="The number of sa
 GgufFile = Annotated[str | None, typer.Option(metavar="NAME", help="The GGUF file in the model's folder.")]
 Dtype = Annotated[str | None, typer.Option(metavar="float32|bfloat16", help="The dtype to run the model in.")]
 Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="The device to run the model on.")]
+PairsFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The training pairs, for the control with permuted labels.")
+]
+ReadTokens = Annotated[str, typer.Option(metavar="mean|last|completion", help="The tokens that training read.")]
 TextsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Neutral texts, one in each line.")]
 Seed = Annotated[int, typer.Option(metavar="NUMBER", help="The seed of controls and intervals.")]
 EXAMPLES = "\b\nExamples:\n"

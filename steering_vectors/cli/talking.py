@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from steering_vectors._arguments import finite_number
 from steering_vectors.cli.loading import load_model, load_vector, model_and_rest
 from steering_vectors.cli.screen import console, note
 from steering_vectors.cli.usage import BadParameter, UsageError
@@ -135,16 +136,24 @@ def chat(
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use generate, which completes texts")
-    strengths = dict(
-        zip((Path(one).stem for one in names), given * (len(names) if len(given) == 1 else 1), strict=True)
-    )
+    strengths = dict(zip(_short(names), given * (len(names) if len(given) == 1 else 1), strict=True))
     talk = _Talk(model, tokenizer, dict(zip(strengths, vectors, strict=True)), strengths, selection, max_new_tokens)
     note(_HELP)
     while (line := _asked()) is not None:
         if line.startswith("/"):
             talk.command(line)
         elif line:
-            talk.answer(line)
+            try:
+                talk.answer(line)
+            except ValueError as error:  # such as a strength beyond the model's dtype: the talk goes on
+                note(f"error: {error}")
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Return a short name for each vector: its file's, or else the whole path, numbered where it comes again."""
+    stems = [Path(name).stem for name in names]
+    chosen = stems if len(set(stems)) == len(stems) else list(names)
+    return [name if chosen.index(name) == n else f"{name}#{n + 1}" for n, name in enumerate(chosen)]
 
 
 def _asked() -> str | None:
@@ -181,7 +190,7 @@ class _Talk:
         elif word == "m" and rest:
             names = [rest[0]] if len(rest) == 2 else list(self._strengths)
             try:
-                strength = float(rest[-1])
+                strength = finite_number(float(rest[-1]), "the strength")
             except ValueError:
                 note(f"{rest[-1]!r} is no number; {_HELP}")
                 return
@@ -206,8 +215,8 @@ class _Talk:
 
         from steering_vectors import prompt_ids, trace_steering
 
-        self._messages.append({"role": "user", "content": line})
-        ids = prompt_ids(self._tokenizer, self._messages)
+        asked = {"role": "user", "content": line}
+        ids = prompt_ids(self._tokenizer, [*self._messages, asked])
         inputs = _batch(ids, 1, self._model)
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         with ExitStack() as stack:
@@ -224,4 +233,4 @@ class _Talk:
                 pad_token_id=_padding(self._tokenizer),
             )
         text = self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        self._messages.append({"role": "assistant", "content": text})
+        self._messages += [asked, {"role": "assistant", "content": text}]

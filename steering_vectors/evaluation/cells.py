@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -72,26 +73,55 @@ class Cells:
 
 
 def hash_of(*values: object) -> str:
-    """Return a hash of values as they are printed, without addresses of objects."""
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(values))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Return a hash of values: of functions their code and what they close over, of tensors all numbers.
+
+    Raises ValueError for an object of which only its address is known.
+    """
+    return hashlib.sha256(repr([_contents(value) for value in values]).encode()).hexdigest()[:16]
+
+
+def _contents(value: object) -> object:
+    """Return a value as texts and numbers that are alike if, and only if, two values are."""
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tuple(value.shape), str(value.dtype), hashlib.sha256(numbers).hexdigest()
+    parts = _parts_of(value)
+    if parts is not None:
+        return type(value).__qualname__, [_contents(part) for part in parts]
+    text = repr(value)
+    if " at 0x" in text and not isinstance(value, ModuleType):
+        raise ValueError(
+            f"{text} can't be compared with that of a later call, so its sweep can't be kept in a file: give a "
+            f"function, or an object whose repr shows its settings, or leave path out"
+        )
+    return text
+
+
+def _parts_of(value: object) -> Iterable[object] | None:
+    """Return the parts that make up a value, or None for one without parts."""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__module__, value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells
+    if isinstance(value, CodeType):
+        return value.co_code.hex(), value.co_names, value.co_consts
+    if isinstance(value, Mapping):
+        return [part for entry in value.items() for part in entry]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [part for field in fields(value) for part in (field.name, getattr(value, field.name))]
+    return value if isinstance(value, (list, tuple)) else None
 
 
 def hash_of_model(model: nn.Module) -> str:
-    """Return a hash of a model's class and of numbers of each parameter."""
-    return _hash_of_tensors(type(model).__name__, model.named_parameters())
+    """Return a hash of a model's class and config, and of each parameter's and buffer's sum and some of its numbers."""
+    found = hashlib.sha256(f"{type(model).__name__} {getattr(model, 'config', '')}".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        flat = tensor.detach().flatten()
+        sampled = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu().tolist()
+        total = float(flat.sum(dtype=torch.float64)) if flat.device.type != "mps" else float(flat.float().sum())
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total} {sampled}".encode())
+    return found.hexdigest()[:16]
 
 
 def hash_of_vector(vector: SteeringVector) -> str:
     """Return a hash of a vector's directions and layer type."""
-    named = ((str(layer), direction) for layer, direction in sorted(vector.layer_activations.items()))
-    return _hash_of_tensors(vector.layer_type, named)
-
-
-def _hash_of_tensors(title: str, named: Iterable[tuple[str, Tensor]]) -> str:
-    found = hashlib.sha256(title.encode())
-    for name, tensor in named:
-        flat = tensor.detach().flatten()
-        sampled = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu().tolist()
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sampled}".encode())
-    return found.hexdigest()[:16]
+    return hash_of(vector.layer_type, {layer: vector.layer_activations[layer] for layer in vector.layers})

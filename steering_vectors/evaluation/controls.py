@@ -56,7 +56,9 @@ def control_vectors(
         return {}
     found = {f"random {n + 1}": random_vector(vector, seed + n) for n in range(controls.random)}
     if training_samples is not None:
-        if not isinstance(training_samples, Mapping):
+        if isinstance(training_samples, Mapping):
+            training_samples = {side: list(prompts) for side, prompts in training_samples.items()}
+        else:
             training_samples = list(training_samples)
         for n in range(controls.permuted):
             samples = permuted_labels(training_samples, seed + n)

@@ -14,7 +14,7 @@ from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_ite
 from steering_vectors.evaluation.measuring import Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
-from steering_vectors.evaluation.propensity import Propensity, text_propensity
+from steering_vectors.evaluation.propensity import Propensity, name_of, text_propensity
 from steering_vectors.evaluation.result import Evaluation
 from steering_vectors.evaluation.rows import SYSTEM_PROMPT, VARIANT, VECTOR, item_rows
 from steering_vectors.evaluation.scoring import Apply, Manner
@@ -122,7 +122,7 @@ def evaluate(
     rows = plan.rows(measured, costs, vector, otherwise, unsteered=controls is not None)
     answers = () if score is None else plan.answers(given, vector, score, max_new_tokens)
     by_item = item_rows(given, measured[VECTOR], plan.multipliers)
-    return Evaluation(rows, by_item, repr(propensity), len(neutral), seed, answers)
+    return Evaluation(rows, by_item, name_of(propensity), len(neutral), seed, answers)
 
 
 def _asked_otherwise(

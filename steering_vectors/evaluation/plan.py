@@ -185,5 +185,5 @@ def checked_multipliers(multipliers: Sequence[float]) -> list[float]:
         raise TypeError(f"multipliers must be a list of numbers, got {multipliers!r}")
     numbers = [finite_number(number, "a multiplier") for number in multipliers]
     if len(set(numbers)) < 2:
-        raise ValueError(f"a slope needs at least two different multipliers, got {numbers}")
+        raise ValueError(f"a change shows between at least two different multipliers, got {numbers}")
     return numbers

@@ -60,6 +60,11 @@ def choice_propensity() -> Propensity:
     return _ChoicePropensity()
 
 
+def name_of(propensity: Propensity) -> str:
+    """Return the name of a function, and how any other propensity is printed."""
+    return str(getattr(propensity, "__name__", repr(propensity)))
+
+
 def asked_items(propensity: Propensity, item: EvaluationItem) -> Sequence[EvaluationItem]:
     """Return the items that are scored in place of ``item``."""
     asked: Callable[[EvaluationItem], Sequence[EvaluationItem]] | None = getattr(propensity, "asked", None)

@@ -203,7 +203,7 @@ def _at(row: ConditionRow, place: int) -> dict[str, float | None]:
 
 def _nearest_to_one(multipliers: Sequence[float]) -> int:
     """Return the place of the multiplier nearest to 1, at which costs are shown."""
-    return min(range(len(multipliers)), key=lambda place: abs(multipliers[place] - 1))
+    return min(range(len(multipliers)), key=lambda place: (not multipliers[place], abs(multipliers[place] - 1)))
 
 
 def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:

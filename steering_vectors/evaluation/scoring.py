@@ -126,7 +126,7 @@ class Scorer:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder model; evaluation needs a decoder-only one")
         self.model = model
         self._ways: list[_Way] = [_after_shared_cache, _in_padded_rows, _in_equal_rows, _one_by_one]
-        self._checked: dict[_Way, int] = {}
+        self._checked: dict[tuple[_Way, bool], int] = {}
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
@@ -165,7 +165,8 @@ class Scorer:
     def _is_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
         """Return True if the way scores its most padded row as a single pass does, or was seen to at this length."""
         longest = max(len(batch.continuations[row.number]) for row in rows)
-        if longest <= 1.5 * self._checked.get(way, 0):
+        kind = (way, steering is None)
+        if longest <= 1.5 * self._checked.get(kind, 0):
             return True
         shortest = min(rows, key=lambda row: (row.multiplier == 0, len(batch.continuations[row.number])))
         others = (row for row in rows if row is not shortest)
@@ -182,7 +183,7 @@ class Scorer:
         tolerance = _ROUNDING.get(dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
         if not bool(((expected - found).abs() <= tolerance).all()):
             return False
-        self._checked[way] = longest
+        self._checked[kind] = longest
         return True
 
 
@@ -239,6 +240,8 @@ def _after_shared_cache(
         return None
     selection = None
     if steering is not None:
+        if steering.how.enter is not None:  # it may steer other tokens than those that it is given
+            return None
         selection = steering.selection(padded([part.prompt for part in continuations], model))
         if not _begins_at_the_last_token(selection, continuations, model):
             return None

@@ -21,7 +21,7 @@ from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_ite
 from steering_vectors.evaluation.measuring import ItemBatch, Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
-from steering_vectors.evaluation.propensity import Propensity, text_propensity
+from steering_vectors.evaluation.propensity import Propensity, name_of, text_propensity
 from steering_vectors.evaluation.scoring import Continuation, Manner
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.sweep_result import PointRow, Sweep, SweepRow, best_row
@@ -98,7 +98,7 @@ def sweep(
     [(1, -1.0), (1, 1.0)]
     """
     how = Manner(tokens, operator)
-    plan = Plan(model, tokenizer, how, propensity, multipliers, batch_size, seed, chat_template_kwargs)
+    plan = Plan(model, tokenizer, how, propensity, _with_none(multipliers), batch_size, seed, chat_template_kwargs)
     swept = _layers_of(plan, vector, layers)
     given = as_items(items)
     halves = _halves(len(given), seed)
@@ -113,7 +113,7 @@ def sweep(
     if chosen is not None:
         vectors = control_vectors(controls, model, tokenizer, swept[chosen.layer], training_samples, seed)
         points = tuple(grid.points(chosen, vectors, otherwise, halves[1]))
-    return Sweep(rows, chosen, points, budget, len(halves[0]), len(halves[1]), len(neutral), repr(propensity))
+    return Sweep(rows, chosen, points, budget, len(halves[0]), len(halves[1]), len(neutral), name_of(propensity))
 
 
 def _layers_of(plan: Plan, vector: SteeringVector, layers: int | Iterable[int] | None) -> SteeringVector:
@@ -126,12 +126,21 @@ def _layers_of(plan: Plan, vector: SteeringVector, layers: int | Iterable[int] |
     return swept
 
 
+def _with_none(multipliers: Sequence[float]) -> Sequence[float]:
+    """Return the multipliers, each once, with that of no steering, from which gains are measured."""
+    listed = isinstance(multipliers, Iterable) and not isinstance(multipliers, (str, bytes, Mapping))
+    return list(dict.fromkeys([0.0, *multipliers])) if listed else multipliers
+
+
 def _budget(max_kl: float | None, texts: Sequence[Continuation]) -> float | None:
     if max_kl is None:
         return None
     if not texts:
         raise ValueError("a budget max_kl needs texts on which KL is measured: leave texts out for the library's")
-    return finite_number(max_kl, "max_kl")
+    budget = finite_number(max_kl, "max_kl")
+    if budget <= 0:
+        raise ValueError(f"max_kl must be more than 0, got {budget:g}")
+    return budget
 
 
 def _settings(

@@ -110,6 +110,23 @@ def test_chat_changes_the_strength_and_traces(run: Run) -> None:
     assert len(out.splitlines()) >= 3
 
 
+def test_chat_goes_on_after_a_strength_that_is_no_number(run: Run) -> None:
+    code, out, err = run(
+        "chat", "model", "joy.safetensors", "--max-new-tokens", 2, stdin="/m nan\n/m 1e39\nHi\n/m 0\nHi\n"
+    )
+    assert code == 0
+    assert "'nan' is no number" in err
+    assert "error: " in err
+    assert out.strip()
+
+
+def test_chat_names_vectors_of_the_same_name_apart(run: Run, folder: Path) -> None:
+    (folder / "other").mkdir(exist_ok=True)
+    (folder / "other" / "joy.safetensors").write_bytes((folder / "joy.safetensors").read_bytes())
+    code, _, err = run("chat", "model", "joy.safetensors", "other/joy.safetensors", stdin="/off\n")
+    assert (code, err.splitlines()[-1]) == (0, "joy.safetensors 0, other/joy.safetensors 0")
+
+
 def test_chat_remembers_and_steers(run: Run, loaded: Any) -> None:
     model, tokenizer, vector = loaded
     out = run("chat", "model", "joy.safetensors", "-m", 5, "--max-new-tokens", 4, stdin="Hi\n")[1]
@@ -173,8 +190,9 @@ def test_calibrate_and_diagnose_are_themselves(run: Run, loaded: Any, tmp_path: 
 
 def test_plot_draws_both_results(run: Run, tmp_path: Path) -> None:
     given = ("model", "joy.safetensors", "items.jsonl", "--texts", "texts.txt", "-o", "result.json")
-    for command in ("evaluate", "sweep"):
-        run(command, *given)
+    diagnosed = ("model", "pairs.csv", "-o", "result.json")
+    for command in ("evaluate", "sweep", "diagnose"):
+        run(command, *(diagnosed if command == "diagnose" else given))
         path = tmp_path / f"{command}.png"
         assert run("plot", "result.json", "-o", path)[0] == 0
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -210,6 +210,39 @@ def test_an_ablation_everywhere_is_measured_by_rows(model: Any, vector: Steering
     assert len({row.propensities[1] for row in result.rows[:4]}) == 4
 
 
+def test_an_apply_may_steer_what_it_likes(model: Any, vector: SteeringVector) -> None:
+    """Though the selection that it is given would leave the prompt alone, and unsteered passes were checked before."""
+    items = [("I say it now and then", " yes", " no!"), ("We say", " good", " bad")]
+    result = evaluate(
+        model,
+        tiny.tokenizer(),
+        vector,
+        items,
+        apply=lambda given, multipliers, _tokens: given.apply(model, multiplier=multipliers),
+        multipliers=[0, 1],
+        texts=[],
+        controls=None,
+    )
+    expected = evaluate(
+        model, tiny.tokenizer(), vector, items, tokens=None, multipliers=[0, 1], texts=[], controls=None
+    )
+    for one, other in zip(result.items, expected.items):
+        assert one.propensities == pytest.approx(other.propensities, abs=1e-5)
+
+
+def test_sets_of_iterators_are_permuted_several_times(model: Any, vector: SteeringVector) -> None:
+    sets = {"positive": iter(["I love it", "Good"]), "negative": iter(["I hate it", "Bad"])}
+    result = evaluate(
+        model, tiny.tokenizer(), vector, ITEMS, texts=[], controls=Controls(random=0, permuted=2), training_samples=sets
+    )
+    assert [row.condition for row in result.rows] == ["vector", "permuted 1", "permuted 2", "unsteered"]
+
+
+def test_costs_are_shown_where_the_model_is_steered(model: Any, vector: SteeringVector) -> None:
+    result = evaluate(model, tiny.tokenizer(), vector, ITEMS, multipliers=[-4, 0, 4], texts=TEXTS, controls=None)
+    assert "KL +4" in str(result)
+
+
 def test_a_system_prompt_and_variants_have_rows(model: Any, vector: SteeringVector) -> None:
     shouted = [(prompt.upper(), matching, other) for prompt, matching, other in ITEMS]
     result = evaluate(

@@ -11,6 +11,7 @@ import torch
 from steering_vectors import SteeringVector, generated, prompted
 from steering_vectors.evaluation import PointRow, Sweep, SweepRow, evaluate, measuring, sweep
 from steering_vectors.evaluation import sweeping as module
+from steering_vectors.evaluation.cells import hash_of, hash_of_model
 from tests import tiny
 
 ITEMS = [(f"I {verb} it", " yes", " no!") for verb in ("see", "know", "take", "want", "like")]
@@ -48,6 +49,12 @@ def test_each_row_is_an_evaluation_of_one_layer(model: Any, vector: SteeringVect
         assert row.reversed == pytest.approx((gains * row.multiplier < 0).mean())
         assert row.kl_mean == pytest.approx(alone.rows[0].kl_mean[place], rel=1e-3)
         assert row.kl_p95 == pytest.approx(alone.rows[0].kl_p95[place], rel=1e-3)
+
+
+def test_multipliers_count_once_and_one_is_enough(model: Any, vector: SteeringVector) -> None:
+    once = swept(model, vector, multipliers=[2], controls=None)
+    assert [row.multiplier for row in once.rows] == [2, 2, 2]
+    assert swept(model, vector, multipliers=[2, 2, 0], controls=None).rows == once.rows
 
 
 def test_the_two_halves_are_disjoint_and_seeded(model: Any, vector: SteeringVector) -> None:
@@ -134,6 +141,45 @@ def test_a_stopped_sweep_goes_on(
     assert [file.name for file in tmp_path.iterdir()] == ["sweep.json"]
 
 
+@pytest.mark.parametrize("name", ["tokens", "propensity"])
+def test_the_file_of_another_function_is_refused(model: Any, vector: SteeringVector, tmp_path: Path, name: str) -> None:
+    def made(number: int) -> Any:
+        if name == "tokens":
+            return lambda inputs: slice(0, number)
+        return lambda matching, other: number * (matching.mean() - other.mean())
+
+    path = tmp_path / "sweep.json"
+    found = swept(model, vector, path=path, controls=None, **{name: made(1)})
+    assert swept(model, vector, path=path, controls=None, **{name: made(1)}) == found
+    with pytest.raises(ValueError, match="holds a sweep with another setting"):
+        swept(model, vector, path=path, controls=None, **{name: made(3)})
+
+
+def test_an_object_that_does_not_show_its_settings_has_no_file(
+    model: Any, vector: SteeringVector, tmp_path: Path
+) -> None:
+    class Everything:
+        def __call__(self, positions: Any) -> torch.Tensor:
+            return torch.ones_like(positions.index, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match="can't be compared with that of a later call"):
+        swept(model, vector, path=tmp_path / "sweep.json", controls=None, tokens=Everything())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_tensors_and_single_numbers_are_told_from_others() -> None:
+    mask = torch.zeros(2000, dtype=torch.bool)
+    other = mask.clone()
+    other[1000] = True
+    assert hash_of(mask) != hash_of(other)
+    assert hash_of(torch.tensor([1.00001])) != hash_of(torch.tensor([1.00002]))
+    model = tiny.build("llama")
+    before = hash_of_model(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] += 0.5
+    assert hash_of_model(model) != before
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -175,9 +221,11 @@ def test_the_table_has_80_columns(model: Any, vector: SteeringVector) -> None:
     ("arguments", "error", "message"),
     [
         ({"layers": [7]}, LookupError, "7"),
+        ({"max_kl": -1}, ValueError, "max_kl must be more than 0"),
+        ({"multipliers": [0]}, ValueError, "two different multipliers"),
+        ({"multipliers": 2}, TypeError, "multipliers must be a list"),
         ({"max_kl": 1, "texts": []}, ValueError, "a budget max_kl needs texts"),
         ({"layer": 1}, TypeError, "the argument is layers="),
-        ({"multipliers": [1]}, ValueError, "two different multipliers"),
         ({"tokens": lambda inputs: generated}, TypeError, "did you forget to call it"),
     ],
 )
