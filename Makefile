@@ -17,7 +17,8 @@ BETWEEN = torch==2.7.1 transformers==4.51.3
 NEWEST = $(shell grep '^transformers=' constraints.txt)
 COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
-OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "not smollm2" \
+OLD_MARKS ?= not smollm2
+OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak vllm"
 
 .PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-vllm-lora comparison fuzz soak docs lint types format clean
@@ -29,7 +30,7 @@ demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show 
 	@$(VENV)/bin/python -m steering_vectors $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: $(VENV)/.installed ## the laws and the unit tests, on the newest transformers
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not compiles"
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not compiles and not wide"
 
 test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
 	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
@@ -46,6 +47,7 @@ test-between: $(VENV_BETWEEN)/.installed ## the same on versions between the old
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
+	@$(VENV)/bin/python -m pytest tests/test_laws.py -n 2 --dist loadgroup -q -m wide
 
 test-quantized: $(VENV)/.installed ## models in four and eight bits, by bitsandbytes and torchao, and a quantized cache
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt bitsandbytes torchao

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,21 @@ torch.set_num_threads(1)  # two processes of tests share two cores
 transformers.logging.set_verbosity_error()
 
 
+# The architectures on which all laws are tested by "make test"; the others' are tests of architectures.
+LAWFUL = {"bloom", "gemma2", "gemma3", "gpt2", "gptj", "llama", "mamba", "mistral", "mixtral", "mpt", "opt", "rwkv"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.smollm2)
-            item.add_marker(pytest.mark.xdist_group("smollm2"))  # one process loads it
+            # Two processes load it: pages go to either, and other files stay together.
+            apart = item.nodeid if "tests/pages" in item.nodeid else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(f"smollm2-{zlib.crc32(apart.encode()) % 2}"))
+        arguments = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path.name == "test_laws.py" and arguments.get("architecture", "llama") not in LAWFUL:
+            item.add_marker(pytest.mark.wide)
 
 
 @pytest.fixture(autouse=True)

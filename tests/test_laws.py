@@ -82,8 +82,19 @@ def fading_away(step: Tensor) -> Tensor:
 class TestReadWhereYouWrite:
     """Law 1."""
 
-    @pytest.mark.parametrize("operator", OPERATORS)
-    @pytest.mark.parametrize("selection", SELECTIONS)
+    # Every selection under addition, and every operator at all tokens and at those of the answer.
+    @pytest.mark.parametrize(
+        ("selection", "operator"),
+        [
+            *((selection, "addition_operator") for selection in SELECTIONS),
+            *(
+                (selection, operator)
+                for selection in ("all", "generated(inputs)")
+                for operator in OPERATORS
+                if operator != "addition_operator"
+            ),
+        ],
+    )
     @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
     def test_recording_inside_is_outside_plus_delta(self, architecture: str, selection: str, operator: str) -> None:
         model = tiny.shared(architecture)
