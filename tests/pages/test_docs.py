@@ -36,7 +36,11 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = [str(path.relative_to(DOCS)) for path in sorted(DOCS.rglob("*.rst"))]
 ON_QUANTIZED = ["howto/quantized.rst"]  # run by tests/wrapped/test_quantized.py, which has what it needs
 ON_SMOLLM2 = [
-    page for page in PAGES if SMOLLM2 in (DOCS / page).read_text(encoding="utf-8") and page not in ON_QUANTIZED
+    page
+    for page in PAGES
+    if page not in ON_QUANTIZED
+    and {SMOLLM2, "code-block:: python"}
+    <= set(re.findall(rf"{SMOLLM2}|code-block:: python", (DOCS / page).read_text()))
 ]
 ON_TINY_MODELS = [
     page
