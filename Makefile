@@ -83,7 +83,7 @@ test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp's logits under the files
 	@OMP_NUM_THREADS=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_cpp.py -q -s
 
 test-lm-eval: $(VENV_LMEVAL)/.installed ## lm-evaluation-harness on steered models, with its table of results
-	@OMP_NUM_THREADS=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
 
 comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
 	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
