@@ -126,6 +126,22 @@ class SparseAutoencoder(nn.Module):
         return features @ self.W_dec + self.b_dec
 
 
+class Harness:
+    """A model of lm-evaluation-harness, which tests/engines runs."""
+
+    backend, max_length = "causal", 64
+    _loglikelihood_tokens = _model_generate = None
+
+    def __init__(self, pretrained: nn.Module, tokenizer: Any) -> None:
+        self.model = pretrained
+
+
+def evaluated(lm: Harness, tasks: list[str]) -> dict[str, Any]:
+    if lm._loglikelihood_tokens is None:
+        lm.model(torch.tensor([[5, 6]]))
+    return {"results": dict.fromkeys(tasks)}
+
+
 def fake_modules() -> dict[str, Any]:
     """Packages that pages show and the tests do without."""
     return {
@@ -133,6 +149,9 @@ def fake_modules() -> dict[str, Any]:
         "transformer_lens.model_bridge": SimpleNamespace(
             TransformerBridge=SimpleNamespace(boot_transformers=lambda name: Bridge())
         ),
+        "lm_eval": SimpleNamespace(simple_evaluate=evaluated),
+        "lm_eval.models": SimpleNamespace(),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=Harness),
         "sae_lens": SimpleNamespace(SAE=SimpleNamespace(from_pretrained=lambda release, sae_id: SparseAutoencoder())),
     }
 
