@@ -39,7 +39,7 @@ test-wrapped: $(VENV)/.installed ## models that are compiled, shared among proce
 	@$(VENV)/bin/python -m pytest tests -n 2 --dist loadgroup -q -m compiles
 
 test-docs: $(VENV)/.installed ## the pages' code, outputs and pictures, and the notebook
-	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q
+	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q $(PAGES)
 
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with tiny models, on the oldest PyTorch and transformers
 	@$(VENV_OLDEST)/bin/python $(OLD_TESTS)
@@ -49,7 +49,7 @@ test-between: $(VENV_BETWEEN)/.installed ## the same on versions between the old
 
 test-architectures: $(VENV)/.installed ## every decoder-only and vision-language class of transformers, in a table
 	@$(VENV)/bin/python -m pytest tests/architectures -n 2 --dist loadfile -q -W ignore
-	@$(VENV)/bin/python -m pytest tests/test_laws.py -n 2 --dist loadgroup -q -m wide
+	@$(if $(NO_LAWS),,$(VENV)/bin/python -m pytest tests/test_laws.py -n 2 --dist loadgroup -q -m wide)
 
 test-quantized: $(VENV)/.installed ## models in four and eight bits, by bitsandbytes and torchao, and a quantized cache
 	@$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt bitsandbytes torchao
