@@ -192,8 +192,8 @@ def _added(vector: SteeringVector, factor: float) -> dict[int, Tensor]:
     if 0 in added:
         rest = "write vector[1:] without it, or " if len(added) > 1 else ""
         raise ValueError(
-            f"llama.cpp can't steer layer 0, and refuses a file that has it: {rest}merge the direction into the weights, "
-            "by steering_vectors.merging.merge"
+            f"llama.cpp can't steer layer 0, and refuses a file that has it: {rest}merge the direction into "
+            "the weights, by steering_vectors.merging.merge"
         )
     return added
 
