@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from steering_vectors._arguments import finite_number, with_hints
+from steering_vectors.evaluation.manner import Manner
 from steering_vectors.evaluation.measuring import continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import text_propensity
-from steering_vectors.evaluation.scoring import Manner
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
 

@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from steering_vectors._arguments import with_hints
 from steering_vectors.evaluation.controls import Controls, control_vectors, with_system_prompt
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
+from steering_vectors.evaluation.manner import Apply, Manner
 from steering_vectors.evaluation.measuring import Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, name_of, text_propensity
 from steering_vectors.evaluation.result import Evaluation
 from steering_vectors.evaluation.rows import SYSTEM_PROMPT, VARIANT, VECTOR, item_rows
-from steering_vectors.evaluation.scoring import Apply, Manner
 from steering_vectors.steering_operators import PatchDeltaOperator
 from steering_vectors.steering_vector import SteeringVector
 from steering_vectors.token_selection import generated

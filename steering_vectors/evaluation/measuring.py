@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from steering_vectors.evaluation.items import EvaluationItem
+from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.propensity import Propensity, asked_items
-from steering_vectors.evaluation.scoring import AnswerScores, Continuation, Row, Scorer, Steering
+from steering_vectors.evaluation.scoring import AnswerScores, Continuation, Row, Scorer
 from steering_vectors.prompts import answer_ids, prompt_ids
 
 # A likelier first token than this is decided: no steering of this size moves it, so its KL says nothing.
@@ -141,7 +142,8 @@ class TextBatch:
 
     def __init__(self, scorer: Scorer, texts: Sequence[Continuation]) -> None:
         self._batch = scorer.batch(texts)
-        self._unsteered = dict(self._batch.log_probabilities([Row(number) for number in range(len(texts))]))
+        unsteered = self._batch.log_probabilities([Row(number) for number in range(len(texts))])
+        self._unsteered = {number: _Distributions.of(found) for number, found in unsteered}
         self.count = len(texts)
 
     def scores(self, steering: Steering, multipliers: Sequence[float]) -> TextScores:
@@ -152,10 +154,11 @@ class TextBatch:
         for place, log_probabilities in self._batch.log_probabilities(rows, steering):
             row = rows[place]
             before = self._unsteered[row.number]
-            answer = torch.tensor(self._batch.continuations[row.number].answer, device=before.device)[:, None]
-            change = (before - log_probabilities).gather(-1, answer)[:, 0]
-            found[row.multiplier, row.number] = torch.stack([kl_divergence(before, log_probabilities), change]).cpu()
-        none = {number: torch.zeros(2, len(part), device="cpu") for number, part in self._unsteered.items()}
+            difference = before.logarithms - log_probabilities
+            answer = torch.tensor(self._batch.continuations[row.number].answer, device=difference.device)[:, None]
+            change = difference.gather(-1, answer)[:, 0]
+            found[row.multiplier, row.number] = torch.stack([before.mean_of(difference), change]).cpu()
+        none = {number: torch.zeros(2, len(part.logarithms), device="cpu") for number, part in self._unsteered.items()}
         at_each = [
             torch.cat([found.get((m, number), none[number]).double() for number in range(self.count)], dim=1)
             for m in multipliers
@@ -164,7 +167,26 @@ class TextBatch:
         return TextScores(kl, change)
 
 
+@dataclass(frozen=True, eq=False)
+class _Distributions:
+    """Distributions over the vocabulary ``(…, vocabulary)``, kept where each is compared with several others."""
+
+    logarithms: Tensor
+    probabilities: Tensor
+    has_zeros: bool
+
+    @classmethod
+    def of(cls, log_probabilities: Tensor) -> _Distributions:
+        return cls(log_probabilities, log_probabilities.exp(), bool(log_probabilities.isneginf().any()))
+
+    def mean_of(self, difference: Tensor) -> Tensor:
+        """Return the mean over the vocabulary, at least 0: rounding never makes a KL negative."""
+        terms = self.probabilities * difference
+        if self.has_zeros:
+            terms = terms.where(self.probabilities > 0, 0)  # a token that can't come counts nothing
+        return terms.sum(dim=-1).clamp(min=0)
+
+
 def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(before ‖ after) in nats of log-probabilities ``(…, vocabulary)``; rounding never makes it negative."""
-    terms = before.exp() * (before - after)
-    return terms.where(before > -torch.inf, 0).sum(dim=-1).clamp(min=0)  # a token that can't come counts nothing
+    """Return KL(before ‖ after) in nats of log-probabilities ``(…, vocabulary)``."""
+    return _Distributions.of(before).mean_of(before - after)

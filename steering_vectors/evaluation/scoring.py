@@ -1,23 +1,25 @@
 """Score answers: the logits of given tokens after given prompts, under a steering and without.
 
-Scores are those of each prompt and answer alone, in one pass without a cache. Faster ways are tried first: the cache of
-a prompt shared by all that is asked after it, and padded rows. Each is compared with that single pass before it is
-used, and again for longer rows.
+Scores are those of each prompt and answer alone, in one pass without a cache. Faster ways are tried first: the blocks
+below the steered layer run once for all multipliers, the cache of a prompt shared by all that is asked after it, and
+padded rows. Each is compared with that single pass before it is used, and again for longer rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from steering_vectors._arguments import check_takes
+from steering_vectors.evaluation.lower_blocks import LowerBlocks
+from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.running import (
     CACHES,
     device_of,
@@ -27,8 +29,6 @@ from steering_vectors.evaluation.running import (
     run,
     vocabulary_of,
 )
-from steering_vectors.steering_operators import PatchDeltaOperator
-from steering_vectors.steering_vector import SteeringVector
 from steering_vectors.token_selection import TokenPositions
 
 # The most logits of a pass, rows × tokens × vocabulary: 256 MB in float32.
@@ -47,56 +47,6 @@ class Continuation:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
-
-
-Apply: TypeAlias = Callable[[SteeringVector, list[float], Any], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Manner:
-    """The way in which vectors are applied.
-
-    ``tokens`` is a selection, or a function from a batch's prompts to one, such as ``generated``. With ``enter``, that
-    is called in place of ``vector.apply``.
-    """
-
-    tokens: Any = None
-    operator: PatchDeltaOperator | None = None
-    enter: Apply | None = None
-
-    def check(self) -> None:
-        """Raise TypeError for an ``apply`` that can't be called, and ValueError for one beside an operator."""
-        if self.enter is not None:
-            check_takes(self.enter, 3, "apply", "lambda vector, multipliers, tokens: vector.apply(model)")
-            if self.operator is not None:
-                raise ValueError("operator and apply were given: choose one of them")
-
-
-@dataclass(frozen=True, eq=False)
-class Steering:
-    """A vector and the way in which it is applied to rows, each with a multiplier."""
-
-    model: nn.Module
-    vector: SteeringVector
-    how: Manner = Manner()
-
-    def selection(self, prompts: Mapping[str, Tensor]) -> Any:
-        """Return the selection for a batch with these prompts."""
-        tokens = self.how.tokens
-        if not callable(tokens):
-            return tokens
-        try:
-            made = tokens(prompts)
-        except (AttributeError, TypeError):  # a selector reads positions, which a mapping hasn't
-            return tokens
-        return made if callable(made) or isinstance(made, (slice, list)) else tokens
-
-    def apply(self, selection: Any, multipliers: Sequence[float]) -> AbstractContextManager[Any]:
-        """Return the context in which rows with these multipliers are steered."""
-        numbers = list(multipliers)
-        if self.how.enter is not None:
-            return self.how.enter(self.vector, numbers, selection)
-        return self.vector.apply(self.model, operator=self.how.operator, multiplier=numbers, tokens=selection)
 
 
 @dataclass(frozen=True)
@@ -125,8 +75,12 @@ class Scorer:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"{type(model).__name__} is an encoder-decoder model; evaluation needs a decoder-only one")
         self.model = model
-        self._ways: list[_Way] = [_after_shared_cache, _in_padded_rows, _in_equal_rows, _one_by_one]
-        self._checked: dict[tuple[_Way, bool], int] = {}
+        self.lower_blocks = LowerBlocks(model)
+        self._ways: list[_Way] = [
+            *(_above_known_blocks, _after_shared_cache),
+            *(_in_padded_rows, _in_equal_rows, _one_by_one),
+        ]
+        self._checked: dict[tuple[_Way, int | None], int] = {}
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
@@ -151,21 +105,19 @@ class Scorer:
         if all(row.multiplier == 0 for row in rows):
             steering = None  # the same, by any operator
         with evaluation_mode(self.model):
-            while True:
-                way = self._ways[0]
+            for way in list(self._ways):
                 scored = way(self.model, batch, rows, steering)
                 if scored is None:  # these rows can't be scored this way; others may be
-                    way = self._ways[1]
-                    scored = way(self.model, batch, rows, steering)
-                    assert scored is not None
+                    continue
                 if way is _one_by_one or self._is_right(way, batch, rows, steering):
                     return list(scored)
                 self._ways.remove(way)
+            raise AssertionError("rows can be scored one by one")
 
     def _is_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
         """Return True if the way scores its most padded row as a single pass does, or was seen to at this length."""
         longest = max(len(batch.continuations[row.number]) for row in rows)
-        kind = (way, steering is None)
+        kind = (way, None if steering is None else self.lower_blocks.below(steering.vector))
         if longest <= 1.5 * self._checked.get(kind, 0):
             return True
         shortest = min(rows, key=lambda row: (row.multiplier == 0, len(batch.continuations[row.number])))
@@ -196,6 +148,7 @@ class Batch:
         prompts = {continuation.prompt: None for continuation in self.continuations}
         self.prompts = {prompt: place for place, prompt in enumerate(prompts)}
         self._cache: Any = None
+        self._known: tuple[int, Tensor] | None = None  # what so many blocks return for all continuations
 
     def log_probabilities(self, rows: Sequence[Row], steering: Steering | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield each row's place with the log-probabilities ``(answer, vocabulary)``, in float32 or wider."""
@@ -224,12 +177,61 @@ class Batch:
             self._cache = kind.from_legacy_cache(cache) if isinstance(cache, tuple) else cache
         return self._cache or None
 
+    def after_cache(self, continuations: Sequence[Continuation]) -> Callable[[], Any]:
+        """Return a pass of the last tokens of prompts, and the answers but for theirs, after copies of the cache."""
+        model = self._scorer.model
+        cache = copy.deepcopy(self.cache())
+        places = torch.tensor([self.prompts[part.prompt] for part in continuations], device=device_of(model))
+        cache.batch_select_indices(places)
+        before = padded([prompt[:-1] for prompt in self.prompts], model)["attention_mask"][places]
+        now = padded([(part.prompt[-1], *part.answer[:-1]) for part in continuations], model, left=False)
+        inputs = {**now, "attention_mask": torch.cat([before, now["attention_mask"]], dim=1)}
+        return partial(run, model, inputs, use_cache=True, cache=cache)
 
+    def known_blocks(self, steering: Steering | None) -> _KnownBlocks | None:
+        """Return a context in which the blocks below a steering return what they returned unsteered, for given rows.
+
+        None where there are none. The outputs of one number of blocks are kept, and are a beginning for more.
+        """
+        blocks = self._scorer.lower_blocks
+        count = 0 if steering is None else blocks.below(steering.vector)
+        if not count:
+            return None
+
+        @contextmanager
+        def returning(numbers: Sequence[int]) -> Generator[None, None, None]:
+            if self._known is None or self._known[0] != count:
+                fewer = self._known if self._known is not None and self._known[0] < count else None
+                self._known = count, blocks.output(count, self.after_cache(self.continuations), fewer)
+            width = max(len(self.continuations[number].answer) for number in numbers)
+            with blocks.returning(count, self._known[1][list(numbers), :width]):
+                yield
+
+        return returning
+
+
+# The context in which blocks return what is known of continuations, by their numbers, instead of running.
+_KnownBlocks: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[None]]
 _Way = Callable[[nn.Module, Batch, Sequence[Row], "Steering | None"], "Iterator[tuple[int, Tensor]] | None"]
 
 
-def _after_shared_cache(
+def _above_known_blocks(
     model: nn.Module, batch: Batch, rows: Sequence[Row], steering: Steering | None
+) -> Iterator[tuple[int, Tensor]] | None:
+    """Run only the blocks that a steering changes, after copies of the prompts' cache.
+
+    None for rows without steering, and where the prompts' cache can't be shared.
+    """
+    known = batch.known_blocks(steering)
+    return known and _after_shared_cache(model, batch, rows, steering, known)
+
+
+def _after_shared_cache(
+    model: nn.Module,
+    batch: Batch,
+    rows: Sequence[Row],
+    steering: Steering | None,
+    known: _KnownBlocks | None = None,
 ) -> Iterator[tuple[int, Tensor]] | None:
     """Run each prompt but for its last token once, unsteered, and the rest of all rows after copies of its cache.
 
@@ -247,14 +249,13 @@ def _after_shared_cache(
             return None
 
     def scored() -> Iterator[tuple[int, Tensor]]:
-        cache = copy.deepcopy(batch.cache())
-        places = torch.tensor([batch.prompts[part.prompt] for part in continuations], device=device_of(model))
-        cache.batch_select_indices(places)
-        before = padded([prompt[:-1] for prompt in batch.prompts], model)["attention_mask"][places]
-        now = padded([(part.prompt[-1], *part.answer[:-1]) for part in continuations], model, left=False)
-        inputs = {**now, "attention_mask": torch.cat([before, now["attention_mask"]], dim=1)}
-        with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
-            logits = run(model, inputs, use_cache=True, cache=cache).logits
+        run_now = batch.after_cache(continuations)
+        with ExitStack() as stack:
+            if known is not None:
+                stack.enter_context(known([row.number for row in rows]))
+            if steering is not None:
+                stack.enter_context(steering.apply(selection, [row.multiplier for row in rows]))
+            logits = run_now().logits
         for place, part in enumerate(continuations):
             yield place, logits[place, : len(part.answer)]
 

@@ -18,11 +18,12 @@ from steering_vectors.evaluation.cells import Cells, hash_of, hash_of_model, has
 from steering_vectors.evaluation.controls import Controls, control_vectors
 from steering_vectors.evaluation.evaluating import Variant, variants_of
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
+from steering_vectors.evaluation.manner import Manner
 from steering_vectors.evaluation.measuring import ItemBatch, Question, continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, name_of, text_propensity
-from steering_vectors.evaluation.scoring import Continuation, Manner
+from steering_vectors.evaluation.scoring import Continuation
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.sweep_result import PointRow, Sweep, SweepRow, best_row
 from steering_vectors.steering_operators import PatchDeltaOperator

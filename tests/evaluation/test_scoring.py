@@ -10,7 +10,8 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, from_index, generated
 from steering_vectors.evaluation import scoring
-from steering_vectors.evaluation.scoring import Continuation, Manner, Row, Scorer, Steering
+from steering_vectors.evaluation.manner import Manner, Steering
+from steering_vectors.evaluation.scoring import Continuation, Row, Scorer
 from tests import tiny
 
 PROMPTS = [(11, 12, 13, 14, 15), (21, 22, 23, 24, 25, 26, 27, 28, 29), (31, 32)]
@@ -75,7 +76,7 @@ def test_a_prompts_cache_is_shared(architecture: str) -> None:
     handle.remove()
     if architecture == "gpt2" and tiny.ON_TRANSFORMERS_4:
         pytest.skip("its cache is a tuple, which isn't shared")
-    assert scorer._ways[0] is scoring._after_shared_cache
+    assert scorer._ways[0] is scoring._above_known_blocks
     # A row alone to compare with; all prompts once but for their last tokens; two rows to compare; then the answers.
     assert lengths[1] == max(map(len, PROMPTS)) - 1
     assert lengths.count(max(map(len, PROMPTS)) - 1) == 1
