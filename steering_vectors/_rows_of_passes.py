@@ -1,15 +1,65 @@
-"""Join the rows of passes to sequences, and cut their text into tokens."""
+"""Record the passes of a model, join their rows to sequences, and cut their text into tokens."""
 
 from __future__ import annotations
 
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from steering_vectors._extraction import shared_prefix
+from steering_vectors._models import Attachment, anatomy_of
+from steering_vectors._passes import Need, PassTracker
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Recorder")
 # Of each row of a pass: its token ids (None if the model got embeddings), their indices, and a value for each.
 PassRows = tuple[list[list[int | None]], list[list[int]], list[list[T]]]
+
+
+class Recorder(ABC):
+    """Record of a model's passes, which are noted inside its block. It keeps no model alive.
+
+    ``name`` is what it is called in its error, and ``made_by`` the call that makes one.
+    """
+
+    def __init__(self, model: nn.Module, name: str, made_by: str) -> None:
+        self._model = weakref.ref(model)
+        self._called = name, made_by
+        self._tracker: PassTracker | None = None
+
+    @abstractmethod
+    def _attachments(self, model: nn.Module) -> Sequence[Attachment]:
+        """Return what notes the passes. It may not keep the record, which would then stay attached when dropped."""
+
+    def __enter__(self: R) -> R:
+        model = self._model()
+        if model is None:
+            name, made_by = self._called
+            raise RuntimeError(f"the model of this {name} no longer exists: make a new {name} with {made_by}")
+        self._tracker = PassTracker(anatomy_of(model).pass_modules, Need.POSITIONS)
+        self._tracker.start(self._attachments(model))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def __del__(self) -> None:
+        self._stop()  # after an interrupt while the block was left
+
+    def _stop(self) -> None:
+        tracker = getattr(self, "_tracker", None)
+        if tracker is not None:
+            try:
+                tracker.stop()
+            except BaseException:  # an interrupt: what it left undone is done now
+                tracker.stop()
+                raise
 
 
 def joined_rows(passes: Sequence[PassRows[T]]) -> Iterator[tuple[list[int | None], list[T]]]:

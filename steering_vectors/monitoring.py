@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isnan
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steering_vectors._arguments import with_hints
-from steering_vectors._models import anatomy_of, by_tokens, check_model
-from steering_vectors._passes import ForwardPass, Need, PassTracker
-from steering_vectors._rows_of_passes import joined_rows, pieces_of
+from steering_vectors._models import Attachment, anatomy_of, by_tokens, check_model
+from steering_vectors._passes import ForwardPass
+from steering_vectors._rows_of_passes import Recorder, joined_rows, pieces_of
 from steering_vectors._steering import as_multiplier, config_for, steering_of
 from steering_vectors._vectors import projections
 from steering_vectors.layer_matching import ModelLayerConfig, find_layers
@@ -60,7 +59,7 @@ def monitor(
     return SteeringMonitor(model, vector, layer_config)
 
 
-class SteeringMonitor:
+class SteeringMonitor(Recorder):
     """Record of how far tokens were along a vector's directions, made by :func:`monitor`.
 
     >>> with monitor(model, vector) as watched:
@@ -70,48 +69,25 @@ class SteeringMonitor:
     """
 
     def __init__(self, model: nn.Module, vector: SteeringVector, layer_config: ModelLayerConfig | None) -> None:
+        super().__init__(model, "monitor", "monitor(model, vector)")
         anatomy = anatomy_of(model)
         directions = steering_of(vector, model, layer_config, None, as_multiplier(1), None, False).directions
         assert directions is not None
         projections(directions, directions)  # raises for a direction of zeros
         config = config_for(anatomy, vector, layer_config)
-        self._model = weakref.ref(model)
         self._sites = find_layers(model, vector.layer_type, config).sites_of(list(directions))
         self._directions = dict(directions)
-        self._tracker: PassTracker | None = None
         self._passes: dict[int, _WatchedPass] = {}
 
-    def __enter__(self) -> SteeringMonitor:
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the model of this monitor no longer exists: make a new one with monitor(model, vector)")
-        self._tracker = PassTracker(anatomy_of(model).pass_modules, Need.POSITIONS)
-        note = weakref.WeakMethod(self._note)  # a monitor that is no longer used must not be kept by what it attached
+    def _attachments(self, model: nn.Module) -> Sequence[Attachment]:
+        note = weakref.WeakMethod(self._note)
 
         def read(layer: int, activation: Tensor) -> None:
             noted = note()
             if noted is not None:
                 noted(layer, activation)
 
-        self._tracker.start([site.hook(partial(read, layer)) for layer, site in self._sites.items()])
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def __del__(self) -> None:
-        self._stop()  # after an interrupt while the block was left
-
-    def _stop(self) -> None:
-        tracker = getattr(self, "_tracker", None)
-        if tracker is not None:
-            try:
-                tracker.stop()
-            except BaseException:  # an interrupt: what it left undone is done now
-                tracker.stop()
-                raise
+        return [site.hook(partial(read, layer)) for layer, site in self._sites.items()]
 
     @property
     def layers(self) -> list[int]:

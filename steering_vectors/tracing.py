@@ -9,17 +9,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steering_vectors._html import block, table
-from steering_vectors._models import along_tokens, anatomy_of, check_model
-from steering_vectors._passes import ForwardPass, Need, PassTracker
+from steering_vectors._models import Attachment, along_tokens, check_model
+from steering_vectors._passes import ForwardPass
 from steering_vectors._precision import wide
-from steering_vectors._rows_of_passes import joined_rows, pieces_of
+from steering_vectors._rows_of_passes import Recorder, joined_rows, pieces_of
 from steering_vectors._steering import AttachedTrace, changes_of
 
 
@@ -62,7 +61,7 @@ class LayerSummary:
     change: float
 
 
-class SteeringTrace:
+class SteeringTrace(Recorder):
     """Record of what steerings did, made by :func:`trace_steering`; printed, a table of the layers.
 
     >>> with trace_steering(model) as trace, vector.apply(model, multiplier=0):
@@ -73,39 +72,17 @@ class SteeringTrace:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self._tracker: PassTracker | None = None
+        super().__init__(model, "trace", "trace_steering(model)")
         # By layer, and by module and side, for each run: the sum of the changes' relative sizes, and the number of
         # tokens summed.
         self._notes: dict[int, dict[tuple[int, str], list[tuple[Tensor, Tensor]]]] = {}
         self._passes: dict[int, _TracedPass] = {}
         self._modules: set[int] = set()
 
-    def __enter__(self) -> SteeringTrace:
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the model of this trace no longer exists: make a new trace with trace_steering(model)")
-        self._tracker = PassTracker(anatomy_of(model).pass_modules, Need.POSITIONS)
+    def _attachments(self, model: nn.Module) -> Sequence[Attachment]:
         self._modules = {id(module) for module in model.modules()}
-        note = weakref.WeakMethod(self._note)  # a trace that is no longer used must not be kept by what it attached
-        self._tracker.start([AttachedTrace(lambda *steered: (noted := note()) and noted(*steered))])
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def __del__(self) -> None:
-        self._stop()  # after an interrupt while the block was left
-
-    def _stop(self) -> None:
-        if self._tracker is not None:
-            try:
-                self._tracker.stop()
-            except BaseException:  # an interrupt: what it left undone is done now
-                self._tracker.stop()
-                raise
+        note = weakref.WeakMethod(self._note)
+        return [AttachedTrace(lambda *steered: (noted := note()) and noted(*steered))]
 
     def summary(self) -> dict[int, LayerSummary]:
         """Return the summary of each layer that was steered and ran, by the layer's number."""

@@ -379,7 +379,7 @@ class TestBadInput:
     def test_a_model_that_is_gone(self) -> None:
         watched = monitor(tiny.build("llama"), vector())
         gc.collect()
-        with pytest.raises(RuntimeError, match="no longer exists: make a new one"):
+        with pytest.raises(RuntimeError, match="no longer exists: make a new monitor"):
             watched.__enter__()
 
     def test_several_texts_in_a_row_have_projections_but_no_sequences(self) -> None:

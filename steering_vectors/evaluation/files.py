@@ -16,6 +16,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(found: object, path: str | os.PathLike[str] | None) -> str:
+    """Return values as JSON, and write it to a file if a path is given, whole or not at all."""
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    if path is not None:
+        write_text(path, text)
+    return text
+
+
 def read_json(source: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """Return the object in a JSON text or file. Raises ValueError if it is none."""
     is_text = isinstance(source, str) and source.lstrip().startswith("{")

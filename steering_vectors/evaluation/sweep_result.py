@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from typing import Any
 
 from steering_vectors._arguments import finite_number
 from steering_vectors._html import block, table
-from steering_vectors.evaluation.files import read_json, write_text
+from steering_vectors.evaluation.files import read_json, write_json
 from steering_vectors.evaluation.propensity import UNITS
 from steering_vectors.evaluation.tables import data_frame, paragraph, signed, text_table
 
@@ -139,10 +138,7 @@ class Sweep:
         Args:
             path: The file, which is replaced if it exists.
         """
-        text = json.dumps(asdict(self), indent=1)
-        if path is not None:
-            write_text(path, text)
-        return text
+        return write_json(asdict(self), path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> Sweep:
