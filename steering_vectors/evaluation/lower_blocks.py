@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
+from steering_vectors.evaluation.running import Undone
 from steering_vectors.layer_matching import get_num_matching_layers, guess_and_enhance_layer_config
 from steering_vectors.steering_vector import SteeringVector
 
@@ -67,20 +68,25 @@ class LowerBlocks:
                 run()
         return found[0]
 
-    @contextmanager
-    def returning(self, count: int, state: Tensor) -> Generator[None, None, None]:
-        """Let the lowest ``count`` blocks return ``state`` instead of running, in passes of this thread."""
+    def returning(self, count: int, state: Tensor) -> Undone:
+        """Return a block in which the lowest ``count`` blocks return ``state`` in passes of this thread.
+
+        They don't run then.
+        """
         replaced = [(block, block.__dict__.get("forward")) for block in self._blocks[:count]]
-        try:
+
+        def replace() -> None:
             for (block, _), beside in zip(replaced, self._beside, strict=False):
                 block.forward = _returns(block.forward, state if beside is None else (state, *[None] * beside))
-            yield
-        finally:
+
+        def restore() -> None:
             for block, forward in replaced:
                 if forward is None:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = forward
+
+        return Undone(replace, restore)
 
 
 def _returns(forward: Callable[..., Any], output: Any) -> Callable[..., Any]:

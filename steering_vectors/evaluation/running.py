@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,14 +63,36 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Generator[None, None, None]:
-    """Put all modules in evaluation mode, and each back on exit."""
+class Undone:
+    """A block before which something is done to the model, and after which it is undone.
+
+    An interrupt at any moment leaves nothing: ``undo`` may be called before all is done, and again.
+    """
+
+    def __init__(self, do: Callable[[], None], undo: Callable[[], None]) -> None:
+        self._do, self._undo = do, undo
+
+    def __enter__(self) -> None:
+        self._do()
+
+    def __exit__(self, *_error: object) -> None:
+        self._undo()
+        self._undo = _nothing
+
+    def __del__(self) -> None:
+        self._undo()  # after an interrupt while the block was entered or left
+
+
+def _nothing() -> None:
+    pass
+
+
+def evaluation_mode(model: nn.Module) -> Undone:
+    """Return a block in which all modules are in evaluation mode; each is put back on exit."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def put(state: bool) -> None:
         for module in training:
-            module.training = True
+            module.training = state
+
+    return Undone(partial(put, False), partial(put, True))

@@ -8,8 +8,8 @@ padded rows. Each is compared with that single pass before it is used, and again
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from steering_vectors.evaluation.lower_blocks import LowerBlocks
 from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.running import (
     CACHES,
+    Undone,
     device_of,
     dtype_of,
     evaluation_mode,
@@ -86,7 +87,7 @@ class Scorer:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
         return padded(prompts, self.model)
 
-    def evaluation_mode(self) -> AbstractContextManager[None]:
+    def evaluation_mode(self) -> Undone:
         """Return a context in which all modules are in evaluation mode."""
         return evaluation_mode(self.model)
 
@@ -198,20 +199,18 @@ class Batch:
         if not count:
             return None
 
-        @contextmanager
-        def returning(numbers: Sequence[int]) -> Generator[None, None, None]:
+        def returning(numbers: Sequence[int]) -> Undone:
             if self._known is None or self._known[0] != count:
                 fewer = self._known if self._known is not None and self._known[0] < count else None
                 self._known = count, blocks.output(count, self.after_cache(self.continuations), fewer)
             width = max(len(self.continuations[number].answer) for number in numbers)
-            with blocks.returning(count, self._known[1][list(numbers), :width]):
-                yield
+            return blocks.returning(count, self._known[1][list(numbers), :width])
 
         return returning
 
 
 # The context in which blocks return what is known of continuations, by their numbers, instead of running.
-_KnownBlocks: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[None]]
+_KnownBlocks: TypeAlias = Callable[[Sequence[int]], Undone]
 _Way = Callable[[nn.Module, Batch, Sequence[Row], "Steering | None"], "Iterator[tuple[int, Tensor]] | None"]
 
 
