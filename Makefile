@@ -111,9 +111,8 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_OTHERS) $(VENV_LLAMACPP) $(VENV_LMEVAL) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) $(VENV_LLAMACPP) $(VENV_LMEVAL)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
 $(VENV)/.installed: pyproject.toml constraints.txt
