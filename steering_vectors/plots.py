@@ -57,12 +57,14 @@ def propensity_curves(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes
 
     Raises:
         ImportError: If matplotlib isn't installed.
+        TypeError: If ``evaluation`` or ``ax`` is something else.
 
     >>> row = ConditionRow("vector", (-1.0, 1.0), (-0.8, 0.8), 0.8, 0.7, 0.9, 0.0, items=16)
     >>> axes = propensity_curves(Evaluation((row,), (), "text_propensity()", texts=0, seed=0))
     >>> axes.get_ylabel()
     'propensity (nats per token)'
     """
+    _check(evaluation, Evaluation, "evaluation")
     (axes,) = _axes(ax, 1)
     labelled = set()
     for row in reversed(evaluation.rows):  # the vector's line lies on top
@@ -83,6 +85,11 @@ def propensity_curves(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes
     handles, labels = axes.get_legend_handles_labels()
     _legend_above(axes, handles[::-1], labels[::-1])
     return axes
+
+
+def _check(given: object, kind: type, name: str) -> None:
+    if not isinstance(given, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(given).__name__}")
 
 
 def _legend_above(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -120,6 +127,7 @@ def heatmap(sweep: Sweep, *, ax: Axes | Sequence[Axes] | None = None) -> tuple[A
 
     Raises:
         ImportError: If matplotlib isn't installed.
+        TypeError: If ``sweep`` or ``ax`` is something else.
         ValueError: If the sweep has no rows.
 
     >>> row = SweepRow(16, 1.0, gain=0.9, held_out_gain=0.8, held_out_low=0.7, held_out_high=0.9, reversed=0.0)
@@ -127,6 +135,7 @@ def heatmap(sweep: Sweep, *, ax: Axes | Sequence[Axes] | None = None) -> tuple[A
     >>> axes.get_title()
     'gain on items held out (nats per token)'
     """
+    _check(sweep, Sweep, "sweep")
     if not sweep.rows:
         raise ValueError("the sweep has no rows to draw")
     height = 1.3 + 0.28 * len({row.layer for row in sweep.rows})
@@ -200,6 +209,7 @@ def layer_diagnostics(diagnosis: Diagnosis, *, ax: Axes | Sequence[Axes] | None 
 
     Raises:
         ImportError: If matplotlib isn't installed.
+        TypeError: If ``diagnosis`` or ``ax`` is something else.
 
     >>> from steering_vectors.evaluation import LayerDiagnosis
     >>> row = LayerDiagnosis(7, pair_cosine=0.5, separation=2.0, auc=0.9, split_half=0.8, norm_share=0.2)
@@ -207,6 +217,7 @@ def layer_diagnostics(diagnosis: Diagnosis, *, ax: Axes | Sequence[Axes] | None 
     >>> below.get_xlabel()
     'layer'
     """
+    _check(diagnosis, Diagnosis, "diagnosis")
     drawn = _axes(ax, 2, size=(5.5, 5.0), stacked=True)
     layers = [row.layer for row in diagnosis.rows]
     lines = {
@@ -251,6 +262,7 @@ def projections(
     Raises:
         ImportError: If matplotlib isn't installed.
         LookupError: If there is no such sequence or layer.
+        TypeError: If ``monitored`` or ``ax`` is something else.
         ValueError: If a tokenizer is given, but the model got embeddings instead of token ids.
 
     >>> from steering_vectors import monitor
@@ -259,6 +271,7 @@ def projections(
     >>> projections(watched).get_xlabel()
     'token'
     """
+    _check(monitored, SteeringMonitor, "monitored")
     number = monitored.layers[-1] if layer is None else layer
     if number not in monitored.layers:
         raise LookupError(f"layer {number} is not monitored; those that are: {monitored.layers}")

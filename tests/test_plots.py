@@ -271,6 +271,20 @@ def test_other_axes_are_refused(swept: Sweep, evaluation: Evaluation) -> None:
         plots.propensity_curves(evaluation, ax=[figure])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (plots.propensity_curves, "evaluation must be an? Evaluation, got tuple"),
+        (plots.heatmap, "sweep must be a Sweep, got tuple"),
+        (plots.layer_diagnostics, "diagnosis must be a Diagnosis, got tuple"),
+        (plots.projections, "monitored must be a SteeringMonitor, got tuple"),
+    ],
+)
+def test_another_result_is_refused(plot: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        plot((tiny, tiny))
+
+
 def test_a_sweep_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="no rows"):
         plots.heatmap(Sweep((), None, (), None, 1, 1, 0))

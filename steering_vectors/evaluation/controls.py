@@ -43,6 +43,12 @@ class Controls:
                 raise ValueError(f"{name} must be a whole number of controls, 0 or more, got {getattr(self, name)!r}")
 
 
+def check_controls(controls: object) -> None:
+    """Raise TypeError for anything but controls or None."""
+    if not (controls is None or isinstance(controls, Controls)):
+        raise TypeError(f"controls must be Controls(...), or None for none, got {controls!r}")
+
+
 def control_vectors(
     controls: Controls | None,
     model: nn.Module,

@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from steering_vectors._arguments import with_hints
-from steering_vectors.evaluation.controls import Controls, control_vectors, with_system_prompt
+from steering_vectors.evaluation.controls import Controls, check_controls, control_vectors, with_system_prompt
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
 from steering_vectors.evaluation.manner import Apply, Manner
 from steering_vectors.evaluation.measuring import Question, continuations_of_texts
@@ -112,6 +112,7 @@ def evaluate(
     how = Manner(tokens, operator, apply)
     plan = Plan(model, tokenizer, how, propensity, multipliers, batch_size, seed, chat_template_kwargs)
     plan.check(vector, score)
+    check_controls(controls)
     given = as_items(items)
     questions = plan.questions(given)
     otherwise = _asked_otherwise(plan, given, variants, system_prompt)

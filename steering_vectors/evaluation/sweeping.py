@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors._version import __version__
 from steering_vectors.evaluation.cells import Cells, hash_of, hash_of_model, hash_of_vector
-from steering_vectors.evaluation.controls import Controls, control_vectors
+from steering_vectors.evaluation.controls import Controls, check_controls, control_vectors
 from steering_vectors.evaluation.evaluating import Variant, variants_of
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
 from steering_vectors.evaluation.manner import Manner
@@ -101,6 +101,7 @@ def sweep(
     how = Manner(tokens, operator)
     plan = Plan(model, tokenizer, how, propensity, _with_none(multipliers), batch_size, seed, chat_template_kwargs)
     swept = _layers_of(plan, vector, layers)
+    check_controls(controls)
     given = as_items(items)
     halves = _halves(len(given), seed)
     questions = plan.questions(given)

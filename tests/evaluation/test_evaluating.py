@@ -18,6 +18,7 @@ from steering_vectors.evaluation import (
     Propensity,
     choice_propensity,
     evaluate,
+    sweep,
     text_propensity,
     verdict,
 )
@@ -293,6 +294,15 @@ class TestControls:
     def test_need_numbers_that_are_not_negative(self) -> None:
         with pytest.raises(ValueError, match="random must be a whole number of controls, 0 or more, got -1"):
             Controls(random=-1)
+
+    @pytest.mark.parametrize("measure", [evaluate, sweep])
+    def test_are_no_number(self, measure: Any) -> None:
+        """The error comes before anything is measured."""
+        model = tiny.build("llama")
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+        vector, items = SteeringVector({0: torch.ones(tiny.HIDDEN)}), 2 * [("I say", " yes", " no")]
+        with pytest.raises(TypeError, match=r"controls must be Controls\(...\), or None for none, got 3"):
+            measure(model, tiny.tokenizer(), vector, items, controls=3)
 
     def test_random_directions_are_as_long_as_the_vectors(self) -> None:
         vector = SteeringVector({0: torch.ones(8), 2: 3 * torch.ones(8)})
