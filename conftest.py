@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def example_names(request: pytest.FixtureRequest) -> None:
             clamp_operator=clamp_operator,
             torch=torch,
         )
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder in which this process, even of root, can't write."""
+    tiny.shared("llama")  # its code may be in a folder of root
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        was_root = os.geteuid() == 0
+        if was_root:
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if was_root:
+                os.seteuid(0)
+            Path(folder).chmod(0o755)
 
 
 @pytest.fixture(scope="session")

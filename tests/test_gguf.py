@@ -6,7 +6,6 @@ import struct
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,23 +197,6 @@ class TestWriting:
         monkeypatch.undo()
         to_gguf(2 * VECTOR, written)
         assert from_gguf(written) == 2 * VECTOR
-
-
-@pytest.fixture
-def read_only() -> Iterator[Path]:
-    """A folder in which this process, even of root, can't write."""
-    tiny.shared("llama")  # its code may be in a folder of root
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o555)
-        was_root = os.geteuid() == 0
-        if was_root:
-            os.seteuid(65534)
-        try:
-            yield Path(folder)
-        finally:
-            if was_root:
-                os.seteuid(0)
-            Path(folder).chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -53,11 +55,19 @@ class Adapter:
 
     @property
     def vllm_options(self) -> str:
-        """The same as options of ``vllm serve``, with the adapter's name and folder; empty if vLLM can't serve it."""
-        options = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in self.vllm.items()
-        ]
-        return " ".join([*options, f"--lora-modules {self.name}={self.folder}"]) if options else ""
+        """The same as options of ``vllm serve``, with the adapter's name and folder; empty if vLLM can't serve it.
+
+        They are one line for a shell; ``shlex.split`` makes a list of them.
+        """
+        if not self.vllm:
+            return ""
+        options: list[str] = []
+        for name, value in self.vllm.items():
+            options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        named = f"{self.name}={self.folder}"
+        if "," in named or "=" in self.name:  # vLLM would divide it elsewhere
+            named = json.dumps({"name": self.name, "path": str(self.folder)})
+        return shlex.join([*options, "--lora-modules", named])
 
 
 @with_hints(
@@ -103,7 +113,8 @@ def to_adapter(
         TypeError: If an argument has the wrong type.
         ValueError: If the operator is another one, if an adapter can't do it exactly, as where a
             norm follows the layer or an ablated layer has a bias, and as in :func:`~steering_vectors.merging.merge`.
-        FileExistsError: If the folder has something else in it than an adapter, or is a file.
+        OSError: If the folder has something else in it than an adapter, if it is a file, or if no
+            folder can be made there.
 
     >>> adapter = to_adapter(direction, model, folder / "ablated", operator=ablation_operator())  # doctest: +SKIP
     """

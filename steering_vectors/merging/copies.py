@@ -32,6 +32,11 @@ def check_mergeable(model: object) -> None:
 
     if active_patches(model):
         raise ValueError("the model is being steered: leave that block, or remove that patch, and call this again")
+    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} has layers of a PEFT adapter: merge them first, with "
+            f"PeftModel.merge_and_unload(), or load the model without the adapter"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder; only decoders can be merged or get an adapter here")
     weights = dict(model.named_parameters())

@@ -21,12 +21,23 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """Return the path. Raises FileExistsError unless there is nothing, an empty folder, or an adapter."""
+    """Return the path of a folder in whose place an adapter can be written: of nothing, an empty folder, an adapter.
+
+    Raises ValueError if the path doesn't end in a name, FileExistsError if there is something else, and
+    NotADirectoryError or PermissionError if no folder can be made there.
+    """
     target = Path(os.fspath(folder))
-    if target.is_file():
+    if target.name in ("", ".."):
+        raise ValueError(f"folder must end in a name, such as 'my-adapter', got {os.fspath(folder)!r}")
+    if os.path.lexists(target) and not target.is_dir():
         raise FileExistsError(f"{target} is a file: an adapter is a folder, so choose another path")
     if target.is_dir() and any(target.iterdir()) and not (target / _CONFIG).is_file():
         raise FileExistsError(f"{target} has other files than an adapter's: choose an empty folder or a new one")
+    above = next(path for path in target.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, so no folder can be made in it: choose another path")
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(f"no folder can be made in {above}: its permissions don't allow it")
     return target
 
 

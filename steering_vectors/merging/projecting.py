@@ -89,7 +89,8 @@ def unit_rows_of(direction: Tensor | SteeringVector) -> Tensor:
     if isinstance(direction, SteeringVector):
         (direction,) = direction.layer_activations.values()
     rows = direction.detach().cpu().double().reshape(-1, direction.shape[-1])
-    rows = torch.nn.functional.normalize(rows[rows.norm(dim=-1) > 0], dim=-1)
+    rows = rows / rows.abs().amax(dim=-1, keepdim=True)  # norms of very small numbers would be zero
+    rows = torch.nn.functional.normalize(rows[rows.isfinite().all(dim=-1)], dim=-1)
     _, sizes, spanning = torch.linalg.svd(rows, full_matrices=False)
     rounding = 2 * len(direction) ** 0.5 * torch.finfo(direction.dtype).eps
     kept: Tensor = spanning[sizes > rounding]

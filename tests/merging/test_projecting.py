@@ -84,6 +84,15 @@ class TestTheCopy:
         expected = logits(merge_ablation(model, DIRECTION))
         assert torch.equal(logits(merge_ablation(model, SteeringVector({1: DIRECTION}))), expected)
 
+    @pytest.mark.parametrize("size", [1e-20, 1e-40, 1e30])
+    def test_does_not_depend_on_the_direction_s_size(self, size: float) -> None:
+        model, direction = lively("llama"), DIRECTION.double()
+        expected = logits(merge_ablation(model, direction))
+        assert torch.equal(logits(merge_ablation(model, size * direction)), expected)
+        small = torch.full((tiny.HIDDEN,), 1e-30)  # the square of its norm is zero in float32
+        expected = logits(merge_ablation(model, torch.ones(tiny.HIDDEN)))
+        torch.testing.assert_close(logits(merge_ablation(model, small)), expected)
+
     def test_says_that_it_unties_the_embeddings(self) -> None:
         with pytest.warns(UserWarning, match="the embeddings are no longer tied to the head"):
             made: Any = merge_ablation(tiny.build("gpt2"), DIRECTION)

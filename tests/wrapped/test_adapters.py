@@ -1,6 +1,8 @@
 """Adapters of PEFT, loaded in a fresh process without this library, against the steered model."""
 
 import json
+import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -20,7 +22,7 @@ from steering_vectors import (
     addition_operator,
     clamp_operator,
 )
-from steering_vectors.merging import Adapter, merge_ablation, to_adapter
+from steering_vectors.merging import Adapter, merge, merge_ablation, to_adapter
 from tests import tiny
 from tests.merging.cases import DIRECTION, MULTIPLIER, SEVERAL, VECTOR
 from tests.merging.fresh import lively, logits, logits_in_a_fresh_process
@@ -180,8 +182,32 @@ class TestTheFolder:
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="photos has other files than an adapter's"):
             written("added", lively("llama"), tmp_path / "photos")
-        with pytest.raises(FileExistsError, match="file is a file: an adapter is a folder"):
-            written("added", lively("llama"), tmp_path / "file")
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        os.mkfifo(tmp_path / "pipe")
+        for name in ("file", "link", "pipe"):
+            with pytest.raises(FileExistsError, match=f"{name} is a file: an adapter is a folder"):
+                written("added", lively("llama"), tmp_path / name)
+        with pytest.raises(NotADirectoryError, match="file is a file, so no folder can be made in it"):
+            written("added", lively("llama"), tmp_path / "file" / "x" / "y")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"photos", "file", "link", "pipe"}
+
+    @pytest.mark.parametrize("folder", ["", ".", "..", "/", "x/.."])
+    def test_without_a_name_is_refused(self, folder: str) -> None:
+        with pytest.raises(ValueError, match="folder must end in a name, such as 'my-adapter', got"):
+            to_adapter(VECTOR, lively("llama"), folder)
+
+    def test_in_a_read_only_folder_is_refused_before_any_work(self, read_only: Path) -> None:
+        with pytest.raises(PermissionError, match=f"no folder can be made in {read_only}: its permissions don't allow"):
+            written("added", tiny.shared("llama"), read_only / "x" / "y")
+        assert os.listdir(read_only) == []
+
+    def test_behind_a_link_to_an_adapter_is_replaced(self, tmp_path: Path) -> None:
+        written("added", lively("llama"), tmp_path / "x")
+        (tmp_path / "link").symlink_to(tmp_path / "x")
+        written("ablated", lively("llama"), tmp_path / "link")
+        facts = json.loads((tmp_path / "link" / "steering_adapter.json").read_text())
+        assert facts["operation"] == "ablate everywhere"
 
     def test_stays_as_it_was_if_writing_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = lively("llama")
@@ -231,6 +257,16 @@ class TestForVLLM:
         adapter = written(kind, made_for(kind, name), tmp_path / "x")
         assert reason in adapter.why_not_vllm
         assert adapter.vllm_options == ""
+
+    @pytest.mark.parametrize("folder", ["a b", "it's", "a,b", "a=b", 'a"b'])
+    def test_the_options_of_the_server_survive_a_shell(self, tmp_path: Path, folder: str) -> None:
+        adapter = Adapter(tmp_path / folder, f"{folder}-12345678", 1, {"enable_lora": True, "max_loras": 2})
+        *options, named = shlex.split(adapter.vllm_options)
+        assert options == ["--enable-lora", "--max-loras", "2", "--lora-modules"]
+        if "=" in named and "," not in named:  # as vLLM reads it
+            assert named.split("=", 1) == [adapter.name, str(adapter.folder)]
+        else:
+            assert json.loads(named) == {"name": adapter.name, "path": str(adapter.folder)}
 
 
 def test_the_given_model_stays_as_it_was(tmp_path: Path) -> None:
@@ -300,9 +336,21 @@ def test_a_forgotten_weight_would_be_noticed(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_an_adapted_model_is_refused(tmp_path: Path) -> None:
-    adapted = peft.get_peft_model(lively("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TypeError, match=r"merge the adapter first, with model.merge_and_unload\(\)"):
-        to_adapter(VECTOR, adapted, tmp_path / "x")
+    adapted = peft.get_peft_model(lively("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    calls: list[Callable[[Any], Any]] = [
+        lambda model: to_adapter(VECTOR, model, tmp_path / "x"),
+        lambda model: merge(VECTOR, model),
+        lambda model: merge_ablation(model, DIRECTION),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"merge the adapter first, with model.merge_and_unload\(\)"):
+            call(adapted)
+        with pytest.raises(ValueError, match=r"has layers of a PEFT adapter: merge them first"):
+            call(adapted.base_model.model)
+    assert list(tmp_path.iterdir()) == []
+    plain = adapted.merge_and_unload()
+    for call in calls:
+        call(plain)
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
