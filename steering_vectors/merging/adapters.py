@@ -222,7 +222,13 @@ def _ablating(
 def _adapted(peft: Any, model: PreTrainedModel, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on tied weights and biases, which stay as they are
-        return peft.get_peft_model(model, config).eval()
+        try:
+            return peft.get_peft_model(model, config).eval()
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"PEFT has no such adapters for {type(model).__name__}: merge into the weights instead, or steer with "
+                f"vector.apply or ablate_everywhere. PEFT says: {error}"
+            ) from error
 
 
 def _shortened(names: list[str], all_names: Iterable[str], parts: int = 1) -> list[str]:

@@ -131,6 +131,13 @@ class Engine:
         end = self.blocks if last is None else last
         assert llama_cpp.llama_set_adapter_cvec(self.context, data, rows.size, self.width, first, end) == 0
 
+    def adapt(self, path: Path, scale: float = 1.0) -> None:
+        """Apply an adapter's file as ``--lora-scaled PATH:SCALE`` does."""
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, str(path).encode())
+        assert adapter, "llama.cpp can't read the adapter"
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(scale)
+        assert llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales) == 0
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """The logits ``(seq, vocabulary)`` of a prompt."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)

@@ -235,20 +235,22 @@ def test_a_task_from_end_to_end(model: Any, vector: SteeringVector, tmp_path: Pa
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
-        "doc_to_choice": ["no", "yes"],
+        "doc_to_choice": ["no", "ok"],
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}, {"metric": "brier_score"}],
     }
     lm = harness(model)
-    steering = vector.apply(model, multiplier=8.0)
-    answers = steer_lm_eval(lm, lambda tokens: vector.apply(model, multiplier=8.0, tokens=tokens))
-    margins = {}
+    steering = vector.apply(model, multiplier=MULTIPLIER)
+    answers = steer_lm_eval(lm, lambda tokens: vector.apply(model, multiplier=MULTIPLIER, tokens=tokens))
+    margins, scores = {}, {}
     for name, context in {"unsteered": nullcontext(), "all tokens": steering, "answers alone": answers}.items():
         with context:
             results = lm_eval.simple_evaluate(lm, tasks=[dict(task)], log_samples=True, bootstrap_iters=0)
         print(f"\n{name}\n{make_table(results)}")
+        scores[name] = round(float(results["results"]["more_than_5"]["brier_score,none"]), 4)
         samples = results["samples"]["more_than_5"]
         margins[name] = [float(s["resps"][1][0][0]) - float(s["resps"][0][0][0]) for s in samples]
     assert len(margins["unsteered"]) == len(rows)
+    assert len({*scores.values()}) == len(scores)  # the table shows the steering
     assert margins["unsteered"] != pytest.approx(margins["all tokens"], abs=1e-2)
     assert margins["answers alone"] != pytest.approx(margins["all tokens"], abs=1e-2)

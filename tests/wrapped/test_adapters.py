@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,47 @@ class TestEachCase:
         expected, plain = steered("ablated", model), logits(model)
         lame = logits(peft.PeftModel.from_pretrained(model, tmp_path / "lame").eval())
         assert (lame - expected).abs().max() > 0.3 * (plain - expected).abs().max()
+
+
+NORM, BIAS, EXPERTS = "a norm, or something else", "is a bias with a part along", "a mixture of experts comes after"
+# What the page says of a family's ablation and addition: nothing if they are exact, else the reason for the refusal.
+FAMILIES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("cohere", "falcon", "gemma", "granite", "llama", "mistral", "nemotron", "phi3"), ("", "")),
+    **dict.fromkeys(("qwen2", "qwen3", "stablelm"), ("", "")),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), ("", EXPERTS)),
+    **dict.fromkeys(("gpt_neox", "gpt_neo", "gptj", "opt", "phi"), (BIAS, "")),
+    "gpt2": (BIAS, "of a kind to which PEFT can't add a bias"),
+    "mamba": ("PEFT has no such adapters for MambaForCausalLM", ""),
+    **dict.fromkeys(("gemma2", "gemma3", "olmo2"), (NORM, "is added to the stream as it is: a norm")),
+}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[str]]:
+    """The lines of a table, printed once all families have run."""
+    lines = [f"{'':<12}{'ablation':<68}addition"]
+    yield lines
+    print("\n\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_is_exact_or_refused_as_the_page_says(rows: list[str], tmp_path: Path, name: str) -> None:
+    cells = []
+    for kind, reason in zip(("ablated", "added"), FAMILIES[name], strict=True):
+        model = lively(name)
+        expected = steered(kind, model)
+        try:
+            adapter = written(kind, model, tmp_path / kind)
+        except ValueError as error:
+            assert reason
+            assert re.search(reason, str(error))
+            cells.append(f"refused: … {reason} …")
+            continue
+        assert not reason
+        off = float((logits(peft.PeftModel.from_pretrained(model, adapter.folder).eval()) - expected).abs().max())
+        cells.append(f"{off:.0e} of {float((expected - logits(lively(name))).abs().max()):.1f}")
+        assert off < 2e-5
+    rows.append(f"{name:<12}{cells[0]:<68}{cells[1]}")
 
 
 class TestTheFolder:

@@ -71,7 +71,7 @@ def served(folder: Path, model: Path, adapters: dict[str, Adapter], engine: dict
         requests += [(ids, (one.name, n, str(one.folder))) for n, one in enumerate(adapters.values(), 1)]
     given, made = folder / "given.json", folder / "made.json"
     given.write_text(json.dumps({"model": str(model), "engine": engine, "requests": requests}))
-    command = [sys.executable, "-m", "tests.vllm.batch", str(given), str(made)]
+    command = [sys.executable, "-m", "tests.vllm.lora.batch", str(given), str(made)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     return json.loads(made.read_text())  # type: ignore[no-any-return]
