@@ -21,10 +21,11 @@ SIZES = {"hidden_size": WIDTH, "num_attention_heads": 2}
 GROUPED = {**SIZES, "num_key_value_heads": 1}
 WITH_HEAD_SIZES = {**GROUPED, "head_dim": 32}
 SETTINGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("arcee", "gpt_oss", "granite", "llama", "nemotron", "seed_oss"), WITH_HEAD_SIZES),
+    **dict.fromkeys(("arcee", "granite", "llama", "nemotron", "seed_oss"), WITH_HEAD_SIZES),
     **dict.fromkeys(("phi3", "qwen2", "smollm3", "starcoder2"), GROUPED),
     **dict.fromkeys(("gpt_neox", "phi"), SIZES),
     "gpt2": {"n_embd": WIDTH, "n_head": 2},
+    "gpt_oss": {**WITH_HEAD_SIZES, "intermediate_size": 64},  # vLLM's experts need multiples of 32
     "gptj": {"n_embd": WIDTH, "n_head": 2, "rotary_dim": 16},
     "mistral": {**WITH_HEAD_SIZES, "sliding_window": None},
     "opt": {**SIZES, "word_embed_proj_dim": WIDTH},
