@@ -123,6 +123,10 @@ class TestFilesForOthers:
             (lambda v, p: interop.to_persona_vectors(SteeringVector({-1: [1.0]}), p, blocks=4), ValueError, "layer -1 counts from the model's end"),
             (lambda v, p: interop.to_lm_eval(v, tiny.shared("llama"), p), ValueError, "directions have 2 numbers"),
             (lambda v, p: interop.to_lm_eval(v, tiny.shared("llama"), p.with_suffix(".csv")), ValueError, "names end in .pt or .pth, got .*v.csv"),
+            (lambda v, p: interop.to_caa(v, p, multiplier=1e300), ValueError, "layer 2, times 1e.300, has numbers too large for float32"),
+            (lambda v, p: interop.to_persona_vectors(v, p, blocks=4, multiplier=1e300), ValueError, "too large for float32"),
+            (lambda v, p: interop.to_refusal_direction(v, p.parent, multiplier=1e300), ValueError, "too large for float32"),
+            (lambda v, p: interop.to_lm_eval(SteeringVector({1: torch.ones(tiny.HIDDEN)}), tiny.shared("llama"), p, multiplier=1e300), ValueError, "too large for float32"),
             (lambda v, p: interop.to_lm_eval([1.0], tiny.shared("llama"), p), TypeError, "expected a SteeringVector, got list"),
             (lambda v, p: interop.to_lm_eval(SteeringVector({9: torch.ones(tiny.HIDDEN)}), tiny.shared("llama"), p), ValueError, "9"),
             (lambda v, p: interop.to_lm_eval(SteeringVector({1: torch.ones(tiny.HIDDEN)}, "heads"), tiny.shared("llama"), p), ValueError, "but heads are a module's input: evaluate inside"),
@@ -134,6 +138,15 @@ class TestFilesForOthers:
         with pytest.raises(error, match=message):
             write(self.vector, tmp_path / "v.pt")
         assert os.listdir(tmp_path) == []
+
+    def test_a_refusal_direction_s_two_files_are_written_together_or_not_at_all(self, tmp_path: Path) -> None:
+        interop.to_refusal_direction(self.vector, tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interop.pt_files.json, "dumps", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                interop.to_refusal_direction(2 * self.vector, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 class TestLmEval:

@@ -10,12 +10,13 @@ from steering_vectors.steering_vector import SteeringVector
 
 
 def exported(vector: SteeringVector, multiplier: float, reader: str) -> dict[int, Tensor]:
-    """Return the directions ``(hidden,)`` times ``multiplier``, on the CPU in float64, by layer number from 0.
+    """Return the directions ``(hidden,)`` times ``multiplier``, on the CPU in float32, by layer number from 0.
 
-    ``reader`` names in errors who would read them.
+    They are multiplied in float64. ``reader`` names in errors who would read them.
 
     Raises TypeError for anything but a vector and a number. Raises ValueError if the vector has no directions, is not
-    of decoder blocks, or has negative layers while its metadata don't record the model's depth.
+    of decoder blocks, or has negative layers while its metadata don't record the model's depth, and if a number is too
+    large for float32.
     """
     if not isinstance(vector, SteeringVector):
         raise TypeError(f"expected a SteeringVector, got {type(vector).__name__}")
@@ -31,8 +32,16 @@ def exported(vector: SteeringVector, multiplier: float, reader: str) -> dict[int
         number = _from_start(layer, blocks_of(vector))
         if number in found:
             raise ValueError(f"two of the vector's layers are layer {number} of the model: keep only one of them")
-        found[number] = direction.detach().cpu().double().reshape(-1) * factor
+        found[number] = in_float32(direction, factor, number)
     return dict(sorted(found.items()))
+
+
+def in_float32(direction: Tensor, factor: float, layer: int) -> Tensor:
+    """Return a layer's direction ``(hidden,)`` times a factor. Raises ValueError if it is too large for float32."""
+    rounded = (direction.detach().cpu().double().reshape(-1) * factor).float()
+    if not bool(rounded.isfinite().all()):
+        raise ValueError(f"the direction of layer {layer}, times {factor:g}, has numbers too large for float32")
+    return rounded
 
 
 def only_one(directions: dict[int, Tensor], reader: str) -> tuple[int, Tensor]:

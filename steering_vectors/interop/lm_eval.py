@@ -14,6 +14,7 @@ from torch import nn
 from steering_vectors._arguments import check_takes, finite_number
 from steering_vectors._steering import Steering, as_multiplier, steering_of
 from steering_vectors._whole_files import whole_file
+from steering_vectors.interop.exported import in_float32
 from steering_vectors.layer_matching import is_at_input
 from steering_vectors.steering_vector import SteeringVector
 from steering_vectors.token_selection import Selector, from_index, generated
@@ -99,8 +100,8 @@ def to_lm_eval(
         OSError: If the file can't be written, as in :meth:`~steering_vectors.SteeringVector.save`.
         TypeError: If an argument has the wrong type.
         ValueError: As in :meth:`~steering_vectors.SteeringVector.apply`, and if a direction is of
-            a module's input, if a module is outside ``model.base_model``, or if ``path`` has
-            another ending.
+            a module's input, if a module is outside ``model.base_model``, if ``path`` has another
+            ending, or if a number is too large for float32.
 
     >>> to_lm_eval(vector, model, folder / "joy.pt")
     {'steer_path': '...joy.pt'}
@@ -122,7 +123,7 @@ def to_lm_eval(
     entries = {
         hookpoint: {
             "action": "add",
-            "steering_vector": (directions[layer].detach().cpu().double() * factor).float().reshape(-1),
+            "steering_vector": in_float32(directions[layer], factor, layer),
             "steering_coefficient": 1.0,
             "bias": None,
             "head_index": None,

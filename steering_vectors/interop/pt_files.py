@@ -119,14 +119,15 @@ def to_caa(vector: SteeringVector, path: str | os.PathLike[str], *, multiplier: 
     Raises:
         OSError: If the file can't be written, as in :meth:`~steering_vectors.SteeringVector.save`.
         TypeError: If an argument has the wrong type.
-        ValueError: If the vector isn't of the output of one decoder block.
+        ValueError: If the vector isn't of the output of one decoder block, or if a number is too
+            large for float32.
 
     >>> to_caa(vector, folder / "vec_layer_1_gpt2.pt")
     >>> load_caa(folder / "vec_layer_1_gpt2.pt", layer=1) == vector
     True
     """
     _, direction = only_one(exported(vector, multiplier, "CAA's code"), "CAA's code")
-    _save(path, direction.float())
+    _save(path, direction)
 
 
 def to_persona_vectors(
@@ -147,8 +148,8 @@ def to_persona_vectors(
     Raises:
         OSError: If the file can't be written, as in :meth:`~steering_vectors.SteeringVector.save`.
         TypeError: If an argument has the wrong type.
-        ValueError: If the vector isn't of decoder blocks, if the number of blocks is unknown, or if
-            it is too small for the vector's layers.
+        ValueError: If the vector isn't of decoder blocks, if the number of blocks is unknown or too
+            small for the vector's layers, or if a number is too large for float32.
 
     >>> to_persona_vectors(vector, folder / "evil_response_avg_diff.pt", blocks=3)
     >>> torch.load(folder / "evil_response_avg_diff.pt").shape[0]
@@ -184,7 +185,8 @@ def to_refusal_direction(
     Raises:
         OSError: If a file can't be written, as in :meth:`~steering_vectors.SteeringVector.save`.
         TypeError: If an argument has the wrong type.
-        ValueError: If the vector isn't of the output of one decoder block.
+        ValueError: If the vector isn't of the output of one decoder block, or if a number is too
+            large for float32.
 
     >>> to_refusal_direction(vector, folder)
     >>> load_refusal_direction(folder) == vector
@@ -194,9 +196,9 @@ def to_refusal_direction(
     layer, direction = only_one(exported(vector, multiplier, reader), reader)
     if not is_whole_number(position):
         raise TypeError(f"position must be a whole number, such as -1, got {position!r}")
-    _save(Path(folder) / _DIRECTION, direction.float())
-    with whole_file(Path(folder) / _PLACE) as temporary:
-        temporary.write_text(json.dumps({"pos": int(position), "layer": layer + 1}), encoding="utf-8")
+    with whole_file(Path(folder) / _DIRECTION) as tensor, whole_file(Path(folder) / _PLACE) as place:
+        torch.save(direction, tensor)
+        place.write_text(json.dumps({"pos": int(position), "layer": layer + 1}), encoding="utf-8")
 
 
 def _save(path: str | os.PathLike[str], tensor: Tensor) -> None:
