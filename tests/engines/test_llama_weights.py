@@ -33,8 +33,10 @@ def made(name: str, **settings: Any) -> Any:
 
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", {}),
     "llama": ("llama", {}),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
@@ -158,7 +160,7 @@ def test_its_converter_refuses_additions_and_experts(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "granite"])
 def test_a_merged_vector(tmp_path: Path, name: str) -> None:
-    architecture, settings = MODELS.get(name, (name, {}))
+    architecture, settings = MODELS[name]
     model = made(architecture, **settings)
     vector = SteeringVector({0: DIRECTIONS[0], 2: DIRECTIONS[1]})
     with vector.apply(model, multiplier=1.5):
@@ -175,6 +177,14 @@ def test_a_merged_ablation(tmp_path: Path, tied: bool) -> None:
     engine = Engine(convert_model(tmp_path / "merged", tmp_path / "merged.gguf"))
     case = f"llama{', tied' if tied else ''}, merged ablation of rank 2"
     check(case, engine.logits(IDS), ablated(model, DIRECTIONS), of(model))
+
+
+def test_gemma_s_head_is_lost_as_the_page_says(tmp_path: Path) -> None:
+    """llama.cpp's converter drops it without a word, and the changed embeddings become the head."""
+    model = made("gemma")
+    merge_ablation(model, DIRECTIONS).save_pretrained(tmp_path / "merged")
+    engine = Engine(convert_model(tmp_path / "merged", tmp_path / "merged.gguf"))
+    assert (engine.logits(IDS) - ablated(model, DIRECTIONS)).abs().max() > 50 * AGREEMENT
 
 
 def test_smollm2_merged_at_layer_0_which_a_control_vector_can_not_steer(smollm2: Any, tmp_path: Path) -> None:
