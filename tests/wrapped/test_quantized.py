@@ -1,5 +1,6 @@
 """Quantized weights, bitsandbytes' four bits and torchao's int8: the stream is in another dtype. And a quantized cache."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, generated, record_activations
+from steering_vectors.merging import merge, merge_ablation, to_adapter
 from tests import tiny
 from tests.pages.test_docs import ON_QUANTIZED, run_page
 from tests.wrapped.promises import INPUTS, LAYER, SELECTIONS, check_steered, check_trained, some_vector
@@ -76,6 +78,20 @@ def test_the_weights_are_quantized(model: Any) -> None:
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         layer = model.model.layers[LAYER].get_submodule(name)
         assert type(layer) is not torch.nn.Linear or type(layer.weight.data) is not torch.Tensor
+
+
+def test_nothing_is_merged_into_quantized_weights(model: Any, tmp_path: Path) -> None:
+    direction = torch.ones(SIZES["hidden_size"])
+    vector = SteeringVector({LAYER: direction})
+    calls: list[Callable[[], Any]] = [lambda: merge(vector, model), lambda: merge_ablation(model, direction)]
+    if importlib.util.find_spec("peft"):
+        calls.append(lambda: to_adapter(vector, model, tmp_path / "adapter"))
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="the model is quantized by .*can't be changed exactly.*: load the model in"
+        ):
+            call()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_reads_what_a_loop_over_the_quantized_model_reads(model: Any) -> None:
