@@ -171,7 +171,7 @@ def _adding(vector: Any, model: PreTrainedModel, multiplier: float, peft: Any) -
     expected = logits_of(copied, vector.apply(copied, multiplier=multiplier))
     linears = last_linears(copied, vector.layers)
     names = {layer: name for layer, (name, _) in linears.items()}
-    adapted = _adapted(peft, copied, peft.BeftConfig(target_modules=[*names.values()], task_type="CAUSAL_LM"))
+    adapted = _adapted(peft, copied, peft.BeftConfig(target_modules=[*names.values()], task_type=_task_of(model)))
     for layer, (name, factor) in linears.items():
         bias = adapted.base_model.model.get_submodule(name).beft_bias["default"]
         direction = vector.layer_activations[layer].detach().reshape(1, -1).to(bias.device, torch.float64)
@@ -204,7 +204,7 @@ def _ablating(
         target_modules=_shortened(modules, (name for name, _ in copied.named_modules())),
         target_parameters=_shortened(parameters, (name for name, _ in copied.named_parameters()), parts=2) or None,
         fan_in_fan_out=any(factor.is_transposed for factor in factors.values()),
-        task_type="CAUSAL_LM",
+        task_type=_task_of(model),
     )
     adapted = _adapted(peft, copied, config)
     for name, factor in factors.items():
@@ -217,6 +217,11 @@ def _ablating(
             _fill(layer.lora_B["default"].weight, factor.b)
     check_equal(_logits(adapted), expected, model.dtype, "the adapted model")
     return adapted, [*modules, *parameters], {"operation": "ablate everywhere", "rank": len(units)}
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    """Return PEFT's name for a model that generates, and None for one without a language head."""
+    return "CAUSAL_LM" if model.can_generate() else None
 
 
 def _adapted(peft: Any, model: PreTrainedModel, config: Any) -> Any:

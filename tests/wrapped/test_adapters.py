@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from steering_vectors import (
 from steering_vectors.merging import Adapter, merge, merge_ablation, to_adapter
 from tests import tiny
 from tests.merging.cases import DIRECTION, MULTIPLIER, SEVERAL, VECTOR
-from tests.merging.fresh import lively, logits, logits_in_a_fresh_process
+from tests.merging.fresh import IDS, lively, logits, logits_in_a_fresh_process
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -366,6 +367,23 @@ def test_what_can_t_be_exact_is_refused_in_words_and_nothing_written(case: str, 
     with pytest.raises(error, match=message):
         to_adapter(given, make(), tmp_path / "x", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["added", "ablated"])
+@pytest.mark.parametrize("head", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_model_without_a_language_head(kind: str, head: str, tmp_path: Path) -> None:
+    model = getattr(transformers, head)(tiny.build("llama").config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapter = written(kind, model, tmp_path / "adapter")
+    context = VECTOR.apply(model, multiplier=MULTIPLIER) if kind == "added" else ablate_everywhere(model, DIRECTION)
+    with context, torch.no_grad():
+        expected = model(IDS)[0]
+    fresh = getattr(transformers, head).from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        plain = fresh(IDS)[0]
+        found = peft.PeftModel.from_pretrained(fresh, adapter.folder).eval()(IDS)[0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3
 
 
 def test_a_forgotten_weight_would_be_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
