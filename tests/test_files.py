@@ -384,7 +384,7 @@ TRIES = int(os.environ.get("FUZZ_TRIES", "800"))
 class TestFuzz:
     """A hostile file gives a vector or a clear ValueError: no crash, no hang, no more memory than some times the file."""
 
-    @settings(max_examples=TRIES, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=TRIES, deadline=20_000, suppress_health_check=list(HealthCheck))
     @given(flipped | cut | hostile_headers() | deep | anything)
     def test_any_file_is_a_vector_or_an_error_in_words(self, content: bytes) -> None:
         path = Path(FOLDER.name) / f"{os.getpid()}.safetensors"
