@@ -60,8 +60,9 @@ def sweep(
     within ``max_kl``. The other half reports, since the best of many is partly luck. Controls are
     measured at the chosen layer and multiplier, on the items that were held out.
 
-    All multipliers share a batch, and prompts are computed once for all layers and multipliers where
-    steering begins at their last tokens.
+    All multipliers share a batch. Where steering begins at the prompts' last tokens, prompts are
+    computed once for all layers and multipliers, and of the answers, the blocks below a steered layer
+    once for all its multipliers.
 
     Args:
         model: The model to steer, which must be decoder-only.
