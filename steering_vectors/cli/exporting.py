@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steering_vectors.cli.loading import check_output, layers_of, load_model, load_vector
+from steering_vectors.cli.loading import check_output, load_model, load_vector
 from steering_vectors.cli.screen import note
 from steering_vectors.cli.vectors import OfModel
 
@@ -55,10 +55,10 @@ def ablate(model: str, vector: str, output: Path, layers: str | None, of_model: 
     """Write a model without a direction."""
     from steering_vectors.merging import merge_ablation
 
-    numbers, direction = layers_of(layers), load_vector(vector)
+    direction = load_vector(vector, layers)
     gguf_file, dtype, device = of_model
     loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    merged = merge_ablation(loaded, direction if numbers is None else direction[numbers])
+    merged = merge_ablation(loaded, direction)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     note(f"{output}: a {type(merged).__name__} without the direction")

@@ -40,11 +40,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def load_vector(path: str) -> Any:
-    """Return a vector from a file, from a folder, or from a repository of the hub."""
+def load_vector(path: str, layers: str | None = None) -> Any:
+    """Return a vector from a file, a folder, or a repository of the hub; at these layers, where they are named."""
     from steering_vectors import SteeringVector, hub
 
-    return SteeringVector.load(path) if Path(path).is_file() else hub.from_pretrained(path)
+    numbers = layers_of(layers)
+    vector = SteeringVector.load(path) if Path(path).is_file() else hub.from_pretrained(path)
+    return vector if numbers is None else vector[numbers]
 
 
 def is_vector(argument: str) -> bool:

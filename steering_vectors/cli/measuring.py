@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +19,71 @@ from steering_vectors.cli.loading import (
 )
 from steering_vectors.cli.screen import note, shows_progress
 from steering_vectors.cli.talking import steered_tokens
-from steering_vectors.cli.vectors import OfModel, aggregator_of, model_and_pairs, pairs_of, read_tokens
+from steering_vectors.cli.usage import BadParameter
+from steering_vectors.cli.vectors import OfModel, aggregator_of, chosen, model_and_pairs, pairs_of, read_tokens
 
 
-def evaluate(
-    model: str,
-    vector: str,
-    items: Path,
-    multipliers: Sequence[float] | None,
-    tokens: str,
+@dataclass(frozen=True)
+class Asked:
+    """The options that evaluate and sweep share, as they were written."""
+
+    multipliers: Sequence[float] | None
+    tokens: str
+    texts: Path | None
+    pairs: Path | None
+    read: str
+    variants: Sequence[str]
+    propensity: str
+
+    def arguments(self) -> dict[str, Any]:
+        """Return them as arguments of the functions."""
+        from steering_vectors.evaluation import Controls, choice_propensity, text_propensity
+
+        propensities = {"text": text_propensity, "choice": choice_propensity}
+        found: dict[str, Any] = {
+            "tokens": steered_tokens(self.tokens),
+            "texts": read_texts(self.texts),
+            "variants": dict(map(_variant, self.variants)),
+            "propensity": chosen(self.propensity, "--propensity", propensities)(),
+        }
+        if self.multipliers:
+            found["multipliers"] = self.multipliers
+        if self.pairs is not None:
+            found["training_samples"] = pairs_of(self.pairs)
+            found["controls"] = Controls(training={"tokens": read_tokens(self.read)})
+        return found
+
+
+def measure(
+    function: str,
+    sources: tuple[str, str, Path],
     layers: str | None,
-    texts: Path | None,
-    pairs: Path | None,
-    read: str,
+    asked: Asked,
     given: dict[str, Any],
     output: Path | None,
     of_model: OfModel,
 ) -> None:
-    """Print an evaluation, and write it as JSON."""
+    """Print what ``evaluate`` or ``sweep`` finds of a model, a vector and items, and write it as JSON."""
     from steering_vectors import evaluation
 
+    model, vector, items = sources
     check_output(output)
-    arguments = {**given, **_shared(multipliers, tokens, texts, pairs, read)}
-    result = evaluation.evaluate(
-        *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
-    )
+    arguments = {**given, **asked.arguments()}
+    rows = _items(items)
+    loaded = _loaded(model, vector, layers, of_model)
+    result = getattr(evaluation, function)(*loaded, rows, show_progress=shows_progress(), **arguments)
     print(result)
     if output is not None:
         result.to_json(output)
 
 
-def sweep(
-    model: str,
-    vector: str,
-    items: Path,
-    multipliers: Sequence[float] | None,
-    tokens: str,
-    layers: str | None,
-    texts: Path | None,
-    pairs: Path | None,
-    read: str,
-    given: dict[str, Any],
-    output: Path | None,
-    of_model: OfModel,
-) -> None:
-    """Print a sweep, and write it as JSON."""
-    from steering_vectors import evaluation
-
-    check_output(output)
-    arguments = {**given, **_shared(multipliers, tokens, texts, pairs, read)}
-    result = evaluation.sweep(
-        *_loaded(model, vector, layers, of_model), _items(items), show_progress=shows_progress(), **arguments
-    )
-    print(result)
-    if output is not None:
-        result.to_json(output)
-
-
-def _shared(
-    multipliers: Sequence[float] | None, tokens: str, texts: Path | None, pairs: Path | None, read: str
-) -> dict[str, Any]:
-    """Return the arguments that evaluate and sweep share."""
-    from steering_vectors.evaluation import Controls
-
-    found: dict[str, Any] = {"tokens": steered_tokens(tokens), "texts": read_texts(texts)}
-    if multipliers:
-        found["multipliers"] = multipliers
-    if pairs is not None:
-        found |= {"training_samples": pairs_of(pairs), "controls": Controls(training={"tokens": read_tokens(read)})}
-    return found
+def _variant(given: str) -> tuple[str, Any]:
+    """Return the name of a variant, and its items or system prompt."""
+    name, equals, value = given.partition("=")
+    if not (name and equals and value):
+        raise BadParameter(f"{given!r} names no variant: write NAME=FILE or NAME=TEXT", param_hint="--variant")
+    path = Path(value)
+    return name, _items(path) if path.suffix in (".csv", ".jsonl") else value
 
 
 def calibrate(
@@ -169,10 +165,9 @@ def plot(source: Path, output: Path) -> None:
 
 def _loaded(model: str, vector: str, layers: str | None, of_model: OfModel) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the vector at the layers that were asked for."""
-    numbers, loaded = layers_of(layers), load_vector(vector)
-    chosen = loaded if numbers is None else loaded[numbers]
+    directions = load_vector(vector, layers)
     gguf_file, dtype, device = of_model
-    return *load_model(model, gguf_file=gguf_file, dtype=dtype, device=device), chosen
+    return *load_model(model, gguf_file=gguf_file, dtype=dtype, device=device), directions
 
 
 def _items(path: Path) -> list[Any]:

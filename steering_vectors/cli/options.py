@@ -32,5 +32,16 @@ PairsFile = Annotated[
 ]
 ReadTokens = Annotated[str, typer.Option(metavar="mean|last|completion", help="The tokens that training read.")]
 TextsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Neutral texts, one in each line.")]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--variant",
+        metavar="NAME=ITEMS|TEXT",
+        help="The items in other words, in a CSV or JSONL file, or after a system prompt; may be repeated.",
+    ),
+]
+PropensityName = Annotated[
+    str, typer.Option("--propensity", metavar="text|choice", help="Compare the answers' texts, or letters of choices.")
+]
 Seed = Annotated[int, typer.Option(metavar="NUMBER", help="The seed of controls and intervals.")]
 EXAMPLES = "\b\nExamples:\n"

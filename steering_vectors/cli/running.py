@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
 from steering_vectors.cli.app import app
-from steering_vectors.cli.screen import print_error
+from steering_vectors.cli.screen import print_error, print_warning
 from steering_vectors.cli.usage import ClickException
 
 # What the library, and what it calls, raises for a user's mistake and for what the machine lacks.
@@ -20,7 +22,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command, and return its exit code."""
     given = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(given, standalone_mode=False, prog_name="steering-vectors")
+        with _plain_warnings():
+            code = app(given, standalone_mode=False, prog_name="steering-vectors")
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except ClickException as error:
@@ -34,6 +37,16 @@ def run(arguments: Sequence[str]) -> int:
         print_error(error)
         return 1
     return _interrupted() if code == _INTERRUPTED else int(code or 0)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    before = warnings.showwarning
+    warnings.showwarning = print_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _interrupted() -> int:

@@ -20,6 +20,11 @@ def print_error(error: BaseException) -> None:
     print(f"error: {text} (--debug shows where)", file=sys.stderr)
 
 
+def print_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    """Print a warning in one line, without the place in the code that it arose at."""
+    note(f"warning: {' '.join(str(message).split())}")
+
+
 def note(text: str) -> None:
     """Print a remark beside the results."""
     print(text, file=sys.stderr, flush=True)
@@ -32,7 +37,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, number
         table.add_column(column, justify="right" if numbers and place else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    console().print(table)
+    print_on(console(), table)
+
+
+def print_on(target: Console, table: Table) -> None:
+    """Print a table, without the spaces at the ends of lines where nobody sees them."""
+    if target.is_terminal:
+        target.print(table)
+        return
+    with target.capture() as captured:
+        target.print(table)
+    print("\n".join(line.rstrip(" ") for line in captured.get().rstrip("\n").split("\n")))
 
 
 def console() -> Console:

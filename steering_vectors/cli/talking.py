@@ -10,7 +10,7 @@ from typing import Any
 
 from steering_vectors._arguments import finite_number
 from steering_vectors.cli.loading import load_model, load_vector, model_and_rest
-from steering_vectors.cli.screen import console, note
+from steering_vectors.cli.screen import console, note, print_on
 from steering_vectors.cli.usage import BadParameter, UsageError
 
 OfModel = tuple[str | None, str | None, str | None]
@@ -33,12 +33,13 @@ def generate(
     multipliers: Sequence[float] | None,
     chat: bool,
     tokens: str,
+    layers: str | None,
     max_new_tokens: int,
     of_model: OfModel,
 ) -> None:
     """Print what the model writes after each prompt, at each multiplier."""
     name, (vector_name, *prompts) = model_and_rest(arguments, least=2, usage="[MODEL] VECTOR PROMPT...")
-    selection, vector = steered_tokens(tokens), load_vector(vector_name)
+    selection, vector = steered_tokens(tokens), load_vector(vector_name, layers)
     gguf_file, dtype, device = of_model
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
     at = list(multipliers or _DEFAULT)
@@ -92,7 +93,7 @@ class _Lines:
         if self._live is not None:
             self._live.stop()
         elif error[0] is None:
-            self._console.print(self._table())
+            print_on(self._console, self._table())
 
     def put(self, value: Any) -> None:
         """Take the next token of each row; the first call brings the prompts."""
@@ -123,6 +124,7 @@ def chat(
     arguments: Sequence[str],
     multipliers: Sequence[float] | None,
     tokens: str,
+    layers: str | None,
     max_new_tokens: int,
     of_model: OfModel,
 ) -> None:
@@ -131,7 +133,7 @@ def chat(
     given = list(multipliers or [1.0])
     if len(given) not in (1, len(names)):
         raise UsageError(f"expected one multiplier, or one for each of the {len(names)} vectors")
-    selection, vectors = steered_tokens(tokens), [load_vector(one) for one in names]
+    selection, vectors = steered_tokens(tokens), [load_vector(one, layers) for one in names]
     gguf_file, dtype, device = of_model
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
     if not tokenizer.chat_template:

@@ -11,6 +11,7 @@ from steering_vectors.cli.screen import note, print_table, shows_progress
 from steering_vectors.cli.usage import BadParameter, UsageError
 
 OfModel = tuple[str | None, str | None, str | None]  # the GGUF file, the dtype, the device
+_SHOWN_ABOVE = {"activation_norms", "hidden_size", "layer_type", "norms"}
 
 
 def train(
@@ -92,9 +93,10 @@ def show(name: str) -> None:
     print(f"{vector.layer_type}, {vector.hidden_size} wide, {len(vector.layers)} layers")
     print()
     print_table(["layer", "norm", "norm / stream"], rows)
-    if vector.metadata:
+    made = sorted((name, value) for name, value in vector.metadata.items() if name not in _SHOWN_ABOVE)
+    if made:
         print()
-        print_table(["how it was made", ""], sorted(vector.metadata.items()), numbers=False)
+        print_table(["how it was made", ""], made, numbers=False)
 
 
 def combine(given: Sequence[str], output: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ import transformers
 from steering_vectors import SteeringVector, from_index, generated, train_steering_vector
 from steering_vectors.cli import main
 from steering_vectors.cli.loading import layers_of
-from steering_vectors.evaluation import Diagnosis, Evaluation, Sweep, calibrate, diagnose, evaluate, sweep
+from steering_vectors.evaluation import (
+    Diagnosis,
+    Evaluation,
+    Sweep,
+    calibrate,
+    choice_propensity,
+    diagnose,
+    evaluate,
+    sweep,
+)
 from tests import tiny
 
 PAIRS = [("I love it", "I hate it"), ("so good", "so bad"), ("a warm day", "a cold day"), ("Great", "Awful")]
@@ -44,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded(folder: Path) -> tuple[Any, Any, SteeringVector]:
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     return model, tokenizer, SteeringVector.load(folder / "joy.safetensors")
@@ -93,6 +104,26 @@ def test_generate_puts_a_prompt_into_the_template(run: Run, loaded: Any) -> None
     plain = run("generate", "model", "joy.safetensors", "I say", "-m", 0, "--tokens", "all")[1]
     as_chat = run("generate", "model", "joy.safetensors", "I say", "-m", 0, "--chat")[1]
     assert plain != as_chat
+
+
+def test_generate_steers_the_layers_that_are_named(run: Run, loaded: Any, folder: Path) -> None:
+    loaded[2][0].save(folder / "one.safetensors")
+    asked = ("I say", "-m", 0, "-m", 2, "--max-new-tokens", 9)
+    at_one = run("generate", "model", "joy.safetensors", *asked, "--layers", 0)[1]
+    assert at_one == run("generate", "model", "one.safetensors", *asked)[1]
+    assert at_one != run("generate", "model", "joy.safetensors", *asked)[1]
+    assert " \n" not in at_one
+
+
+def test_warnings_are_lines_without_places_in_the_code(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "made.safetensors"
+    run("train", "model", "pairs.csv", "-o", path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = run("generate", "model", path, "I say", "-m", 90, "--max-new-tokens", 2)
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: this steering adds ")
+    assert "talking.py" not in err
 
 
 def test_chat_changes_the_strength_and_traces(run: Run) -> None:
@@ -159,6 +190,21 @@ def test_evaluate_is_evaluate(run: Run, loaded: Any, tmp_path: Path) -> None:
     expected = evaluate(*loaded[:2], loaded[2][1], ITEMS, multipliers=[0, 1], texts=TEXTS, training_samples=PAIRS)
     assert out == f"{expected}\n"
     assert Evaluation.from_json(path) == expected
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_variants_and_propensities_are_the_librarys(run: Run, folder: Path, loaded: Any, command: str) -> None:
+    otherwise = [(f"Well, {prompt}", *answers) for prompt, *answers in ITEMS]
+    names = ("prompt", "matching", "not_matching")
+    (folder / "otherwise.jsonl").write_text("\n".join(json.dumps(dict(zip(names, item))) for item in otherwise))
+    asked = ("--variant", "well=otherwise.jsonl", "--variant", "rude=Be = rude.", "--propensity", "choice")
+    arguments = ("--texts", "texts.txt", "-m", 0, "-m", 1, *asked)
+    code, out, err = run(command, "model", "joy.safetensors", "items.jsonl", *arguments)
+    assert (code, err) == (0, "")
+    variants: Any = {"well": otherwise, "rude": "Be = rude."}
+    given: Any = {"multipliers": [0, 1], "texts": TEXTS, "variants": variants, "propensity": choice_propensity()}
+    expected = {"evaluate": evaluate, "sweep": sweep}[command](*loaded, ITEMS, **given)
+    assert out == f"{expected}\n"
 
 
 def test_sweep_is_sweep_and_goes_on(run: Run, loaded: Any, tmp_path: Path) -> None:
@@ -264,6 +310,21 @@ def test_exports_write_what_the_library_writes(run: Run, loaded: Any, tmp_path: 
         (["evaluate", "model", "joy.safetensors", "pairs.csv"], 1, "it needs prompt, matching and not_matching"),
         (["evaluate", "model", "joy.safetensors", "items.jsonl", "-m", "1"], 1, "two different multipliers"),
         (["evaluate", "model", "joy.safetensors", "items.jsonl", "--layers", "2"], 1, "2"),
+        (
+            ["evaluate", "model", "joy.safetensors", "items.jsonl", "--variant", "x.jsonl"],
+            2,
+            "'x.jsonl' names no variant: write NAME=FILE or NAME=TEXT",
+        ),
+        (
+            ["evaluate", "model", "joy.safetensors", "items.jsonl", "--variant", "a=pairs.csv"],
+            1,
+            "it needs prompt, matching and not_matching",
+        ),
+        (
+            ["sweep", "model", "joy.safetensors", "items.jsonl", "--propensity", "letters"],
+            2,
+            "'letters' is not one of text, choice",
+        ),
         (["plot", "pairs.jsonl", "-o", "x.png"], 1, "error: "),
         (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no number behind the colon"),
         (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
