@@ -21,7 +21,7 @@ COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_MARKS ?= not smollm2
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
-	-o "norecursedirs=.* architectures build dist engines gpu pages soak vllm"
+	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm"
 
 .PHONY: help demo test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
 

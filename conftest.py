@@ -1,5 +1,6 @@
 """What the examples in docstrings run on, and the real model of the tests."""
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from tests import tiny
 torch.set_num_threads(1)  # two processes of tests share two cores
 transformers.logging.set_verbosity_error()
 
+
+# Its import needs gradio, whose environment has tests of its own.
+collect_ignore = [] if importlib.util.find_spec("gradio") else ["steering_vectors/cli/playground/page.py"]
 
 # The architectures on which all laws are tested by "make test"; the others' are tests of architectures.
 LAWFUL = {"bloom", "gemma2", "gemma3", "gpt2", "gptj", "llama", "mamba", "mistral", "mixtral", "mpt", "opt", "rwkv"}

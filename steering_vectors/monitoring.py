@@ -130,6 +130,25 @@ class SteeringMonitor(Recorder):
         """
         return [ids for ids, _ in self._sequences()]
 
+    def token_texts(self, tokenizer: Any) -> list[list[str]]:
+        """Return the text of each token of each sequence, as :meth:`by_sequence` joins them.
+
+        Together, a sequence's texts are its decoded text: a token that ends within a character has
+        none, and the token that completes the character has it all.
+
+        Args:
+            tokenizer: The model's tokenizer, whose ``decode`` turns token ids into text.
+
+        Raises:
+            ValueError: If the model got embeddings instead of token ids, or several texts in a row.
+        """
+        found = []
+        for ids in self.token_ids():
+            if any(token is None for token in ids):
+                raise ValueError("the model got embeddings, not token ids, so there is no text to show")
+            found.append(pieces_of(tokenizer, [token or 0 for token in ids]))
+        return found
+
     def show(self, tokenizer: Any, *, layer: int | None = None) -> None:
         """Print the tokens, coloured by their projections: red towards the direction, blue away from it.
 
@@ -148,13 +167,11 @@ class SteeringMonitor(Recorder):
         number = self.layers[-1] if layer is None else layer
         if number not in self._directions:
             raise LookupError(f"layer {number} is not watched; those that are: {self.layers}")
-        place = self.layers.index(number)
-        rows = []
-        for ids, values in self._sequences():
-            if any(token is None for token in ids):
-                raise ValueError("the model got embeddings, not token ids, so there is no text to show")
-            along = [of_token[place] for of_token in values]
-            rows.append(list(zip(pieces_of(tokenizer, [token or 0 for token in ids]), along, strict=True)))
+        along = self.by_sequence()[number]
+        rows = [
+            list(zip(texts, values.tolist(), strict=True))
+            for texts, values in zip(self.token_texts(tokenizer), along, strict=True)
+        ]
         most = max((abs(value) for row in rows for _, value in row[1:]), default=0.0) or 1.0
         _show(rows, most)
 

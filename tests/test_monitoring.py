@@ -345,6 +345,18 @@ class TestShow:
         assert watched.by_sequence()[1][0].shape == (3,)
         with pytest.raises(ValueError, match="embeddings, not token ids, so there is no text"):
             watched.show(tiny.tokenizer())
+        with pytest.raises(ValueError, match="embeddings, not token ids, so there is no text"):
+            watched.token_texts(tiny.tokenizer())
+
+    def test_token_texts_are_the_text_of_each_sequence_without_padding(self) -> None:
+        model, tokenizer = tiny.shared("llama"), tiny.tokenizer()
+        rows = [tokenizer(text)["input_ids"] for text in ("Grüße & Küsse", "ja")]
+        with monitor(model, vector()) as watched:
+            model.generate(**padded(*rows), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        texts, ids = watched.token_texts(tokenizer), watched.token_ids()
+        assert [list(map(len, (texts, ids)))] == [[2, 2]]
+        assert ["".join(row) for row in texts] == [tokenizer.decode(row) for row in ids]
+        assert list(map(len, texts)) == list(map(len, watched.by_sequence()[1]))
 
 
 class TestBadInput:

@@ -197,7 +197,19 @@ class TestImports:
         assert (loaded.stdout.strip(), loaded.stderr) == ("", "")
 
     def test_load_no_extra(self) -> None:
-        extras = ["sklearn", "gguf", "matplotlib", "typer", "rich", "accelerate", "peft", "pandas", "scipy", "jinja2"]
+        extras = [
+            "sklearn",
+            "gguf",
+            "matplotlib",
+            "typer",
+            "rich",
+            "accelerate",
+            "peft",
+            "pandas",
+            "scipy",
+            "jinja2",
+            "gradio",
+        ]
         code = f"import sys; from steering_vectors import *; print(*[name for name in {extras} if name in sys.modules])"
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert (loaded.stdout.strip(), loaded.stderr) == ("", "")

@@ -21,6 +21,7 @@ from steering_vectors.cli.options import (
     NewFolder,
     Selected,
     Strengths,
+    TextsFile,
     VectorName,
 )
 
@@ -96,6 +97,33 @@ def chat(
     from steering_vectors.cli import talking
 
     talking.chat(arguments, multiplier, tokens, layers, max_new_tokens, (gguf_file, dtype, device))
+
+
+@app.command(
+    epilog=f"{EXAMPLES}  steering-vectors playground MODEL joy.safetensors\n"
+    "  steering-vectors playground MODEL joy.safetensors formal.safetensors --range 3"
+)
+def playground(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] VECTOR...", help="The vectors, a slider for each.")
+    ],
+    layers: Layers = None,
+    texts: TextsFile = None,
+    limit: Annotated[
+        float | None, typer.Option("--range", metavar="NUMBER", help="The sliders' ends, without calibration.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="The longest answer in tokens.")] = 400,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(metavar="NUMBER", help="By default the first free from 7860.")] = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Serve a page that answers unsteered and steered, side by side. The sliders' ranges are calibrated."""
+    from steering_vectors.cli.playground import serving
+
+    of_model = (gguf_file, dtype, device)
+    serving.playground(arguments, layers, texts, limit, max_new_tokens, (host, port), of_model)
 
 
 @app.command(epilog=f"{EXAMPLES}  steering-vectors show joy.safetensors\n  steering-vectors show user/joy")

@@ -49,6 +49,13 @@ def load_vector(path: str, layers: str | None = None) -> Any:
     return vector if numbers is None else vector[numbers]
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return a short name for each vector: its file's, or else the whole path, numbered where it comes again."""
+    stems = [Path(name).stem for name in names]
+    chosen = stems if len(set(stems)) == len(stems) else list(names)
+    return [name if chosen.index(name) == n else f"{name}#{n + 1}" for n, name in enumerate(chosen)]
+
+
 def is_vector(argument: str) -> bool:
     """Return True if an argument names a vector and not a model: a file, or a folder with a vector in it."""
     path = Path(argument)

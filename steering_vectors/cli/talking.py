@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from steering_vectors._arguments import finite_number
-from steering_vectors.cli.loading import load_model, load_vector, model_and_rest
+from steering_vectors.cli.batches import batch, padding
+from steering_vectors.cli.loading import load_model, load_vector, model_and_rest, short_names
 from steering_vectors.cli.screen import console, note, print_on
 from steering_vectors.cli.usage import BadParameter, UsageError
 
@@ -47,7 +47,7 @@ def generate(
 
     for prompt in prompts:
         ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
-        inputs = _batch(ids, len(at), model)
+        inputs = batch(ids, len(at), model)
         steering = vector.apply(model, multiplier=at, tokens=None if selection is None else selection(inputs))
         print(prompt, flush=True)
         with _Lines(tokenizer, at) as lines, steering:
@@ -56,20 +56,9 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=lines,
-                pad_token_id=_padding(tokenizer),
+                pad_token_id=padding(tokenizer),
             )
         print()
-
-
-def _batch(ids: Sequence[int], rows: int, model: Any) -> dict[str, Any]:
-    import torch
-
-    found = torch.tensor([list(ids)] * rows, device=model.device)
-    return {"input_ids": found, "attention_mask": torch.ones_like(found)}
-
-
-def _padding(tokenizer: Any) -> int:
-    return next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
 
 
 class _Lines:
@@ -138,7 +127,7 @@ def chat(
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use generate, which completes texts")
-    strengths = dict(zip(_short(names), given * (len(names) if len(given) == 1 else 1), strict=True))
+    strengths = dict(zip(short_names(names), given * (len(names) if len(given) == 1 else 1), strict=True))
     talk = _Talk(model, tokenizer, dict(zip(strengths, vectors, strict=True)), strengths, selection, max_new_tokens)
     note(_HELP)
     while (line := _asked()) is not None:
@@ -149,13 +138,6 @@ def chat(
                 talk.answer(line)
             except ValueError as error:  # such as a strength beyond the model's dtype: the talk goes on
                 note(f"error: {error}")
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Return a short name for each vector: its file's, or else the whole path, numbered where it comes again."""
-    stems = [Path(name).stem for name in names]
-    chosen = stems if len(set(stems)) == len(stems) else list(names)
-    return [name if chosen.index(name) == n else f"{name}#{n + 1}" for n, name in enumerate(chosen)]
 
 
 def _asked() -> str | None:
@@ -219,7 +201,7 @@ class _Talk:
 
         asked = {"role": "user", "content": line}
         ids = prompt_ids(self._tokenizer, [*self._messages, asked])
-        inputs = _batch(ids, 1, self._model)
+        inputs = batch(ids, 1, self._model)
         streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         with ExitStack() as stack:
             self._trace = stack.enter_context(trace_steering(self._model))
@@ -232,7 +214,7 @@ class _Talk:
                 max_new_tokens=self._max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
-                pad_token_id=_padding(self._tokenizer),
+                pad_token_id=padding(self._tokenizer),
             )
         text = self._tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         self._messages += [asked, {"role": "assistant", "content": text}]

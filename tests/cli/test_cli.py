@@ -368,6 +368,7 @@ COMMANDS = [
     "train",
     "generate",
     "chat",
+    "playground",
     "show",
     "evaluate",
     "sweep",

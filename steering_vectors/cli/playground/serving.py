@@ -1,0 +1,73 @@
+"""Load a model and vectors, and serve the playground until it is interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from steering_vectors.cli.loading import load_model, load_vector, model_and_rest, read_texts, short_names
+from steering_vectors.cli.screen import note
+from steering_vectors.cli.vectors import OfModel
+
+if TYPE_CHECKING:
+    from steering_vectors.cli.playground.answering import Speaker
+    from steering_vectors.cli.playground.ranges import Range
+    from steering_vectors.cli.playground.script import Source
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def playground(
+    arguments: Sequence[str],
+    layers: str | None,
+    texts: Path | None,
+    limit: float | None,
+    most_new_tokens: int,
+    address: tuple[str, int | None],
+    of_model: OfModel,
+) -> None:
+    """Serve the page."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("the playground needs gradio: pip install 'steering-vectors[playground]'")
+    name, paths = model_and_rest(arguments, least=1, usage="[MODEL] VECTOR...")
+    from steering_vectors.cli.playground.answering import Speaker
+    from steering_vectors.cli.playground.ranges import range_up_to
+    from steering_vectors.cli.playground.script import Source
+
+    given, neutral = None if limit is None else range_up_to(limit), read_texts(texts)
+    named = dict(zip(short_names(paths), paths, strict=True))
+    vectors = {short: load_vector(path, layers) for short, path in named.items()}
+    gguf_file, dtype, device = of_model
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    speaker = Speaker(model, tokenizer, vectors, most_new_tokens=most_new_tokens)
+    ranges = dict.fromkeys(vectors, given) if given else _calibrated(speaker, neutral)
+    _serve(speaker, ranges, Source(name, named, layers, gguf_file, dtype, device), *address)
+
+
+def _calibrated(speaker: Speaker, texts: Sequence[str] | None) -> dict[str, Range]:
+    from steering_vectors.cli.playground.ranges import calibrated_range
+
+    found = {}
+    for name, vector in speaker.vectors.items():
+        note(f"calibrating {name} (--range NUMBER leaves this out)")
+        found[name] = calibrated_range(speaker.model, speaker.tokenizer, vector, texts)
+    return found
+
+
+def _serve(speaker: Speaker, ranges: Mapping[str, Range], source: Source, host: str, port: int | None) -> None:
+    """Serve until an interrupt."""
+    from steering_vectors.cli.playground.page import Page
+
+    page = Page(speaker, ranges, source)
+    url = page.launch(host, port)
+    if host not in _LOOPBACK:
+        note(f"anyone who reaches this machine at {host} can use the model")
+    print(url, flush=True)
+    note("Ctrl-C ends it")
+    try:
+        Event().wait()
+    finally:
+        page.close()
