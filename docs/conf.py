@@ -31,7 +31,7 @@ author = "the steering-vectors contributors"
 project_copyright = f"%Y {author}"
 version = release = steering_vectors.__version__
 
-extensions = ["myst_nb", "pictures", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["command_help", "myst_nb", "pictures", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"steering-vectors {release}"

@@ -39,7 +39,7 @@ app.add_typer(export_app, name="export")
 
 @app.command(
     epilog=f"{EXAMPLES}  steering-vectors train pairs.csv -o joy.safetensors\n"
-    "  steering-vectors train Qwen/Qwen2.5-0.5B-Instruct pairs.jsonl --layers 10-16 -o joy.safetensors"
+    "  steering-vectors train MODEL pairs.jsonl --layers 10-16 -o joy.safetensors"
 )
 def train(
     arguments: ModelAndPairs,
@@ -60,7 +60,7 @@ def train(
 
 @app.command(
     epilog=f"{EXAMPLES}  steering-vectors generate joy.safetensors 'I think that' -m -2 -m 0 -m 2\n"
-    "  steering-vectors generate MODEL joy.safetensors 'How are you?' --chat --max-new-tokens 80"
+    "  steering-vectors generate MODEL joy.safetensors 'How are you?' --chat"
 )
 def generate(
     arguments: Annotated[list[str], typer.Argument(metavar="[MODEL] VECTOR PROMPT...", help="What to complete.")],
@@ -101,7 +101,7 @@ def chat(
 
 @app.command(
     epilog=f"{EXAMPLES}  steering-vectors playground MODEL joy.safetensors\n"
-    "  steering-vectors playground MODEL joy.safetensors formal.safetensors --range 3"
+    "  steering-vectors playground MODEL joy.safetensors calm.safetensors --range 3"
 )
 def playground(
     arguments: Annotated[
@@ -135,8 +135,8 @@ def show(vector: VectorName) -> None:
 
 
 @app.command(
-    epilog=f"{EXAMPLES}  steering-vectors combine joy.safetensors:1 formal.safetensors:-0.5 -o both.safetensors\n"
-    "  steering-vectors combine user/joy:2 -o twice.safetensors"
+    epilog=f"{EXAMPLES}  steering-vectors combine user/joy:1 user/calm:-0.5 -o both.safetensors\n"
+    "  steering-vectors combine joy.safetensors:2 -o twice.safetensors"
 )
 def combine(
     vectors_given: Annotated[list[str], typer.Argument(metavar="VECTOR:FACTOR...", help="Vectors and their factors.")],
@@ -150,7 +150,7 @@ def combine(
 
 @app.command(
     epilog=f"{EXAMPLES}  steering-vectors ablate MODEL refusal.safetensors -o model-without\n"
-    "  steering-vectors ablate MODEL refusal.safetensors --layers 16 -o model-without"
+    "  steering-vectors ablate MODEL refusal.safetensors --layers 16 -o ablated"
 )
 def ablate(
     model: ModelName,

@@ -26,7 +26,7 @@ def gguf(
 
 @export_app.command(
     epilog=f"{EXAMPLES}  steering-vectors export adapter MODEL joy.safetensors -o joy-adapter\n"
-    "  steering-vectors export adapter MODEL refusal.safetensors --ablate -o without-refusal"
+    "  steering-vectors export adapter MODEL user/refusal --ablate -o no-refusal"
 )
 def adapter(
     model: ModelName,

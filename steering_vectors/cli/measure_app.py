@@ -35,7 +35,7 @@ measure_app = typer.Typer(rich_markup_mode=None)
 
 @measure_app.command(
     epilog=f"{EXAMPLES}  steering-vectors evaluate MODEL joy.safetensors items.jsonl\n"
-    "  steering-vectors evaluate MODEL joy.safetensors items.csv --variant 'rude=Be rude.'"
+    "  steering-vectors evaluate MODEL user/joy items.csv --variant 'rude=Be rude.'"
 )
 def evaluate(
     model: ModelName,
@@ -66,7 +66,7 @@ def evaluate(
 
 
 @measure_app.command(
-    epilog=f"{EXAMPLES}  steering-vectors sweep MODEL joy.safetensors items.jsonl --layers 8-20 --max-kl 0.5\n"
+    epilog=f"{EXAMPLES}  steering-vectors sweep MODEL joy.safetensors items.jsonl --max-kl 0.5\n"
     "  steering-vectors sweep MODEL joy.safetensors items.jsonl --resume sweep.json"
 )
 def sweep(
@@ -102,7 +102,7 @@ def sweep(
 
 @measure_app.command(
     epilog=f"{EXAMPLES}  steering-vectors calibrate MODEL joy.safetensors\n"
-    "  steering-vectors calibrate MODEL joy.safetensors --max-kl 0.3 --texts texts.txt"
+    "  steering-vectors calibrate MODEL joy.safetensors --texts texts.txt"
 )
 def calibrate(
     model: ModelName,

@@ -386,6 +386,7 @@ def test_help_has_two_examples(run: Run, command: list[str]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0
     assert out.partition("Examples:")[2].count(f"steering-vectors {' '.join(command)} ") == 2
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_help_lists_the_commands(run: Run) -> None:

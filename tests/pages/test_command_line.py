@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from steering_vectors.cli import loading, main
+from steering_vectors.cli.app import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "command_line.rst"
+HELP_PAGES = PAGE.parent / "api" / "commands.rst"
 _BLOCK = re.compile(r"^\.\. code-block:: (\w+)\n(?:    :caption: (\S+)\n)?\n((?:    .*\n|\s*\n)+)", re.MULTILINE)
 
 
@@ -61,3 +63,23 @@ def test_the_session_prints_what_the_page_says(
     assert ran == 6
     assert (tmp_path / "result.png").is_file()
     assert (tmp_path / "joy.gguf").is_file()
+
+
+def test_the_reference_has_the_help_page_of_each_command() -> None:
+    from typer.main import get_command
+
+    commands: Any = get_command(app).commands  # type: ignore[attr-defined]
+    exports = commands.pop("export").commands
+    listed = re.findall(r"^\.\. command-help:: (.+)$", HELP_PAGES.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted([*commands, *(f"export {name}" for name in exports)])
+
+
+def test_a_help_page_is_what_help_prints_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PAGE.parent)
+    import command_help
+
+    page = command_help.help_page("export gguf")
+    assert page.startswith("Usage: steering-vectors export gguf [OPTIONS]")
+    assert max(map(len, page.splitlines())) <= 80
+    with pytest.raises(RuntimeError, match="there is no command 'wander'"):
+        command_help.help_page("wander")

@@ -43,7 +43,7 @@ _COPY = """async (code) => {
 }"""
 _STYLE = f"""{STYLE}
 .gradio-container {{ max-width: 72rem !important; margin: 0 auto; }}
-#answer, #stop, #copy {{ white-space: nowrap; padding-inline: 0.5rem; }}
+#answer, #stop, #copy {{ flex: 1 1 auto; min-width: max-content !important; padding-inline: 0.5rem; }}
 #coloured, #coloured .styler {{ background: var(--block-background-fill); }}
 """
 
