@@ -39,7 +39,7 @@ def adapter(
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write a PEFT adapter."""
+    """Write a PEFT adapter, and print the options with which vLLM serves it."""
     from steering_vectors.cli import exporting
 
     exporting.adapter(model, vector, output, multiplier, ablate, (gguf_file, dtype, None))

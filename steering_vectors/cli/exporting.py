@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steering_vectors.cli.loading import check_output, load_model, load_vector
+from steering_vectors.cli.loading import check_output, load_model, load_vector, new_folder
 from steering_vectors.cli.screen import note
 from steering_vectors.cli.vectors import OfModel
 
@@ -18,14 +18,19 @@ def gguf(vector: str, output: Path, multiplier: float) -> None:
 
 
 def adapter(model: str, vector: str, output: Path, multiplier: float, ablate: bool, of_model: OfModel) -> None:
-    """Write a PEFT adapter."""
+    """Write a PEFT adapter, and print the options with which vLLM serves it, if it can."""
     from steering_vectors import ablation_operator
     from steering_vectors.merging import to_adapter
 
     gguf_file, dtype, device = of_model
     loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)[0]
     operator = ablation_operator() if ablate else None
-    print(to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier))
+    made = to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier)
+    note(f"{output}: adapter {made.name}, rank {made.rank}")
+    if made.vllm_options:
+        print(made.vllm_options)
+    else:
+        note(made.why_not_vllm)
 
 
 def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: OfModel) -> None:
@@ -44,10 +49,12 @@ def weights(model: str, vector: str, output: Path, multiplier: float, of_model: 
     from steering_vectors.merging import merge
 
     gguf_file, dtype, device = of_model
-    loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    merged = merge(load_vector(vector), loaded, multiplier=multiplier)
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_folder(output) as folder:
+        direction = load_vector(vector)
+        loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+        merged = merge(direction, loaded, multiplier=multiplier)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     note(f"{output}: a {type(merged).__name__} that is always steered")
 
 
@@ -55,10 +62,11 @@ def ablate(model: str, vector: str, output: Path, layers: str | None, of_model: 
     """Write a model without a direction."""
     from steering_vectors.merging import merge_ablation
 
-    direction = load_vector(vector, layers)
     gguf_file, dtype, device = of_model
-    loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    merged = merge_ablation(loaded, direction)
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_folder(output) as folder:
+        direction = load_vector(vector, layers)
+        loaded, tokenizer = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+        merged = merge_ablation(loaded, direction)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     note(f"{output}: a {type(merged).__name__} without the direction")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,8 @@ def load_vector(path: str, layers: str | None = None) -> Any:
     from steering_vectors import SteeringVector, hub
 
     numbers = layers_of(layers)
+    if Path(path).suffix == ".safetensors" and not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
     vector = SteeringVector.load(path) if Path(path).is_file() else hub.from_pretrained(path)
     return vector if numbers is None else vector[numbers]
 
@@ -111,6 +116,25 @@ def write_json(path: Path, value: Any) -> None:
     from steering_vectors.evaluation.files import write_text
 
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside ``path``, which takes its name at the end of the block; after an error there is none.
+
+    Raises OSError, before any work, where there is something else than an empty folder.
+    """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} has files already: name a new folder")
+    check_output(path / "file" if path.is_dir() else path)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
+    try:
+        yield beside / "new"
+        os.replace(beside / "new", path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_output(path: Path | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from steering_vectors._whole_files import whole_file
 from steering_vectors.cli.loading import (
     check_output,
     layers_of,
@@ -159,7 +160,8 @@ def plot(source: Path, output: Path) -> None:
         drawn = plots.propensity_curves(Evaluation.from_json(source))
     else:
         raise ValueError(f"{source} is nothing that evaluate, sweep or diagnose wrote with -o")
-    drawn.figure.savefig(output, bbox_inches="tight")
+    with whole_file(output) as path:
+        drawn.figure.savefig(path, format=output.suffix[1:] or "png", bbox_inches="tight")
     note(str(output))
 
 

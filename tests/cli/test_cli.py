@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -276,6 +277,40 @@ def test_exports_write_what_the_library_writes(run: Run, loaded: Any, tmp_path: 
     assert (tmp_path / "one.pt").is_file()
 
 
+@pytest.mark.parametrize("command", [["export", "weights"], ["ablate"]], ids=" ".join)
+def test_a_model_is_written_whole_or_not_at_all(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def interrupted(_self: Any, folder: Path) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    asked = (*command, "model", "joy.safetensors", *(["--layers", 1] if command == ["ablate"] else []))
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.PreTrainedModel, "save_pretrained", interrupted)
+        assert run(*asked, "-o", tmp_path / "made") == (130, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "made").mkdir()
+    assert run(*asked, "-o", tmp_path / "made")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    code, _, err = run(*asked, "-o", tmp_path / "made")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "made has files already: name a new folder" in err
+
+
+def test_an_adapter_prints_what_serves_it(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    SteeringVector({1: torch.ones(tiny.HIDDEN)}).save("one.safetensors")
+    code, out, err = run("export", "adapter", "model", "one.safetensors", "-o", tmp_path / "made")
+    assert (code, out) == (0, "")
+    assert re.search(r"made: adapter made-\w+, rank 0\nvLLM has no adapters that add a constant", err)
+    code, out, err = run("export", "adapter", "model", "one.safetensors", "--ablate", "-o", tmp_path / "ablating")
+    assert code == 0
+    assert "rank" in err
+    assert out.startswith("--") or "vLLM" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -307,6 +342,8 @@ def test_exports_write_what_the_library_writes(run: Run, loaded: Any, tmp_path: 
         (["generate", "model", "wide.safetensors", "Hi"], 1, "5 numbers"),
         (["chat", "model", "joy.safetensors", "-m", "1", "-m", "2"], 2, "expected one multiplier"),
         (["show", "pairs.csv"], 1, "error: "),
+        (["show", "none.safetensors"], 1, "there is no file none.safetensors"),
+        (["ablate", "model", "joy.safetensors", "-o", "pairs.csv"], 1, "pairs.csv is a file: name a folder"),
         (["evaluate", "model", "joy.safetensors", "pairs.csv"], 1, "it needs prompt, matching and not_matching"),
         (["evaluate", "model", "joy.safetensors", "items.jsonl", "-m", "1"], 1, "two different multipliers"),
         (["evaluate", "model", "joy.safetensors", "items.jsonl", "--layers", "2"], 1, "2"),
