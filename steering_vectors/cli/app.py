@@ -52,7 +52,7 @@ def train(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Train a vector from pairs of positive and negative texts or chats."""
+    """Train a vector from pairs of contrasting texts or chats."""
     from steering_vectors.cli import vectors
 
     vectors.train(arguments, output, layers, tokens, aggregator, batch_size, (gguf_file, dtype, device))
@@ -73,7 +73,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Complete prompts at several multipliers, side by side from one batch."""
+    """Complete prompts at several multipliers, side by side."""
     from steering_vectors.cli import talking
 
     talking.generate(arguments, multiplier, chat, tokens, layers, max_new_tokens, (gguf_file, dtype, device))
@@ -119,7 +119,7 @@ def playground(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Serve a page that answers unsteered and steered, side by side. The sliders' ranges are calibrated."""
+    """Serve a page that steers by sliders. Their ranges are calibrated."""
     from steering_vectors.cli.playground import serving
 
     of_model = (gguf_file, dtype, device)
@@ -160,7 +160,7 @@ def ablate(
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write a model whose weights can't write along a vector's direction."""
+    """Write a model that can't write along a vector's direction."""
     from steering_vectors.cli import exporting
 
     exporting.ablate(model, vector, output, layers, (gguf_file, dtype, None))

@@ -57,7 +57,7 @@ def evaluate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Measure whether a vector steers, beside random controls, and what it costs."""
+    """Measure how a vector steers, beside controls, and its cost."""
     from steering_vectors.cli import measuring
 
     given = {"system_prompt": system_prompt, "batch_size": batch_size, "seed": seed}
@@ -92,7 +92,7 @@ def sweep(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Choose a layer and a multiplier on half of the items, and report them on the other half."""
+    """Choose a layer and a multiplier, and report on other items."""
     from steering_vectors.cli import measuring
 
     given = {"max_kl": max_kl, "path": resume, "batch_size": batch_size, "seed": seed}
@@ -116,7 +116,7 @@ def calibrate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Find the multiplier at which steering costs as much as is allowed."""
+    """Find the multiplier whose cost is just what is allowed."""
     from steering_vectors.cli import measuring
 
     measuring.calibrate(model, vector, max_kl, tokens, layers, texts, output, (gguf_file, dtype, device))

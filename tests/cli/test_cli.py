@@ -431,6 +431,7 @@ def test_help_lists_the_commands(run: Run) -> None:
     assert code == 0
     for command in [*COMMANDS, "export"]:
         assert f"\n  {command} " in out
+    assert "..." not in out.partition("Commands:")[2]  # no summary is cut off
 
 
 def test_help_imports_no_pytorch() -> None:
