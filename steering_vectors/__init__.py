@@ -212,6 +212,7 @@ _MODULES = {
         "plots",
         "prompts",
         "reading",
+        "serving",
         "steering",
     ),
     *("steering_operators", "steering_vector", "token_selection", "torch_utils", "tracing", "unembedding", "versions"),

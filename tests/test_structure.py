@@ -57,12 +57,12 @@ LEVELS: list[set[str]] = [
         ),
         *("steering_vector", "tracing", "train_steering_vector", "unembedding", "versions"),
     },
-    {"evaluation", "merging"},
+    {"evaluation", "merging", "serving"},
     {"plots"},
     {"demo", "__main__", "cli"},
 ]
 # Packages that call the public functions alone.
-ON_THE_FACE = {"evaluation", "merging", "plots"}
+ON_THE_FACE = {"evaluation", "merging", "plots", "serving"}
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 FRONT_DOOR = "__init__"  # stands on no level: programs alone import it
 

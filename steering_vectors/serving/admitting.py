@@ -1,0 +1,159 @@
+"""Checks of the engine's settings and of each request, and the keys that keep cached tokens apart."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from steering_vectors.serving.binding import Bound, BoundArguments, Catalog
+from steering_vectors.serving.patching import check_version, patch
+from steering_vectors.serving.settings import Settings
+from steering_vectors.serving.spec import KEY
+from steering_vectors.serving.store import read_folder
+
+__all__ = ["ADMITTED", "CONFIG", "catalog", "install"]
+
+# The entry of vLLM's additional_config by which workers know what to prepare. It is part of the key of compiled graphs.
+CONFIG = "steering_vectors"
+# Architectures on which steering was compared with Hugging Face: make test-vllm.
+_TRIED = {
+    *("GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM"),
+    *("LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+}
+# The texts of the steering that was admitted for an answer over HTTP.
+ADMITTED: ContextVar[list[str] | None] = ContextVar("admitted", default=None)
+_logger = logging.getLogger("vllm.steering_vectors")
+_catalogs: list[Catalog] = []  # the one of this process, if its engine begins here
+os.register_at_fork(after_in_child=_catalogs.clear)
+
+
+def catalog() -> Catalog:
+    """Return the vectors that this process serves by name."""
+    if not _catalogs:
+        raise RuntimeError("no engine with steering vectors was started in this process")
+    return _catalogs[-1]
+
+
+def install() -> None:
+    """Change the methods of vLLM by which it configures itself, admits requests, and hashes cached blocks.
+
+    Raises RuntimeError for a version of vLLM for which this wasn't proven.
+    """
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    from steering_vectors.serving import arming
+
+    check_version(vllm.__version__)
+    patch(EngineArgs, "create_engine_config", "self usage_context headless", _configured)
+    patch(SamplingParams, "_verify_args", "self", _admitted)
+    verified = "self model_config speculative_config structured_outputs_config tokenizer"
+    patch(SamplingParams, "verify", verified, _admitted)
+    for module in (kv_cache_utils, block_pool):
+        hashed = "request start_token_idx end_token_idx start_mm_idx"
+        patch(module, "generate_block_hash_extra_keys", hashed, _keyed)
+    arming.install()
+
+
+def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def verify(self: Any, *arguments: Any, **named: Any) -> Any:
+        result = original(self, *arguments, **named)
+        asked = self.extra_args
+        # In other processes than the one where the engine begins, requests have been admitted already.
+        if _catalogs and asked and KEY in asked and not isinstance(asked, BoundArguments):
+            self.extra_args = catalog().admit(asked)
+            if (admitted := ADMITTED.get()) is not None:
+                admitted.append(asked[KEY])
+        return result
+
+    return verify
+
+
+def _keyed(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_keys(request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+        keys, next_index = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        bound = Bound.of(request.sampling_params and request.sampling_params.extra_args)
+        key = bound and bound.block_key(request.num_prompt_tokens, start_token_idx, end_token_idx)
+        return ((*(keys or ()), key) if key else keys), next_index
+
+    return generate_keys
+
+
+def _configured(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create(self: Any, *arguments: Any, **named: Any) -> Any:
+        config = original(self, *arguments, **named)
+        _prepare(config, Settings.of_environment())
+        return config
+
+    return create
+
+
+def _prepare(config: Any, settings: Settings) -> None:
+    """Check that what is configured can be steered exactly, and tell the workers what to prepare."""
+    if reason := _obstacle(config, settings):
+        raise ValueError(f"steering vectors can't be served: {reason}")
+    depth = config.model_config.get_total_num_hidden_layers()
+    vectors = read_folder(settings.folder, depth=depth, width=config.model_config.get_hidden_size())
+    if len(vectors) > settings.capacity:
+        raise ValueError(
+            f"{settings.folder} has {len(vectors)} vectors, and the table of directions holds {settings.capacity}: set "
+            f"STEERING_VECTORS_CAPACITY={len(vectors)}"
+        )
+    # A vector that is loaded later may have any layer.
+    named = {layer for vector in vectors.values() for layer in vector.directions}
+    layers = list(range(depth)) if settings.loading else sorted(named)
+    config.additional_config = {
+        **config.additional_config,
+        CONFIG: {"layers": layers, "capacity": settings.capacity},
+    }
+    config.parallel_config.worker_extension_cls = "steering_vectors.serving.arming.SteeringWorker"
+    largest = torch.finfo(config.model_config.dtype).max
+    _catalogs[:] = [Catalog(vectors.values(), layers=layers, capacity=settings.capacity, largest=largest)]
+    shown = ", ".join(f"{name} (layers {sorted(vector.directions)})" for name, vector in vectors.items()) or "none"
+    _logger.info(
+        "Steering vectors served: %s. The table of directions holds %d vectors; %s.",
+        shown,
+        settings.capacity,
+        "others may be loaded" if settings.loading else "loading is off",
+    )
+
+
+def _obstacle(config: Any, settings: Settings) -> str | None:
+    """Return why steering could not be exact under these settings, and the way out."""
+    model, parallel = config.model_config, config.parallel_config
+    extension = parallel.worker_extension_cls
+    obstacles = {
+        "Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
+        f"the architecture {model.architecture} was not tried; those tried are {', '.join(sorted(_TRIED))}. Set "
+        "STEERING_VECTORS_UNTRIED_MODELS=1 to serve it all the same": (
+            model.architecture not in _TRIED and not settings.untried_models
+        ),
+        "the model does not generate text": model.runner_type != "generate" or model.is_encoder_decoder,
+        "micro-batches show a layer only a part of a step's tokens: leave out --enable-dbo": parallel.use_ubatching,
+        "prefill context parallel shows a layer only a part of a step's tokens: use "
+        "--prefill-context-parallel-size 1": parallel.prefill_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill shows layers other tokens: leave it out": (
+            config.cache_config.kv_sharing_fast_prefill
+        ),
+        "sequence parallelism of experts splits the tokens among processes: leave out --enable-expert-parallel": (
+            parallel.use_sequence_parallel_moe
+        ),
+        "a connector of KV caches may hand steered tokens to other requests: leave out --kv-transfer-config and "
+        "--kv-offloading-size": config.kv_transfer_config is not None,
+        "sleep mode discards the tables of directions: leave out --enable-sleep-mode": model.enable_sleep_mode,
+        f"the worker extension {extension!r} takes the place of the plugin's: leave out --worker-extension-cls": (
+            extension not in ("", "steering_vectors.serving.arming.SteeringWorker")
+        ),
+        "loading needs one server process and one engine, which alone know all requests: use --api-server-count 1 "
+        "and --data-parallel-size 1, or leave out STEERING_VECTORS_LOADING": settings.loading
+        and (parallel._api_process_count > 1 or parallel.data_parallel_size > 1),
+    }
+    return next((reason for reason, applies in obstacles.items() if applies), None)
