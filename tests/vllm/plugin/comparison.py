@@ -1,11 +1,13 @@
 """Models, vectors and requests for both engines: vLLM with the plugin, and Hugging Face with ``vec.apply``."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +69,40 @@ def prepared(folder: Path, model: Any, path: Path | None = None, *, size: float 
     return Served(model, path, folder / "vectors")
 
 
+@cache
+def engines() -> subprocess.Popen[str]:
+    """The process that forks one for each engine: to import vLLM takes longer than to run a tiny model."""
+    command = [sys.executable, "-m", "tests.vllm.plugin.engine"]
+    variables = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("STEERING")}
+    process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
 def run(
-    served: Served, batches: list[list[Request]], *, module: str = "engine", environment: Any = None, **engine: Any
+    served: Served,
+    batches: list[list[Request]],
+    *,
+    fault: str | None = None,
+    environment: dict[str, str | None] | None = None,
+    **engine: Any,
 ) -> dict[str, Any]:
     """What vLLM answers to batches, in a process of its own."""
-    given, made = served.vectors.parent / "given.json", served.vectors.parent / "made.json"
+    folder = served.vectors.parent
+    given, made, log = folder / "given.json", folder / "made.json", folder / "log"
     made.unlink(missing_ok=True)
     given.write_text(json.dumps({"model": str(served.path), "engine": engine, "batches": batches}))
-    command = [sys.executable, "-m", f"tests.vllm.plugin.{module}", str(given), str(made)]
-    variables = {**ENVIRONMENT, "STEERING_VECTORS_DIR": str(served.vectors), **(environment or {})}
-    variables = {name: value for name, value in variables.items() if value is not None}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr)[-6000:])
-    return {**json.loads(made.read_text()), "log": done.stdout + done.stderr}
+    variables = {"STEERING_VECTORS_DIR": str(served.vectors), **(environment or {})}
+    job = {"given": str(given), "made": str(made), "log": str(log), "fault": fault, "environment": variables}
+    process = engines()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(json.dumps(job), file=process.stdin, flush=True)
+    while not (line := process.stdout.readline()).startswith("status "):
+        assert line, "the process that forks has ended"
+    if line != "status 0\n":
+        raise RuntimeError(f"{line}{log.read_text()[-6000:]}")
+    return {**json.loads(made.read_text()), "log": log.read_text()}
 
 
 def expected(served: Served, request: Request, tokens: list[int]) -> Tensor:

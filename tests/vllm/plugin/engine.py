@@ -1,20 +1,25 @@
-"""Batches of requests to vLLM with the plugin, in a process of its own: log-probabilities of the tokens, by request.
+"""Batches of requests to vLLM with the plugin: log-probabilities of the tokens, by request.
 
-The first argument is a file of JSON with the model, the engine's arguments and batches of requests, which run one after
-the other: each request is a list of token ids, its steering or null, and the number of tokens. The second is the file
-for the answers.
+vLLM is imported once; each line of JSON on standard input is then a job in a forked process, as an engine needs one of
+its own: a file with the model, the engine's arguments and batches of requests, which run one after the other, a file for
+the answers, a file for what is printed, the environment, and perhaps the name of a fault. A request is a list of token
+ids, its steering or null, and the number of tokens. The answer on standard output is the job's status.
 """
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 
+from tests.vllm.plugin import faults
 
-def main(given: str, made: str) -> None:
-    asked: dict[str, Any] = json.loads(Path(given).read_text())
+
+def run(given: Path, made: Path) -> None:
+    asked: dict[str, Any] = json.loads(given.read_text())
     options = {"dtype": "float32", "max_model_len": 96, "enforce_eager": True, "disable_log_stats": False}
     engine = LLM(asked["model"], skip_tokenizer_init=True, **{**options, **asked["engine"]})
     answers = []
@@ -34,11 +39,31 @@ def main(given: str, made: str) -> None:
         for output in outputs:
             found = output.outputs[0]
             steps = [{token: value.logprob for token, value in step.items()} for step in found.logprobs]
-            cached = output.num_cached_tokens
-            answers.append({"tokens": list(found.token_ids), "steps": steps, "cached": cached})
+            answers.append({"tokens": list(found.token_ids), "steps": steps, "cached": output.num_cached_tokens})
     counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
-    Path(made).write_text(json.dumps({"answers": answers, "counters": counters}))
+    made.write_text(json.dumps({"answers": answers, "counters": counters}))
+
+
+def forked(job: dict[str, Any]) -> int:
+    """Run a job in a child, and return its status."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update({name: value for name, value in job["environment"].items() if value is not None})
+    status = 1
+    try:
+        faults.plant(job["fault"])
+        run(Path(job["given"]), Path(job["made"]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        print(f"status {forked(json.loads(line))}", flush=True)
