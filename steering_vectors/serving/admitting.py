@@ -115,6 +115,7 @@ def _prepare(config: Any, settings: Settings) -> None:
         CONFIG: {"layers": layers, "capacity": settings.capacity},
     }
     config.parallel_config.worker_extension_cls = "steering_vectors.serving.arming.SteeringWorker"
+    _refuse_beams()
     largest = torch.finfo(config.model_config.dtype).max
     _catalogs[:] = [Catalog(vectors.values(), layers=layers, capacity=settings.capacity, largest=largest)]
     shown = ", ".join(f"{name} (layers {sorted(vector.directions)})" for name, vector in vectors.items()) or "none"
@@ -124,6 +125,23 @@ def _prepare(config: Any, settings: Settings) -> None:
         settings.capacity,
         "others may be loaded" if settings.loading else "loading is off",
     )
+
+
+def _refuse_beams() -> None:
+    """Let requests fail whose parameters for beam search would leave out their steering."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    def unsteered(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make(self: Any, *arguments: Any, **named: Any) -> Any:
+            if KEY in (self.vllm_xargs or {}):
+                raise ValueError("beam search can't be steered: leave out use_beam_search")
+            return original(self, *arguments, **named)
+
+        return make
+
+    for request in (CompletionRequest, ChatCompletionRequest):
+        patch(request, "to_beam_search_params", "self max_tokens default_sampling_params", unsteered)
 
 
 def _obstacle(config: Any, settings: Settings) -> str | None:
