@@ -87,7 +87,7 @@ test-vllm-lora: $(VENV_VLLM)/.installed ## stock vLLM, on a CPU, serves a base b
 	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/lora -q -s -W ignore
 
 test-vllm: $(VENV_VLLM)/.installed ## vLLM, on a CPU, serves many vectors at once, exactly, in a table
-	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/plugin -q -n 2 -W ignore
+	@$(VENV_VLLM)/bin/python -m pytest tests/vllm/plugin -q -n 2 --dist loadgroup -W ignore
 
 test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp with control vectors, adapters and merged models: its logits, in tables
 	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(VENV_LLAMACPP)/bin/python -m pytest tests/engines/test_llama_*.py -q -s

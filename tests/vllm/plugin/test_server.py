@@ -18,6 +18,8 @@ from tests.vllm.plugin.over_http import Server, answer_of, asked, body, server
 from tests.vllm.plugin.test_exact import EXACT, SEVEN
 
 pytest.importorskip("vllm")
+aiohttp = pytest.importorskip("aiohttp")
+pytestmark = pytest.mark.xdist_group("server")  # one process starts one server for all
 
 
 @pytest.fixture(scope="module")
@@ -162,28 +164,31 @@ def test_no_request_is_cut_off_when_its_vector_is_unloaded(running: Server, serv
     directions = SteeringVector.load(served.vectors / "both.safetensors").layer_activations
     SteeringVector({2: directions[2]}).save(served.vectors / "brief.safetensors")
     assert asked(f"{running.url}/v1/steering/load", {"name": "brief"})[0] == 200
-    requests: list[Request] = [(ids(n, 10), "brief:1.5@generated", 110) for n in range(40)]
-    with ThreadPoolExecutor(40) as pool:
-        answers = [pool.submit(completed, running, one) for one in requests]
-        while not answers[0].done() and not any(answer.done() for answer in answers):
-            if check(running.url)["loaded"] == 4 and metric(running, "num_requests_running") > 8:
-                break
-        status, answer, _ = asked(f"{running.url}/v1/steering/brief", method="DELETE")
-        found = [answer.result() for answer in answers]
-    assert (status, answer) == (200, {"name": "brief", "in_use": True})
-    assert [status for status, _, _ in found] == [200] * 40
-    off, effect = compared(served, requests, [answer_of(answer) for _, answer, _ in found])
-    show("unloaded while forty requests use it", off, effect)
+    requests: list[Request] = [(ids(n, 10), "brief:1.5@generated", 110) for n in range(16)]
+    unloaded, answers = asyncio.run(unloaded_midway(running, requests))
+    assert unloaded == {"name": "brief", "in_use": True}
+    off, effect = compared(served, requests, answers)
+    show("unloaded while sixteen requests use it", off, effect)
     assert off < EXACT
     assert completed(running, requests[0])[0] == 400
 
 
-def metric(running: Server, name: str) -> float:
-    import urllib.request
-
-    with urllib.request.urlopen(f"{running.url}/metrics", timeout=60) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+async def unloaded_midway(running: Server, requests: list[Request]) -> tuple[Any, list[Any]]:
+    """The answer to unloading a vector once each of the requests has its first token, and their whole answers."""
+    async with aiohttp.ClientSession() as session:
+        sent = [session.post(f"{running.url}/v1/completions", json=body(one, stream=True)) for one in requests]
+        streams = await asyncio.gather(*sent)
+        begun = [await stream.content.readline() for stream in streams]
+        async with session.delete(f"{running.url}/v1/steering/brief") as answer:
+            unloaded = await answer.json()
+        answers = []
+        for first, stream in zip(begun, streams, strict=True):
+            lines = [first, *(await stream.read()).splitlines()]
+            parts = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+            whole = [answer_of(part) for part in parts]
+            steps = {name: [value for part in whole for value in part[name]] for name in ("tokens", "steps")}
+            answers.append(steps)
+    return unloaded, answers
 
 
 def test_five_hundred_requests_at_once(running: Server, served: Served, show: ShowCase) -> None:
@@ -214,9 +219,7 @@ def test_five_hundred_requests_at_once(running: Server, served: Served, show: Sh
 
 
 async def all_at_once(running: Server, kinds: list[Request], plan: list[tuple[int, str]]) -> list[Any]:
-    import aiohttp
-
-    async def one(session: aiohttp.ClientSession, kind: int, fate: str) -> Any:
+    async def one(session: Any, kind: int, fate: str) -> Any:
         ids, steering, length = kinds[kind]
         sent = body((ids, "sad:1" if fate == "bad" else steering, length), stream=fate == "cut")
         async with session.post(f"{running.url}/v1/completions", json=sent) as answer:
