@@ -13,7 +13,7 @@ def gguf(vector: str, output: Path, multiplier: float) -> None:
     """Write a control vector for llama.cpp."""
     from steering_vectors.interop import to_gguf
 
-    check_output(output)
+    check_output(output, vector)
     print(to_gguf(load_vector(vector), output, multiplier=multiplier))
 
 
@@ -37,7 +37,7 @@ def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: 
     """Write a file for lm-evaluation-harness."""
     from steering_vectors.interop import to_lm_eval
 
-    check_output(output)
+    check_output(output, vector)
     written = to_lm_eval(
         load_vector(vector), load_model(model, gguf_file=of_model[0])[0], output, multiplier=multiplier
     )

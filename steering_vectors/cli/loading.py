@@ -137,10 +137,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_output(path: Path | None) -> None:
-    """Raise OSError, before any work, for an output that can't be written."""
+def check_output(path: Path | None, *inputs: str | Path | None) -> None:
+    """Raise, before any work, OSError for an output that can't be written, and ValueError for one that is an input."""
     if path is None:
         return
+    if any(given is not None and Path(given).absolute() == path.absolute() for given in inputs):
+        raise ValueError(f"{path} is read by this command, which would write over it: name another file")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
     if not path.absolute().parent.is_dir():

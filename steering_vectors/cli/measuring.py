@@ -68,7 +68,7 @@ def measure(
     from steering_vectors import evaluation
 
     model, vector, items = sources
-    check_output(output)
+    check_output(output, vector, items, asked.pairs, asked.texts, given.get("path"))
     arguments = {**given, **asked.arguments()}
     rows = _items(items)
     loaded = _loaded(model, vector, layers, of_model)
@@ -100,7 +100,7 @@ def calibrate(
     """Print a calibration, and write it as JSON."""
     from steering_vectors import evaluation
 
-    check_output(output)
+    check_output(output, vector, texts)
     result = evaluation.calibrate(
         *_loaded(model, vector, layers, of_model), read_texts(texts), max_kl=max_kl, tokens=steered_tokens(tokens)
     )
@@ -123,7 +123,7 @@ def diagnose(
 
     name, pairs = model_and_pairs(arguments)
     read, method, numbers = read_tokens(tokens), aggregator_of(aggregator), layers_of(layers)
-    check_output(output)
+    check_output(output, pairs)
     samples = pairs_of(pairs)
     gguf_file, dtype, device = of_model
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
@@ -147,7 +147,7 @@ def plot(source: Path, output: Path) -> None:
     from steering_vectors import plots
     from steering_vectors.evaluation import Diagnosis, Evaluation, LayerDiagnosis, Sweep
 
-    check_output(output)
+    check_output(output, source)
     found = json.loads(source.read_text(encoding="utf-8"))
     keys = set(found) if isinstance(found, dict) else set()
     drawn: Any

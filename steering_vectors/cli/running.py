@@ -13,8 +13,6 @@ from steering_vectors.cli.app import app
 from steering_vectors.cli.screen import print_error, print_warning
 from steering_vectors.cli.usage import ClickException
 
-# What the library, and what it calls, raises for a user's mistake and for what the machine lacks.
-_EXPECTED = (ImportError, LookupError, MemoryError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
 _INTERRUPTED = 130
 
 
@@ -31,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
         return int(error.exit_code)
     except BrokenPipeError:  # what reads the output has ended
         return 0
-    except _EXPECTED as error:
+    except Exception as error:
         if len(given) != len(arguments):
             raise
         print_error(error)

@@ -15,6 +15,8 @@ WIDTH = 80
 def print_error(error: BaseException) -> None:
     """Print an error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, AssertionError):
+        text = f"{type(error).__name__}: {text}"
     if isinstance(error, KeyError):
         text = f"there is no {text}"
     print(f"error: {text} (--debug shows where)", file=sys.stderr)

@@ -168,7 +168,7 @@ class _Talk:
 
     def command(self, line: str) -> None:
         """Do what a line that begins with a slash says."""
-        word, *rest = line[1:].split()
+        word, *rest = line[1:].split() or [""]
         if word == "off":
             self._strengths = dict.fromkeys(self._strengths, 0.0)
         elif word == "m" and rest:

@@ -26,7 +26,7 @@ def train(
     """Train a vector and save it."""
     name, pairs = model_and_pairs(arguments)
     read, method, numbers = read_tokens(tokens), aggregator_of(aggregator), layers_of(layers)
-    check_output(output)
+    check_output(output, pairs)
     samples = pairs_of(pairs)
     gguf_file, dtype, device = of_model
     model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)

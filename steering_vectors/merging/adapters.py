@@ -20,7 +20,7 @@ from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors.ablation import ablate_everywhere
 from steering_vectors.merging.added import last_linears
 from steering_vectors.merging.biases import check_addable
-from steering_vectors.merging.copies import check_equal, check_mergeable, logits_of, plain_copy
+from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, plain_copy
 from steering_vectors.merging.folders import check_target, hash_of_weights, written_folder
 from steering_vectors.merging.in_vllm import engine_arguments
 from steering_vectors.merging.low_rank import factors_of
@@ -122,6 +122,8 @@ def to_adapter(
     ablates = _ablates(operator)
     peft = _peft()
     check_mergeable(model)
+    if ablates:
+        check_text_alone(model)
     target = check_target(folder)
     made, names, settings = (_ablating if ablates else _adding)(vector_or_direction, model, number, peft)
     rank = settings.pop("rank", 0)

@@ -72,6 +72,12 @@ def merge(
     number = finite_number(multiplier, "multiplier")
     check_mergeable(model)
     family = family_of(model.config.model_type, engine)
+    for name, value in family.needed.items():
+        if getattr(model.config, name) != value:
+            raise ValueError(
+                f"with {name}={getattr(model.config, name)}, the model has a norm after its blocks' last bias, so a "
+                f"vector can't be merged into it: steer with vector.apply"
+            )
     if model.config.model_type in FAMILIES_AS_LLAMA:
         check_is_like_llama(model)
     merged = plain_copy(model)

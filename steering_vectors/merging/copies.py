@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 
 from steering_vectors.layer_matching import collect_matching_layers, guess_and_enhance_layer_config
 
-__all__ = ["block_names", "check_equal", "check_mergeable", "logits_of", "pass_inputs", "plain_copy", "wide_dtype"]
+__all__ = [
+    "block_names",
+    "check_equal",
+    "check_mergeable",
+    "check_text_alone",
+    "logits_of",
+    "pass_inputs",
+    "plain_copy",
+    "wide_dtype",
+]
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The largest difference of logits, as a share of the largest logit.
@@ -49,6 +58,15 @@ def check_mergeable(model: object) -> None:
     if len(devices) > 1:
         raise ValueError(f"the model is split over the devices {', '.join(devices)}: load it on one, such as the CPU")
     check_plain(model, weights)
+
+
+def check_text_alone(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that reads images or sounds, which enter the stream past the checked weights."""
+    if model.config.get_text_config() is not model.config:
+        raise ValueError(
+            f"{type(model).__name__} reads more than text, and an ablation in its weights would leave out what images "
+            f"or sounds write to the stream: steer with ablate_everywhere"
+        )
 
 
 def check_plain(model: PreTrainedModel, weights: dict[str, nn.Parameter]) -> None:

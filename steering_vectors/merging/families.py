@@ -14,12 +14,14 @@ class Family:
     """A family of models whose blocks have, or can have, a bias right before their output.
 
     ``bias`` is the parameter's path in a block; of experts, each has a row. ``settings`` are what the config must say
-    for the bias to exist. The config's ``factor``, if named, multiplies what the bias is part of.
+    for the bias to exist. The config's ``factor``, if named, multiplies what the bias is part of. A config that doesn't
+    say what is ``needed`` puts a norm after the bias.
     """
 
     bias: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     factor: str = ""
+    needed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _LIKE_LLAMA = Family("mlp.down_proj.bias", {"mlp_bias": True})
@@ -43,7 +45,7 @@ FAMILIES: dict[str, Family] = {
     "jais2": _LIKE_LLAMA,
     "llama": _LIKE_LLAMA,
     "nemotron": _LIKE_LLAMA,
-    "opt": Family("fc2.bias", {"enable_bias": True}),
+    "opt": Family("fc2.bias", {"enable_bias": True}, needed={"do_layer_norm_before": True}),
     "persimmon": Family("mlp.dense_4h_to_h.bias"),
     "phi": Family("mlp.fc2.bias"),
     "seed_oss": _LIKE_LLAMA,

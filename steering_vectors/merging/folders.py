@@ -18,6 +18,7 @@ __all__ = ["check_target", "hash_of_weights", "written_folder"]
 
 FACTS = "steering_adapter.json"
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OF_ADAPTERS = {_WEIGHTS, _CONFIG, FACTS, "README.md"}
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
@@ -31,8 +32,10 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
         raise ValueError(f"folder must end in a name, such as 'my-adapter', got {os.fspath(folder)!r}")
     if os.path.lexists(target) and not target.is_dir():
         raise FileExistsError(f"{target} is a file: an adapter is a folder, so choose another path")
-    if target.is_dir() and any(target.iterdir()) and not (target / _CONFIG).is_file():
-        raise FileExistsError(f"{target} has other files than an adapter's: choose an empty folder or a new one")
+    if target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - _OF_ADAPTERS)):
+        raise FileExistsError(
+            f"{target} has other files than an adapter's, such as {others[0]}: choose an empty folder or a new one"
+        )
     above = next(path for path in target.absolute().parents if os.path.lexists(path))
     if not above.is_dir():
         raise NotADirectoryError(f"{above} is a file, so no folder can be made in it: choose another path")

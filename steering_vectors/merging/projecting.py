@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from steering_vectors._arguments import with_hints
 from steering_vectors.ablation import ablate_everywhere
-from steering_vectors.merging.copies import check_equal, check_mergeable, logits_of, plain_copy
+from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, plain_copy
 from steering_vectors.merging.writers import check_complete, project, watched_places, writing_weights
 from steering_vectors.steering_vector import SteeringVector
 
@@ -47,7 +47,7 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
         TypeError: If an argument has the wrong type.
         ValueError: If the direction is all zeros or doesn't fit the model, if no weights can do it,
             as where a norm follows attention or the MLP, if weights are quantized, not loaded or
-            split over devices, if the model is being steered, or if the copy computes something
+            split over devices, if the model reads images, if it is being steered, or if the copy computes something
             else.
 
     Warns:
@@ -57,6 +57,7 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
     >>> merged.save_pretrained(folder / "ablated")
     """
     check_mergeable(model)
+    check_text_alone(model)
     if not isinstance(direction, (Tensor, SteeringVector)):
         raise TypeError(
             f"direction must be a tensor (hidden,) or (k, hidden), or a vector of one layer, got "

@@ -160,15 +160,19 @@ def test_chat_names_vectors_of_the_same_name_apart(run: Run, folder: Path) -> No
 
 
 def test_chat_remembers_and_steers(run: Run, loaded: Any) -> None:
+    """Also after a line that says nothing but a slash."""
     model, tokenizer, vector = loaded
-    out = run("chat", "model", "joy.safetensors", "-m", 5, "--max-new-tokens", 4, stdin="Hi\n")[1]
-    chat = [{"role": "user", "content": "Hi"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    with vector.apply(model, multiplier=5, tokens=generated(kept)):
-        output = model.generate(**kept, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    text = tokenizer.decode(output[0, kept["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert out.split() == text.split()
+    out = run("chat", "model", "joy.safetensors", "-m", 5, "--max-new-tokens", 4, stdin="Hi\n/\nWhy so\n")[1]
+    chat, answers = [], []
+    for message in ("Hi", "Why so"):
+        chat.append({"role": "user", "content": message})
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with vector.apply(model, multiplier=5, tokens=generated(kept)):
+            output = model.generate(**kept, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        answers.append(tokenizer.decode(output[0, kept["input_ids"].shape[1] :], skip_special_tokens=True))
+        chat.append({"role": "assistant", "content": answers[-1].strip()})
+    assert out.split() == " ".join(answers).split()
 
 
 def test_show_lists_layers_and_metadata(run: Run, tmp_path: Path) -> None:
@@ -363,6 +367,13 @@ def test_an_adapter_prints_what_serves_it(run: Run, tmp_path: Path) -> None:
             "'letters' is not one of text, choice",
         ),
         (["plot", "pairs.jsonl", "-o", "x.png"], 1, "error: "),
+        (["train", "model", "pairs.csv", "-o", "pairs.csv"], 1, "pairs.csv is read by this command"),
+        (["evaluate", "model", "joy.safetensors", "items.jsonl", "-o", "./items.jsonl"], 1, "is read by this command"),
+        (
+            ["sweep", "model", "joy.safetensors", "items.jsonl", "--resume", "x", "-o", "x"],
+            1,
+            "x is read by this command, which would write over it",
+        ),
         (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no number behind the colon"),
         (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
         (["wander"], 2, "No such command 'wander'"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steering_vectors import SteeringVector, ablate_everywhere
 from steering_vectors.ablation import stream_writers
 from steering_vectors.merging import merge_ablation
-from tests import tiny
+from tests import tiny, tiny_vision
 from tests.merging.cases import ABLATED, DIRECTION, SEVERAL, VECTOR, there
 from tests.merging.fresh import IDS, lively, logits
 
@@ -136,6 +136,15 @@ def test_what_can_t_be_exact_is_refused_in_words(case: str) -> None:
         pytest.skip("not in this version of transformers")
     with pytest.raises(error, match=message):
         merge_ablation(lively(name), direction, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_models_that_read_images_are_refused(family: str) -> None:
+    """What the projector of images writes to the stream is not seen in a pass of text."""
+    model, _ = tiny_vision.made(family)
+    width = model.config.get_text_config().hidden_size
+    with pytest.raises(ValueError, match="would leave out what images or sounds write to the stream"):
+        merge_ablation(model, torch.ones(width))
 
 
 def test_a_forgotten_weight_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

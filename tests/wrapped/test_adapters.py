@@ -214,10 +214,11 @@ class TestTheFolder:
     def test_of_an_older_adapter_is_replaced_whole(self, tmp_path: Path) -> None:
         model = lively("llama")
         written("added", model, tmp_path / "x")
-        (tmp_path / "x" / "old").touch()
+        before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
         written("ablated", model, tmp_path / "x")
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
-        assert not (tmp_path / "x" / "old").exists()
+        after = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+        assert all(after[name] != before[name] for name in ("adapter_model.safetensors", "steering_adapter.json"))
 
     def test_with_something_else_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir()
@@ -225,6 +226,11 @@ class TestTheFolder:
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="photos has other files than an adapter's"):
             written("added", lively("llama"), tmp_path / "photos")
+        written("added", lively("llama"), tmp_path / "mine")
+        (tmp_path / "mine" / "notes.txt").touch()
+        with pytest.raises(FileExistsError, match="other files than an adapter's, such as notes.txt"):
+            written("ablated", lively("llama"), tmp_path / "mine")
+        assert (tmp_path / "mine" / "notes.txt").exists()
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         os.mkfifo(tmp_path / "pipe")
         for name in ("file", "link", "pipe"):
@@ -233,7 +239,7 @@ class TestTheFolder:
         with pytest.raises(NotADirectoryError, match="file is a file, so no folder can be made in it"):
             written("added", lively("llama"), tmp_path / "file" / "x" / "y")
         names = {path.name for path in tmp_path.iterdir()}
-        assert names == {"photos", "file", "link", "pipe"}
+        assert names == {"photos", "mine", "file", "link", "pipe"}
 
     @pytest.mark.parametrize("folder", ["", ".", "..", "/", "x/.."])
     def test_without_a_name_is_refused(self, folder: str) -> None:

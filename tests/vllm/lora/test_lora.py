@@ -188,7 +188,7 @@ def test_the_options_serve_a_base_and_its_ablation_over_http(smollm2: Any, tmp_p
     found = {}
     with server(base, adapter.vllm_options, tmp_path / "log") as url:
         for turn in (1, 2):  # the second time from the prefix cache
-            for ids in PROMPTS:
+            for ids in (*PROMPTS, 10 * PROMPTS[0]):  # the last one fills blocks of the cache
                 for name, removed in (("base", None), (adapter.name, direction)):
                     tokens, steps = asked(url, name, ids)
                     found[turn, name, len(ids)] = apart(steps, expected_steps(model, removed, ids, tokens))
