@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,12 +15,15 @@ from steering_vectors.merging.writers import copies, inputs_of
 
 __all__ = ["last_linears"]
 
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+# By dtype, the share of what is added that rounding may turn into something else.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @torch.no_grad()
 def last_linears(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, tuple[str, float]]:
     """Return each block's last linear layer, and the factor with which what is added to its output reaches the stream.
+
+    Blocks in half precision are tried as copies in float32, since rounding would hide what else an addition changes.
 
     Raises ValueError for a block in which there is none.
     """
@@ -28,8 +32,10 @@ def last_linears(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, tup
     given = inputs_of(model, list(blocks.values()))
     found = {}
     for layer, block in blocks.items():
-        for path, part in reversed(list(block.named_modules())):
-            factor = _factor(block, part, *given[block]) if isinstance(part, nn.Linear) else None
+        tried = copy.deepcopy(block).to(wide_dtype(next(block.parameters())))
+        args, kwargs = (_widened(values) for values in given[block])
+        for path, part in reversed(list(tried.named_modules())):
+            factor = _factor(tried, part, args, kwargs) if isinstance(part, nn.Linear) else None
             if factor is not None:
                 found[layer] = (f"{names[layer]}.{path}", factor)
                 break
@@ -54,8 +60,16 @@ def _factor(block: nn.Module, linear: nn.Linear, args: Any, kwargs: Any) -> floa
     added = added.to(before)
     factor = float((change @ added).mean() / (added @ added))
     apart = float((change - factor * added).norm() / (added.norm() * max(1, change.shape[:-1].numel()) ** 0.5))
-    rounding = _ROUNDING.get(linear.weight.dtype, 1e-3)
-    return factor if abs(factor) > 1e-2 and apart <= rounding * abs(factor) else None
+    return factor if abs(factor) > 1e-2 and apart <= _ROUNDING[linear.weight.dtype] * abs(factor) else None
+
+
+def _widened(value: Any) -> Any:
+    """Return arguments with their tensors in float32 or wider."""
+    if isinstance(value, Tensor):
+        return value.to(wide_dtype(value)) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: _widened(part) for name, part in value.items()}
+    return tuple(map(_widened, value)) if isinstance(value, tuple) else value
 
 
 def _output(block: nn.Module, linear: nn.Linear, added: Tensor | None, args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -183,6 +183,21 @@ def test_each_family_is_exact_or_refused_as_the_page_says(rows: list[str], tmp_p
     rows.append(f"{name:<12}{cells[0]:<68}{cells[1]}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_additions_to_experts_are_refused_also_where_rounding_is_as_large(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Experts with small weights change little of what attention adds before them."""
+    model = tiny.build(name)
+    for path, weight in model.named_parameters():
+        if weight.ndim > 1 and "embed" not in path:
+            torch.nn.init.normal_(weight, std=0.05)
+    with pytest.raises(ValueError, match="or a mixture of experts comes after the last one"):
+        to_adapter(VECTOR, model.to(dtype), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 class TestTheFolder:
     def test_has_the_adapter_alone_and_no_base_weights(self, tmp_path: Path) -> None:
         model = lively("llama")
