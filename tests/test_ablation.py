@@ -14,6 +14,7 @@ from steering_vectors import ablate_everywhere, active_patches, from_index, gene
 from steering_vectors._models.activations import input_of
 from steering_vectors._steering import stream_parts
 from steering_vectors._steering.stream_parts import written_parts
+from steering_vectors.ablation import stream_writers
 from tests import tiny
 from tests.ablated_by_hand import DIRECTION, UNIT, WRITTEN, ablated_by_hand, without
 from tests.test_laws import generate
@@ -140,6 +141,18 @@ def test_the_span_of_several_directions_is_removed_as_by_hand(architecture: str,
     with unchanged(model), ablate_everywhere(model, rows):
         torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-3)
     assert not torch.allclose(expected, logits(model), atol=1e-2)
+
+
+def test_tokens_at_the_end_of_float16_do_not_hide_what_writes() -> None:
+    """Some models have a first token of 20,000; random numbers as large as that, added twice, are more than 65,504."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, ::2] = 2e4
+    model = model.half()
+    # Attention and the MLP of each block: the modules, or their last projections, which write the same.
+    assert [sorted(parts.values()) for parts in stream_writers(model).values()] == 3 * [["mlp", "self_attn"]]
+    with ablate_everywhere(model, torch.ones(tiny.HIDDEN)), torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

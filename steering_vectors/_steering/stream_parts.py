@@ -178,6 +178,10 @@ class _Blend:
         outputs = [output for _, output, _ in self._replaced]
         terms = torch.stack([self._flat(term, size) for term in (given, *outputs)], dim=1)
         total = self._flat(made, size)
+        finite = terms.isfinite().all(dim=1) & total.isfinite()  # in float16, sums at the largest tokens overflow
+        terms, total = terms[finite], total[finite]
+        if len(total) < terms.shape[1]:
+            return {}
         factors = torch.linalg.lstsq(terms, total[:, None]).solution[:, 0]
         rounding = _ROUNDING.get(made.dtype, 6e-2)
         is_sum = bool((terms @ factors - total).norm() <= rounding * total.norm())

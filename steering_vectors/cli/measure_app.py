@@ -67,7 +67,7 @@ def evaluate(
 
 @measure_app.command(
     epilog=f"{EXAMPLES}  steering-vectors sweep MODEL joy.safetensors items.jsonl --max-kl 0.5\n"
-    "  steering-vectors sweep MODEL joy.safetensors items.jsonl --resume sweep.json"
+    "  steering-vectors sweep MODEL joy.safetensors items.jsonl --resume kept.json"
 )
 def sweep(
     model: ModelName,
