@@ -62,7 +62,8 @@ def check_mergeable(model: object) -> None:
 
 def check_text_alone(model: PreTrainedModel) -> None:
     """Raise ValueError for a model that reads images or sounds, which enter the stream past the checked weights."""
-    if model.config.get_text_config() is not model.config:
+    config = model.config  # in old versions of transformers, some are the text's config too
+    if config.get_text_config() is not config or hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise ValueError(
             f"{type(model).__name__} reads more than text, and an ablation in its weights would leave out what images "
             f"or sounds write to the stream: steer with ablate_everywhere"

@@ -33,6 +33,8 @@ LENGTH = 6
 @pytest.fixture
 def speaker() -> Speaker:
     tokenizer = tiny.tokenizer(chat_template=tiny.CHATML)
+    # As the tokenizers of decoders have it; transformers 4's default has token types, which no decoder takes.
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     return Speaker(tiny.build("llama"), tokenizer, VECTORS, most_new_tokens=100)
 
 
@@ -46,7 +48,8 @@ def by_hand(speaker: Speaker, asked: Asked) -> str:
     model, tokenizer = speaker.model, speaker.tokenizer
     if asked.is_chat:
         chat = [{"role": "user", "content": asked.prompt}]
-        inputs = dict(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt"))
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = dict(tokenizer.apply_chat_template(chat, **options))
     else:
         inputs = dict(tokenizer(asked.prompt, return_tensors="pt"))
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

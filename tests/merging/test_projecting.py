@@ -138,7 +138,7 @@ def test_what_can_t_be_exact_is_refused_in_words(case: str) -> None:
         merge_ablation(lively(name), direction, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", tiny_vision.FAMILIES)
 def test_models_that_read_images_are_refused(family: str) -> None:
     """What the projector of images writes to the stream is not seen in a pass of text."""
     model, _ = tiny_vision.made(family)

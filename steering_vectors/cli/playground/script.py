@@ -39,7 +39,7 @@ def script(source: Source, asked: Asked) -> str:
     tokens = f", tokens={selector}(inputs)" if selector else ""
     if used:
         applied = [
-            f"{names[name]}.apply(model, multiplier=[0, {strength:g}]{tokens})" for name, strength in used.items()
+            f"{names[name]}.apply(model, multiplier=[0, {strength:.12g}]{tokens})" for name, strength in used.items()
         ]
         lines += _with(applied)
     indent = "    " if used else ""
