@@ -21,8 +21,9 @@ NEWEST = $(shell grep '^transformers=' constraints.txt)
 COMPARED = ours steering-vectors repeng nnsight
 PIP_FLAGS = -qq --disable-pip-version-check
 OLD_MARKS ?= not smollm2
+OLD_LEFT_OUT ?=
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
-	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm"
+	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm $(OLD_LEFT_OUT)"
 
 .PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm test-vllm-lora comparison fuzz soak docs lint types format clean
 
