@@ -107,37 +107,56 @@ class Scorer:
             steering = None  # the same, by any operator
         with evaluation_mode(self.model):
             for way in list(self._ways):
-                scored = way(self.model, batch, rows, steering)
-                if scored is None:  # these rows can't be scored this way; others may be
-                    continue
-                if way is _one_by_one or self._is_right(way, batch, rows, steering):
-                    return list(scored)
-                self._ways.remove(way)
+                if way is _one_by_one or self._was_right(way, batch, rows, steering):
+                    scored = way(self.model, batch, rows, steering)
+                    found = None if scored is None else list(scored)
+                else:
+                    found = self._tried(way, batch, rows, steering)
+                if found is not None:
+                    return found
             raise AssertionError("rows can be scored one by one")
 
-    def _is_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
-        """Return True if the way scores its most padded row as a single pass does, or was seen to at this length."""
+    def _was_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
+        """Return True if the way was seen to be right for rows of about this length."""
         longest = max(len(batch.continuations[row.number]) for row in rows)
-        kind = (way, None if steering is None else self.lower_blocks.below(steering.vector))
-        if longest <= 1.5 * self._checked.get(kind, 0):
-            return True
-        shortest = min(rows, key=lambda row: (row.multiplier == 0, len(batch.continuations[row.number])))
-        others = (row for row in rows if row is not shortest)
-        beside = max(others, key=lambda row: len(batch.continuations[row.number]), default=shortest)
-        scored = _one_by_one(self.model, batch, [shortest], steering)
-        ((_, expected),) = scored
+        return longest <= 1.5 * self._checked.get((way, self._below(steering)), 0)
+
+    def _tried(
+        self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None
+    ) -> list[tuple[int, Tensor]] | None:
+        """Return what the way finds if its most padded row is what a single pass finds.
+
+        None for rows that can't be scored this way, though others may be, and for a wrong way, which is
+        not tried again.
+        """
         try:
-            tried = way(self.model, batch, [shortest, beside], steering)
-            found = dict(tried or ())[0]
+            scored = way(self.model, batch, rows, steering)
+            found = None if scored is None else list(scored)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the model can't do it this way; what is wrong with the rows, the next way raises too
-            return False
-        answer = torch.tensor(batch.continuations[shortest.number].answer, device="cpu")[:, None]
-        expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, answer) for part in (expected, found))
+            self._ways.remove(way)
+            return None
+        if found is None:
+            return None
+        lengths = [len(batch.continuations[row.number]) for row in rows]
+        shortest = min(range(len(rows)), key=lambda place: (rows[place].multiplier == 0, lengths[place]))
+        ((_, expected),) = _one_by_one(self.model, batch, [rows[shortest]], steering)
+        if not self._agree(expected, dict(found)[shortest], batch.continuations[rows[shortest].number].answer):
+            self._ways.remove(way)
+            return None
+        self._checked[way, self._below(steering)] = max(lengths)
+        return found
+
+    def _agree(self, expected: Tensor, found: Tensor, answer: Sequence[int]) -> bool:
+        """Return True if two logits ``(answer, vocabulary)`` differ for the answer's tokens by rounding only."""
+        ids = torch.tensor(answer, device="cpu")[:, None]
+        expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, ids) for part in (expected, found))
         tolerance = _ROUNDING.get(dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
-        if not bool(((expected - found).abs() <= tolerance).all()):
-            return False
-        self._checked[kind] = longest
-        return True
+        return bool(((expected - found).abs() <= tolerance).all())
+
+    def _below(self, steering: Steering | None) -> int | None:
+        return None if steering is None else self.lower_blocks.below(steering.vector)
 
 
 class Batch:
@@ -153,19 +172,23 @@ class Batch:
 
     def log_probabilities(self, rows: Sequence[Row], steering: Steering | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield each row's place with the log-probabilities ``(answer, vocabulary)``, in float32 or wider."""
-        for part in _parts(rows, self.continuations, vocabulary_of(self._scorer.model)):
-            for place, logits in self._scorer.logits(self, [rows[n] for n in part], steering):
-                wide = logits if logits.dtype == torch.float64 else logits.float()
-                yield part[place], wide.log_softmax(dim=-1)
+        for place, logits in self._logits(rows, steering):
+            yield place, logits.log_softmax(dim=-1)
 
     def scores(self, rows: Sequence[Row], steering: Steering | None = None) -> list[AnswerScores]:
         """Return the scores of each row's answer, on the CPU."""
         found: dict[int, AnswerScores] = {}
-        for place, log_probabilities in self.log_probabilities(rows, steering):
-            answer = torch.tensor(self.continuations[rows[place].number].answer, device=log_probabilities.device)
-            tokens = log_probabilities.gather(-1, answer[:, None])[:, 0]
-            found[place] = AnswerScores(tokens.cpu(), log_probabilities[0].cpu())
+        for place, logits in self._logits(rows, steering):
+            answer = torch.tensor(self.continuations[rows[place].number].answer, device=logits.device)
+            tokens = logits.gather(-1, answer[:, None])[:, 0] - logits.logsumexp(dim=-1)
+            found[place] = AnswerScores(tokens.cpu(), logits[0].log_softmax(dim=-1).cpu())
         return [found[place] for place in range(len(rows))]
+
+    def _logits(self, rows: Sequence[Row], steering: Steering | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield each row's place with the logits ``(answer, vocabulary)``, in float32 or wider."""
+        for part in _parts(rows, self.continuations, vocabulary_of(self._scorer.model)):
+            for place, logits in self._scorer.logits(self, [rows[n] for n in part], steering):
+                yield part[place], logits if logits.dtype == torch.float64 else logits.float()
 
     def cache(self) -> Any:
         """Return the cache of the prompts but for their last tokens, or None if the model has none to be shared."""
