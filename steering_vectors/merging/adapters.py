@@ -20,7 +20,7 @@ from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors.ablation import ablate_everywhere
 from steering_vectors.merging.added import last_linears
 from steering_vectors.merging.biases import check_addable
-from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, plain_copy
+from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, wide_copy
 from steering_vectors.merging.folders import check_target, hash_of_weights, written_folder
 from steering_vectors.merging.in_vllm import engine_arguments
 from steering_vectors.merging.low_rank import factors_of
@@ -94,7 +94,7 @@ def to_adapter(
     The adapted model is compared with the steered one on a few tokens before anything is written.
     The folder is written whole or not at all; it replaces an adapter that is there. Beside PEFT's
     files it has ``steering_adapter.json``, with the operation and a hash of the base's weights. The
-    given model is not changed; memory is needed for a copy of it.
+    given model is not changed; memory is needed for a copy of it in float32.
 
     Args:
         vector_or_direction: A vector of decoder blocks' outputs, to add. To ablate, a direction
@@ -169,7 +169,7 @@ def _adding(vector: Any, model: PreTrainedModel, multiplier: float, peft: Any) -
             "everywhere, pass operator=ablation_operator()"
         )
     check_addable(vector, "written into an adapter")
-    copied = plain_copy(model)
+    copied = wide_copy(model)
     expected = logits_of(copied, vector.apply(copied, multiplier=multiplier))
     linears = last_linears(copied, vector.layers)
     names = {layer: name for layer, (name, _) in linears.items()}
@@ -178,7 +178,7 @@ def _adding(vector: Any, model: PreTrainedModel, multiplier: float, peft: Any) -
         bias = adapted.base_model.model.get_submodule(name).beft_bias["default"]
         direction = vector.layer_activations[layer].detach().reshape(1, -1).to(bias.device, torch.float64)
         _fill(bias, direction * (multiplier / factor))
-    check_equal(_logits(adapted), expected, model.dtype, "the adapted model")
+    check_equal(_logits(adapted), expected, "the adapted model")
     return adapted, [*names.values()], {"operation": "add", "layers": sorted(linears)}
 
 
@@ -191,7 +191,7 @@ def _ablating(
             f"vector_or_direction must be a tensor (hidden,) or (k, hidden), or a vector of one layer, got "
             f"{type(direction).__name__}"
         )
-    copied = plain_copy(model)
+    copied = wide_copy(model)
     expected = logits_of(copied, ablate_everywhere(copied, direction, strength=strength))
     units = unit_rows_of(direction)
     places = watched_places(copied)
@@ -217,7 +217,7 @@ def _ablating(
         else:
             _fill(layer.lora_A["default"].weight, factor.a)
             _fill(layer.lora_B["default"].weight, factor.b)
-    check_equal(_logits(adapted), expected, model.dtype, "the adapted model")
+    check_equal(_logits(adapted), expected, "the adapted model")
     return adapted, [*modules, *parameters], {"operation": "ablate everywhere", "rank": len(units)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steering_vectors.merging.copies import block_names, wide_dtype
+from steering_vectors.merging.copies import block_names
 from steering_vectors.merging.writers import copies, inputs_of
 
 __all__ = ["last_linears"]
@@ -23,7 +22,7 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 def last_linears(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, tuple[str, float]]:
     """Return each block's last linear layer, and the factor with which what is added to its output reaches the stream.
 
-    Blocks in half precision are tried as copies in float32, since rounding would hide what else an addition changes.
+    The model is in float32 or wider, since rounding would hide what else an addition changes.
 
     Raises ValueError for a block in which there is none.
     """
@@ -32,10 +31,8 @@ def last_linears(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, tup
     given = inputs_of(model, list(blocks.values()))
     found = {}
     for layer, block in blocks.items():
-        tried = copy.deepcopy(block).to(wide_dtype(next(block.parameters())))
-        args, kwargs = (_widened(values) for values in given[block])
-        for path, part in reversed(list(tried.named_modules())):
-            factor = _factor(tried, part, args, kwargs) if isinstance(part, nn.Linear) else None
+        for path, part in reversed(list(block.named_modules())):
+            factor = _factor(block, part, *given[block]) if isinstance(part, nn.Linear) else None
             if factor is not None:
                 found[layer] = (f"{names[layer]}.{path}", factor)
                 break
@@ -63,22 +60,12 @@ def _factor(block: nn.Module, linear: nn.Linear, args: Any, kwargs: Any) -> floa
     return factor if abs(factor) > 1e-2 and apart <= _ROUNDING[linear.weight.dtype] * abs(factor) else None
 
 
-def _widened(value: Any) -> Any:
-    """Return arguments with their tensors in float32 or wider."""
-    if isinstance(value, Tensor):
-        return value.to(wide_dtype(value)) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: _widened(part) for name, part in value.items()}
-    return tuple(map(_widened, value)) if isinstance(value, tuple) else value
-
-
 def _output(block: nn.Module, linear: nn.Linear, added: Tensor | None, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return what the block computes, in float32 or wider, with something added to the linear layer's output."""
-    handle = linear.register_forward_hook(lambda _m, _a, out: out if added is None else out + added.to(out.dtype))
+    """Return what the block computes with something added to the linear layer's output."""
+    handle = linear.register_forward_hook(lambda _m, _a, out: out if added is None else out + added)
     args, kwargs = copies(args, kwargs)
     try:
         output = block(*args, **kwargs)
     finally:
         handle.remove()
-    made: Tensor = output if isinstance(output, Tensor) else output[0]
-    return made.to(wide_dtype(made))
+    return output if isinstance(output, Tensor) else output[0]

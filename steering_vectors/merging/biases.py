@@ -15,7 +15,8 @@ from steering_vectors.merging.copies import (
     check_equal,
     check_mergeable,
     logits_of,
-    plain_copy,
+    restore_dtypes,
+    wide_copy,
     wide_dtype,
 )
 from steering_vectors.merging.families import FAMILIES_AS_LLAMA, Family, family_of
@@ -44,10 +45,12 @@ def merge(
     direction becomes part of the bias of its block's last linear layer, where the family's config
     has a setting for such a bias. Models of Mistral, Qwen2 and Phi-3 without such a setting become
     Llama models that compute the same. The result is saved by ``save_pretrained`` and loaded by
-    ``from_pretrained`` without this library. It is in evaluation mode, with the given model's dtype
-    and device; the given model is not changed. Memory is needed for both.
+    ``from_pretrained`` without this library. It is in evaluation mode, with the given model's dtypes
+    and device; the given model is not changed.
 
-    The two are compared on a few tokens before the copy is returned.
+    The two are compared on a few tokens before the copy is returned, in float32, and the copy is
+    rounded to the model's dtype at the end. Memory is needed for the model and for a copy in
+    float32, which is twice as large as a model in half precision.
 
     Args:
         vector: The vector, of decoder blocks' outputs.
@@ -59,8 +62,9 @@ def merge(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the family has no such bias, if the vector is of another layer type, has no
-            directions or doesn't fit the model, if weights are quantized, not loaded or split over
-            devices, if the model is being steered, or if the copy computes something else.
+            directions or doesn't fit the model, if weights are quantized, not loaded, split over
+            devices or too large for their dtype, if the model is being steered or has forward hooks,
+            which weights can't hold, or if the copy computes something else.
 
     Warns:
         UserWarning: As :meth:`~steering_vectors.SteeringVector.apply` does.
@@ -80,7 +84,7 @@ def merge(
             )
     if model.config.model_type in FAMILIES_AS_LLAMA:
         check_is_like_llama(model)
-    merged = plain_copy(model)
+    merged = wide_copy(model)
     expected = logits_of(merged, vector.apply(merged, multiplier=number))
     if merged.config.model_type in FAMILIES_AS_LLAMA:
         merged = as_llama(merged)
@@ -89,7 +93,8 @@ def merge(
     factor = float(getattr(merged.config, family.factor)) if family.factor else 1.0
     for layer, direction in vector.layer_activations.items():
         _add(merged.get_parameter(f"{names[layer]}.{family.bias}"), direction, number / factor)
-    check_equal(logits_of(merged), expected, merged.dtype, "the merged model")
+    check_equal(logits_of(merged), expected, "the merged model")
+    restore_dtypes(merged, model)
     return merged  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from steering_vectors._arguments import with_hints
 from steering_vectors.ablation import ablate_everywhere
-from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, plain_copy
+from steering_vectors.merging.copies import (
+    check_equal,
+    check_mergeable,
+    check_text_alone,
+    logits_of,
+    restore_dtypes,
+    wide_copy,
+)
 from steering_vectors.merging.writers import check_complete, project, watched_places, writing_weights
 from steering_vectors.steering_vector import SteeringVector
 
@@ -31,10 +38,11 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
     embeddings, and those of each block's attention and MLP, experts included. They are found by
     running a few tokens; no list of models is needed. The result is saved by ``save_pretrained`` and
     loaded by ``from_pretrained`` without this library. It is in evaluation mode, with the given
-    model's dtype and device; the given model is not changed. Memory is needed for both.
+    model's dtypes and device; the given model is not changed.
 
     Embeddings that are tied to the head are untied, since the head stays as it is. The two models
-    are compared on a few tokens before the copy is returned.
+    are compared on a few tokens before the copy is returned, in float32, and the copy is rounded to
+    the model's dtype at the end. Memory is needed for the model and for a copy in float32.
 
     Source: weight orthogonalisation, arXiv 2406.11717, section 2.4 and appendix E.
 
@@ -47,8 +55,8 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
         TypeError: If an argument has the wrong type.
         ValueError: If the direction is all zeros or doesn't fit the model, if no weights can do it,
             as where a norm follows attention or the MLP, if weights are quantized, not loaded or
-            split over devices, if the model reads images, if it is being steered, or if the copy computes something
-            else.
+            split over devices, if the model reads images, if it is being steered or has forward
+            hooks, or if the copy computes something else.
 
     Warns:
         UserWarning: If the embeddings were tied to the head.
@@ -63,7 +71,7 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
             f"direction must be a tensor (hidden,) or (k, hidden), or a vector of one layer, got "
             f"{type(direction).__name__}: weights can't remove other directions at each layer"
         )
-    merged = plain_copy(model)
+    merged = wide_copy(model)
     expected = logits_of(merged, ablate_everywhere(merged, direction))
     unit_rows = unit_rows_of(direction)
     places = watched_places(merged)
@@ -78,7 +86,8 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
         )
     for name, axis in axes.items():
         project(merged.get_parameter(name), unit_rows, axis)
-    check_equal(logits_of(merged), expected, merged.dtype, "the merged model")
+    check_equal(logits_of(merged), expected, "the merged model")
+    restore_dtypes(merged, model)
     return merged  # type: ignore[no-any-return]
 
 

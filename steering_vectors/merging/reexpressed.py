@@ -36,6 +36,8 @@ def check_is_like_llama(model: PreTrainedModel) -> None:
         reasons.append("it has longrope")
     if {rope.get("partial_rotary_factor", 1.0), getattr(config, "partial_rotary_factor", 1.0)} != {1.0}:
         reasons.append("it has partial rotary embeddings")
+    if len({weight.dtype for weight in model.parameters()}) > 1:
+        reasons.append("its weights have several dtypes")
     if reasons:
         raise ValueError(
             f"a vector can be merged into a model of type {kind!r} only {FAMILIES_AS_LLAMA[kind]}, as it is written as "
@@ -61,6 +63,9 @@ def as_llama(model: PreTrainedModel) -> PreTrainedModel:
         if "Rotary" in type(part).__name__:
             owner, _, last = name.rpartition(".")
             setattr(made.get_submodule(owner), last, type(part)(config=config).to(model.device))
+    frequencies = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}  # they may be rounded
+    for name, buffer in made.named_buffers():
+        buffer.data = frequencies.get(name.rpartition(".")[2], buffer).data
     weights = dict(_renamed(model))
     for name, wanted in made.named_parameters(remove_duplicate=False):
         if name not in weights and name.endswith("bias"):

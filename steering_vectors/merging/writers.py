@@ -19,7 +19,7 @@ __all__ = ["check_complete", "copies", "inputs_of", "project", "watched_places",
 
 # By dtype, the share of a change that rounding may turn away from a direction, and that of an output that it may leave
 # along a removed one.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 0.3}
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 Place = tuple[str, nn.Module, tuple[Any, ...], dict[str, Any], list[nn.Module]]
 
@@ -160,7 +160,7 @@ def _written(place: Place) -> dict[nn.Module, Tensor]:
 def _is_along(direction: Tensor, before: Mapping[nn.Module, Tensor], after: Mapping[nn.Module, Tensor]) -> bool:
     """Return True if the first output that changed did so along the direction alone."""
     for module, was in before.items():
-        change = after[module].to(wide_dtype(was)) - was
+        change = after[module] - was
         size = float(change.norm())
         if size > 1e-3 * float(was.norm()):
             unit = direction.to(change)
@@ -215,9 +215,8 @@ def check_complete(model: PreTrainedModel, places: list[Place], axes: Mapping[st
 
 def _share_along(output: Tensor, unit_rows: Tensor) -> float:
     """Return the size of the part along the directions, as a multiple of that along random ones."""
-    rows = output.to(wide_dtype(output))
-    along = (rows @ unit_rows.to(rows).T).norm() / rows.norm().clamp(min=1e-30)
-    return float(along) * math.sqrt(rows.shape[-1] / len(unit_rows))
+    along = (output @ unit_rows.to(output).T).norm() / output.norm().clamp(min=1e-30)
+    return float(along) * math.sqrt(output.shape[-1] / len(unit_rows))
 
 
 @torch.no_grad()
