@@ -36,8 +36,8 @@ def test_row_i_of_persona_vectors_is_of_layer_i_minus_1(tmp_path: Path) -> None:
         states = model(torch.tensor([[5, 6, 7]]), output_hidden_states=True).hidden_states
     torch.save(torch.stack([state[0, -1] for state in states]), tmp_path / "evil_response_avg_diff.pt")
     vector = interop.load_persona_vectors(tmp_path / "evil_response_avg_diff.pt")
-    assert vector.layers == [0, 1]  # the last block's row stands behind the final norm
-    for layer in vector.layers:
+    assert vector.layers == [0, 1, 2]
+    for layer in (0, 1):  # the last block's row stands behind the final norm
         assert torch.equal(vector.layer_activations[layer], activations[layer][0][0, -1])
 
 
@@ -97,9 +97,20 @@ class TestFilesForOthers:
         interop.to_persona_vectors(self.vector, tmp_path / "v.pt", multiplier=2)
         rows = torch.load(tmp_path / "v.pt")
         assert rows.tolist() == [[0, 0], [0, 0], [0, 0], [2, 4], [0, 0]]
-        assert interop.load_persona_vectors(tmp_path / "v.pt")[2] == SteeringVector({2: [2.0, 4.0]})
+        assert interop.load_persona_vectors(tmp_path / "v.pt") == SteeringVector({2: [2.0, 4.0]})
         interop.to_persona_vectors(SteeringVector({0: [1.0]}), tmp_path / "v.pt", blocks=2)
         assert torch.load(tmp_path / "v.pt").tolist() == [[0], [1], [0]]
+
+    @pytest.mark.parametrize("layers", [[0], [3], [0, 3], [1, 2], [0, 1, 2, 3]])
+    def test_persona_vectors_come_back_as_they_were(self, tmp_path: Path, layers: list[int]) -> None:
+        vector = SteeringVector({layer: torch.randn(8) for layer in layers})
+        interop.to_persona_vectors(vector, tmp_path / "v.pt", blocks=4)
+        assert interop.load_persona_vectors(tmp_path / "v.pt") == vector
+
+    def test_persona_vectors_of_zeros_alone_are_refused(self, tmp_path: Path) -> None:
+        torch.save(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), tmp_path / "v.pt")
+        with pytest.raises(ValueError, match="v.pt has zeros in all rows after the first one"):
+            interop.load_persona_vectors(tmp_path / "v.pt")
 
     def test_a_refusal_direction_has_the_next_block(self, tmp_path: Path) -> None:
         interop.to_refusal_direction(self.vector, tmp_path, multiplier=2, position=-3)

@@ -50,9 +50,10 @@ def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
     """Load the ``.pt`` file of a tensor ``(blocks + 1, hidden)`` that the persona vectors code writes.
 
     Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is
-    this vector's layer 19. Two rows are left out, as they are not outputs of blocks. Row 0 was read
-    from the embeddings, and the last row after the model's final norm. The file is read with
-    ``torch.load(…, weights_only=True)``, which runs no code.
+    this vector's layer 19. Row 0 was read from the embeddings, which are the output of no block, and
+    is left out; so are rows of zeros, which steer nothing. Where that code wrote the file, the last
+    row was read after the model's final norm, although that code too adds it before. The file is
+    read with ``torch.load(…, weights_only=True)``, which runs no code.
 
     Source: https://github.com/safety-research/persona_vectors, for arXiv 2507.21509.
 
@@ -62,12 +63,15 @@ def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
 
     >>> torch.save(torch.randn(5, 8), folder / "evil_response_avg_diff.pt")
     >>> load_persona_vectors(folder / "evil_response_avg_diff.pt").layers
-    [0, 1, 2]
+    [0, 1, 2, 3]
     """
     rows = _loaded(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[0] < 3:
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[0] < 2:
         raise ValueError(f"{path} holds {shown(rows)}, expected a tensor (blocks + 1, hidden)")
-    return SteeringVector({number - 1: rows[number].clone() for number in range(1, rows.shape[0] - 1)})
+    directions = {layer: row.clone() for layer, row in enumerate(rows[1:]) if bool(row.any())}
+    if not directions:
+        raise ValueError(f"{path} has zeros in all rows after the first one, so no layer has a direction")
+    return SteeringVector(directions)
 
 
 def load_refusal_direction(path: str | os.PathLike[str], *, layer: int | None = None) -> SteeringVector:
@@ -137,7 +141,7 @@ def to_persona_vectors(
 
     It is a tensor ``(blocks + 1, hidden)`` in float32. Row i is layer i - 1 of this library: layer
     20 of that code is layer 19 here. Rows of layers that the vector lacks are zeros, which steer
-    nothing.
+    nothing, and :func:`load_persona_vectors` leaves them out.
 
     Args:
         vector: The vector.
