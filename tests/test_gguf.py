@@ -151,6 +151,9 @@ class TestWriting:
             (VECTOR, {"multiplier": float("nan")}, ValueError, "multiplier must be finite, got nan"),
             (VECTOR, {"multiplier": "2"}, TypeError, "multiplier must be a number, got '2'"),
             (VECTOR, {"model_hint": 3}, TypeError, "model_hint must be a text such as 'llama', got 3"),
+            (VECTOR, {"model_hint": "\udc80"}, ValueError, r"'controlvector.model_hint' can't be written .* '.udc80' has characters that are not Unicode"),
+            (SteeringVector({1: [1.0]}, metadata={"note": "a\ud800"}), {}, ValueError, r"'steering_vectors.note' can't be written .* 'a.ud800' has"),
+            (SteeringVector({2**33: [1.0]}), {}, ValueError, "has layer 8589934592, and llama.cpp reads layers up to 999999999"),
             ({1: [1.0]}, {}, TypeError, "expected a SteeringVector, got dict"),
         ],
     )  # fmt: skip
@@ -278,6 +281,14 @@ class TestReading:
         for wrong in (True, 0.5, "1"):
             with pytest.raises(TypeError, match="layer_offset must be a whole number, such as -1, got"):
                 from_gguf(tmp_path / "v.gguf", layer_offset=wrong)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("offset", "last"), [(-11, "first layer would be -1"), (2**33, f"last layer would be {2**33 + 10}")]
+    )
+    def test_offsets_out_of_any_model_are_refused(self, tmp_path: Path, offset: int, last: str) -> None:
+        (tmp_path / "v.gguf").write_bytes(file_of())
+        with pytest.raises(ValueError, match=f"v.gguf: with layer_offset={offset}, its {last}"):
+            from_gguf(tmp_path / "v.gguf", layer_offset=offset)
 
     def test_the_order_is_that_of_layers(self, tmp_path: Path) -> None:
         tensors = [tensor("direction.10"), tensor("direction.2", place=32)]

@@ -132,6 +132,8 @@ class TestFilesForOthers:
             (lambda v, p: interop.to_persona_vectors(v, p, blocks=2), ValueError, "blocks must be a whole number above the vector's layer 2, got 2"),
             (lambda v, p: interop.to_persona_vectors(v, p, blocks="9"), ValueError, "above the vector's layer 2, got '9'"),
             (lambda v, p: interop.to_persona_vectors(SteeringVector({-1: [1.0]}), p, blocks=4), ValueError, "layer -1 counts from the model's end"),
+            (lambda v, p: interop.to_persona_vectors(v, p, blocks=2**33), ValueError, "must be 100000 at most, .* got 8589934592"),
+            (lambda v, p: interop.to_persona_vectors(SteeringVector({2**33: [1.0]}), p, blocks=2**34), ValueError, "must be 100000 at most, .* got"),
             (lambda v, p: interop.to_lm_eval(v, tiny.shared("llama"), p), ValueError, "directions have 2 numbers"),
             (lambda v, p: interop.to_lm_eval(v, tiny.shared("llama"), p.with_suffix(".csv")), ValueError, "names end in .pt or .pth, got .*v.csv"),
             (lambda v, p: interop.to_caa(v, p, multiplier=1e300), ValueError, "layer 2, times 1e.300, has numbers too large for float32"),
@@ -229,12 +231,33 @@ class TestFiles:
             read(path)
         assert not (tmp_path / "was run").exists()
 
-    @pytest.mark.parametrize("content", [{"a": torch.ones(2)}, torch.ones(1, 2, 3), [1.0], torch.ones(())], ids=str)
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *({"a": torch.ones(2)}, {"a": "b"}, {}, torch.ones(1, 2, 3), [1.0], torch.ones(()), None, "text", 3, True),
+            *(torch.ones(0), torch.ones(3, 0), torch.ones(0, 3)),
+            *(torch.ones(4).to_sparse(), torch.eye(4).to_sparse()),
+            *(torch.ones(4, device="meta"), torch.ones(4, 4, device="meta")),
+        ],
+        ids=str,
+    )
     def test_of_other_tensors_are_told_as_what_they_hold(
         self, read: Callable[[Path], Any], tmp_path: Path, content: Any
     ) -> None:
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(ValueError, match="other.pt holds .*, expected"):
+            read(tmp_path / "other.pt")
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
+    def test_of_other_numbers_than_real_ones_are_refused(
+        self, read: Callable[[Path], Any], tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        shape = (4, 4) if read is interop.load_persona_vectors else (4,)
+        torch.save(torch.ones(shape).to(dtype), tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=f"other.pt holds numbers of {dtype}, expected real numbers of 16, 32 or"):
+            read(tmp_path / "other.pt")
+        torch.save(torch.full(shape, torch.inf), tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="other.pt has NaN or infinite numbers"):
             read(tmp_path / "other.pt")
 
 

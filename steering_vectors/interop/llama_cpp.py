@@ -26,6 +26,7 @@ _MEANING = {
     "site": "residual_stream_post_layer",
     "layer_convention": "direction.N is added to the output of block N, from 0",
 }
+_LAST_LAYER = 999_999_999  # llama.cpp reads the number as 32 bits
 _RESIDUAL_STREAM = _MEANING["site"]
 
 
@@ -92,8 +93,8 @@ def to_gguf(
         IsADirectoryError: If ``path`` is a folder.
         PermissionError: If no file can be written in the folder.
         TypeError: If an argument has the wrong type.
-        ValueError: If the vector has no directions, if llama.cpp can't apply it, or if a number is
-            not finite in float32.
+        ValueError: If the vector has no directions, if llama.cpp can't apply it, if a number is not
+            finite in float32, or if a text is not Unicode.
 
     >>> options = to_gguf(vector, folder / "joy.gguf", multiplier=2.0)
     >>> options.first_layer, options.last_layer
@@ -104,12 +105,16 @@ def to_gguf(
     if not (model_hint is None or isinstance(model_hint, str)):
         raise TypeError(f"model_hint must be a text such as 'llama', got {model_hint!r}")
     directions = _added(vector, factor)
+    texts = {
+        **_written_metadata(vector, factor),
+        f"{_ARCHITECTURE}.model_hint": model_hint or _hint_of(vector),
+    }
+    _check_utf8(texts)
     with whole_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURE)
         try:
-            for name, value in _written_metadata(vector, factor).items():
+            for name, value in texts.items():
                 writer.add_string(name, value)
-            writer.add_string(f"{_ARCHITECTURE}.model_hint", model_hint or _hint_of(vector))
             writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(directions))
             for layer, direction in directions.items():
                 writer.add_tensor(f"direction.{layer}", direction.numpy())
@@ -191,11 +196,24 @@ def _added(vector: SteeringVector, factor: float) -> dict[int, Tensor]:
             f"llama.cpp can't steer layer 0, and refuses a file that has it: {rest}merge the direction into "
             "the weights, by steering_vectors.merging.merge"
         )
+    if max(added) > _LAST_LAYER:
+        raise ValueError(f"the vector has layer {max(added)}, and llama.cpp reads layers up to {_LAST_LAYER}")
     return added
 
 
 def _hint_of(vector: SteeringVector) -> str:
     return vector.metadata.get("model_type") or vector.metadata.get("model_hint", "")
+
+
+def _check_utf8(texts: Mapping[str, str]) -> None:
+    """Raise ValueError if a name or a text can't be written, such as halves of characters from files' names."""
+    for name, text in texts.items():
+        try:
+            (name + text).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name!a} can't be written into the file: {ascii(text)[:60]} has characters that are not Unicode"
+            ) from error
 
 
 def _written_metadata(vector: SteeringVector, factor: float) -> dict[str, str]:
@@ -213,6 +231,8 @@ def _loaded(path: str | os.PathLike[str], *, first: int, offset: int, hint: str)
             raise ValueError("the file has no directions")
         if min(directions) < 0:
             raise ValueError(f"with layer_offset={offset}, its first layer would be {min(directions)}")
+        if max(directions) > _LAST_LAYER:
+            raise ValueError(f"with layer_offset={offset}, its last layer would be {max(directions)}")
         return SteeringVector(dict(sorted(directions.items())), metadata=_read_metadata(metadata, hint))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

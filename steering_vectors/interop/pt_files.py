@@ -17,6 +17,9 @@ from steering_vectors.interop.values import from_tensors, shown
 from steering_vectors.steering_vector import SteeringVector
 
 _DIRECTION, _PLACE = "direction.pt", "direction_metadata.json"
+_ONE, _EACH = "one direction (hidden,)", "a tensor (blocks + 1, hidden)"
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_BLOCKS = 100_000
 
 
 def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
@@ -34,26 +37,24 @@ def load_caa(path: str | os.PathLike[str], *, layer: int) -> SteeringVector:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If ``layer`` is not a whole number.
         ValueError: If the file has other content.
 
     >>> torch.save(torch.ones(4), folder / "vec_layer_13_Llama-2-7b-chat-hf.pt")
     >>> load_caa(folder / "vec_layer_13_Llama-2-7b-chat-hf.pt", layer=13).layers
     [13]
     """
-    direction = _loaded(path)
-    if not isinstance(direction, Tensor) or direction.ndim != 1:
-        raise ValueError(f"{path} holds {shown(direction)}, expected one direction (hidden,)")
-    return from_tensors(direction, layer=layer)
+    return from_tensors(_numbers(path, _ONE), layer=layer)
 
 
 def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
     """Load the ``.pt`` file of a tensor ``(blocks + 1, hidden)`` that the persona vectors code writes.
 
     Row i was read from ``hidden_states[i]``, which is layer i - 1 here: the paper's layer 20 is
-    this vector's layer 19. Row 0 was read from the embeddings, which are the output of no block, and
-    is left out; so are rows of zeros, which steer nothing. Where that code wrote the file, the last
-    row was read after the model's final norm, although that code too adds it before. The file is
-    read with ``torch.load(…, weights_only=True)``, which runs no code.
+    this vector's layer 19. Row 0 was read from the embeddings, which no block writes, and is left
+    out; so are rows of zeros, which steer nothing. In files of that code, the last row was read
+    after the model's final norm, although that code too adds it before. The file is read with
+    ``torch.load(…, weights_only=True)``, which runs no code.
 
     Source: https://github.com/safety-research/persona_vectors, for arXiv 2507.21509.
 
@@ -65,9 +66,7 @@ def load_persona_vectors(path: str | os.PathLike[str]) -> SteeringVector:
     >>> load_persona_vectors(folder / "evil_response_avg_diff.pt").layers
     [0, 1, 2, 3]
     """
-    rows = _loaded(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[0] < 2:
-        raise ValueError(f"{path} holds {shown(rows)}, expected a tensor (blocks + 1, hidden)")
+    rows = _numbers(path, _EACH)
     directions = {layer: row.clone() for layer, row in enumerate(rows[1:]) if bool(row.any())}
     if not directions:
         raise ValueError(f"{path} has zeros in all rows after the first one, so no layer has a direction")
@@ -98,9 +97,7 @@ def load_refusal_direction(path: str | os.PathLike[str], *, layer: int | None = 
     [13]
     """
     is_folder = os.path.isdir(path)
-    direction = _loaded(Path(path) / _DIRECTION if is_folder else path)
-    if not isinstance(direction, Tensor) or direction.ndim != 1:
-        raise ValueError(f"{path} holds {shown(direction)}, expected one direction (hidden,)")
+    direction = _numbers(Path(path) / _DIRECTION if is_folder else path, _ONE)
     if layer is None:
         if not is_folder:
             raise ValueError(f"{path} doesn't say its layer: pass layer=, or the folder that has {_PLACE} too")
@@ -165,6 +162,8 @@ def to_persona_vectors(
         raise ValueError("the metadata don't record how many blocks the model has: pass blocks=")
     if not is_whole_number(found) or found <= max(directions):
         raise ValueError(f"blocks must be a whole number above the vector's layer {max(directions)}, got {blocks!r}")
+    if found > _MOST_BLOCKS:
+        raise ValueError(f"blocks must be {_MOST_BLOCKS} at most, as the file has a row for each, got {found}")
     rows = torch.zeros(found + 1, vector.hidden_size, dtype=torch.float32, device="cpu")
     for layer, direction in directions.items():
         rows[layer + 1] = direction
@@ -217,6 +216,23 @@ def _written_layer(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))["layer"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f'{path} has no layer: expected JSON such as {{"pos": -1, "layer": 14}}') from error
+
+
+def _numbers(path: str | os.PathLike[str], expected: str) -> Tensor:
+    """Return the tensor of a file: one direction, or a row for each layer and one more.
+
+    Raises ValueError if the file holds anything else, or numbers that aren't real and finite.
+    """
+    tensor = _loaded(path)
+    is_plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+    if not is_plain or tensor.is_meta or tensor.numel() == 0 or tensor.ndim != (1 if expected == _ONE else 2):
+        what = f"a {tensor.layout} tensor" if isinstance(tensor, Tensor) and not is_plain else shown(tensor)
+        raise ValueError(f"{path} holds {what}, expected {expected}")
+    if tensor.dtype not in _REAL:
+        raise ValueError(f"{path} holds numbers of {tensor.dtype}, expected real numbers of 16, 32 or 64 bits")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path} has NaN or infinite numbers")
+    return tensor  # type: ignore[no-any-return]
 
 
 def _loaded(path: str | os.PathLike[str]) -> Any:
