@@ -28,7 +28,8 @@ def steer_lm_eval(lm: Any, steering: Callable[[Selector], AbstractContextManager
     generated the answers that the harness scores. For log-likelihoods the model is run on prompt
     and answer at once, and where the prompt ends stands in the harness's request alone. So requests
     are run together with those whose prompts are of the same length: more, smaller batches, and the
-    same numbers. In rolling log-likelihoods the prompt is the token that the harness puts first.
+    same numbers. Rolling log-likelihoods have no prompt: the whole text is steered, in each of the
+    windows into which the harness divides a long one.
 
     To steer all tokens, this function isn't needed: ``with vector.apply(model): …`` around the
     evaluation is exact.
@@ -53,9 +54,10 @@ def steer_lm_eval(lm: Any, steering: Callable[[Selector], AbstractContextManager
 
     def steered_scores(requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
         by_prompt: dict[int, list[int]] = defaultdict(list)
-        for number, (_, prompt, answer) in enumerate(requests):
+        for number, (texts, prompt, answer) in enumerate(requests):
             cut = max(0, len(prompt) + len(answer) - lm.max_length - 1)  # from the prompt's beginning
-            by_prompt[max(0, len(prompt) - cut - 1)].append(number)
+            is_rolling = texts is None  # a window, whose prompt is the end of the window before
+            by_prompt[0 if is_rolling else max(0, len(prompt) - cut - 1)].append(number)
         scores: dict[int, Any] = {}
         for last, numbers in sorted(by_prompt.items(), reverse=True):  # if memory is too small, this is seen at once
             with steering(from_index(last)):

@@ -165,14 +165,23 @@ def test_an_answer_as_long_as_the_window_is_steered_whole(model: Any, vector: St
     assert found == pytest.approx(expected)
 
 
-def test_rolling_loglikelihoods(model: Any, vector: SteeringVector) -> None:
-    """The prompt is the token that the harness puts first, so all tokens are steered."""
-    lm, instances = harness(model), [Instance("loglikelihood_rolling", {}, ("A long day of rain",), 0)]
-    with vector.apply(model, multiplier=MULTIPLIER):
-        expected = lm.loglikelihood_rolling(instances)
+@pytest.mark.parametrize("window", [64, 8, 7, 5, 2])
+@pytest.mark.parametrize("text", ["A long day of rain", "A long", "I feel glad, and you feel bad. A long day of rain!"])
+def test_rolling_loglikelihoods(model: Any, vector: SteeringVector, window: int, text: str) -> None:
+    """There is no prompt, so all tokens of each window are steered."""
+    lm, instances = harness(model, max_length=window), [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    plain = lm.loglikelihood_rolling(instances, disable_tqdm=True)
     with steer_lm_eval(lm, lambda tokens: vector.apply(model, multiplier=MULTIPLIER, tokens=tokens)):
-        found = lm.loglikelihood_rolling(instances)
-    assert found == pytest.approx(expected)
+        (found,) = lm.loglikelihood_rolling(instances, disable_tqdm=True)
+    ids, expected = [lm.prefix_token_id, *lm.tok_encode(text)], 0.0
+    for first in range(0, len(ids) - 1, window):  # the last window begins earlier, and scores its last tokens
+        last = min(first + window, len(ids) - 1)
+        begin = 0 if first == 0 else last - window
+        with by_hand(model, change_of(vector, None)), torch.no_grad():
+            logits = model(torch.tensor([ids[begin:last]])).logits[0, first - begin :]
+        expected += float(logits.log_softmax(-1)[torch.arange(last - first), ids[first + 1 : last + 1]].sum())
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert abs(found - plain[0]) > 0.01
 
 
 def test_other_steerings(model: Any, vector: SteeringVector) -> None:
