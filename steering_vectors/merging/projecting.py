@@ -53,10 +53,10 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the direction is all zeros or doesn't fit the model, if no weights can do it,
-            as where a norm follows attention or the MLP, if weights are quantized, not loaded or
-            split over devices, if the model reads images, if it is being steered or has forward
-            hooks, or if the copy computes something else.
+        ValueError: If the direction is all zeros or doesn't fit the model, if several span the whole
+            width, if no weights can do it, as where a norm follows attention or the MLP, if weights
+            are quantized, not loaded or split over devices, if the model reads images, if it is
+            being steered or has forward hooks, or if the copy computes something else.
 
     Warns:
         UserWarning: If the embeddings were tied to the head.
@@ -95,6 +95,8 @@ def unit_rows_of(direction: Tensor | SteeringVector) -> Tensor:
     """Return orthonormal rows ``(rank, hidden)`` in float64 that span the directions, on the CPU.
 
     A row that is a combination of others, to the rounding of its dtype, adds none.
+
+    Raises ValueError if they span the whole width.
     """
     if isinstance(direction, SteeringVector):
         (direction,) = direction.layer_activations.values()
@@ -104,6 +106,11 @@ def unit_rows_of(direction: Tensor | SteeringVector) -> Tensor:
     _, sizes, spanning = torch.linalg.svd(rows, full_matrices=False)
     rounding = 2 * len(direction) ** 0.5 * torch.finfo(direction.dtype).eps
     kept: Tensor = spanning[sizes > rounding]
+    if len(kept) == kept.shape[-1]:
+        raise ValueError(
+            f"the directions span all {len(kept)} dimensions of the residual stream, so weights without them would "
+            f"write nothing: ablate fewer directions"
+        )
     return kept
 
 

@@ -122,6 +122,8 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "zeros": ("llama", torch.zeros(32), {}, ValueError, "the direction is all zeros"),
     "NaN": ("llama", torch.full((32,), torch.nan), {}, ValueError, "NaN or infinite"),
     "a width": ("llama", torch.ones(31), {}, ValueError, "31 numbers"),
+    "the whole width": ("llama", torch.randn(40, 32), {}, ValueError, "the directions span all 32 dimensions of the residual "
+        "stream, so weights without them would write nothing: ablate fewer"),
     "layers": ("llama", VECTOR, {}, ValueError, "removes one direction, but the vector has those of layers"),
     "a mapping": ("llama", {1: DIRECTION}, {}, TypeError, "direction must be a tensor .*can't remove other directions"),
     "tokens": ("llama", DIRECTION, {"tokens": [1]}, TypeError, "write at every token and layer alike"),
