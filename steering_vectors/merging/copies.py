@@ -16,6 +16,7 @@ from steering_vectors.layer_matching import collect_matching_layers, guess_and_e
 __all__ = [
     "block_names",
     "check_equal",
+    "check_is_model",
     "check_mergeable",
     "check_text_alone",
     "logits_of",
@@ -30,8 +31,8 @@ _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-def check_mergeable(model: object) -> None:
-    """Raise TypeError unless it is a model of transformers, ValueError unless its weights can be copied and changed."""
+def check_is_model(model: object) -> None:
+    """Raise TypeError unless it is a model of transformers, with advice where one is inside."""
     if not isinstance(model, PreTrainedModel):
         advice = ""
         if hasattr(model, "merge_and_unload"):
@@ -39,6 +40,11 @@ def check_mergeable(model: object) -> None:
         elif isinstance(model, nn.Module) and any(isinstance(part, PreTrainedModel) for part in model.children()):
             advice = ": pass the model inside this wrapper"
         raise TypeError(f"model must be a Hugging Face model (PreTrainedModel), got {type(model).__name__}{advice}")
+
+
+def check_mergeable(model: PreTrainedModel) -> None:
+    """Raise TypeError unless it is a model of transformers, ValueError unless its weights can be copied and changed."""
+    check_is_model(model)
     from steering_vectors import active_patches  # the package itself, which is not there yet when this is imported
 
     if active_patches(model):

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-__all__ = ["check_target", "hash_of_weights", "written_folder"]
+from steering_vectors.merging.copies import check_is_model
+
+__all__ = ["check_base", "check_target", "hash_of_weights", "written_folder"]
 
 FACTS = "steering_adapter.json"
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -62,6 +65,41 @@ def written_folder(target: Path, save: Callable[[str], object], facts: dict[str,
             os.replace(beside / "old", target)
         shutil.rmtree(beside, ignore_errors=True)
     return digest
+
+
+def check_base(folder: str | os.PathLike[str], model: PreTrainedModel) -> None:
+    """Check that an adapter was made for the weights of a model.
+
+    Any adapter whose shapes fit can be loaded onto a model, and an ablation depends on the base's
+    weights: on others, a fine-tuned model's for instance, it removes something else. The weights are
+    compared by the hash in the adapter's ``steering_adapter.json``.
+
+    Args:
+        folder: The folder that :func:`~steering_vectors.merging.to_adapter` wrote.
+        model: The base, before PEFT wraps it, in the dtype in which the adapter was made.
+
+    Raises:
+        FileNotFoundError: If the folder is no adapter of this library.
+        TypeError: If ``model`` is no model of transformers.
+        ValueError: If the adapter was made for other weights, or names none.
+
+    >>> check_base(folder / "ablated", model)  # doctest: +SKIP
+    """
+    check_is_model(model)
+    path = Path(folder) / FACTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {FACTS}: it is not a folder of to_adapter")
+    try:
+        recorded = json.loads(path.read_bytes())["base_sha256"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        recorded = None
+    if not isinstance(recorded, str):
+        raise ValueError(f"{path} names no base: write the adapter again, with to_adapter")
+    if hash_of_weights(model) != recorded:
+        raise ValueError(
+            f"the adapter {folder} was made for other weights than those of this {type(model).__name__}: load its "
+            f"base, in the dtype in which the adapter was made, or write an adapter for this model with to_adapter"
+        )
 
 
 def hash_of_weights(model: nn.Module) -> str:

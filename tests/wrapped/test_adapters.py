@@ -24,7 +24,7 @@ from steering_vectors import (
     addition_operator,
     clamp_operator,
 )
-from steering_vectors.merging import Adapter, merge, merge_ablation, to_adapter
+from steering_vectors.merging import Adapter, check_base, merge, merge_ablation, to_adapter
 from tests import tiny
 from tests.merging.cases import DIRECTION, MULTIPLIER, SEVERAL, VECTOR
 from tests.merging.fresh import IDS, lively, logits, logits_in_a_fresh_process
@@ -220,6 +220,29 @@ class TestTheFolder:
             hashes.append(facts["base_sha256"])
         assert hashes[0] == hashes[1] != hashes[2]
 
+    def test_is_checked_against_the_weights_of_a_base(self, tmp_path: Path) -> None:
+        model = lively("llama")
+        adapter = written("ablated", model, tmp_path / "x")
+        model.save_pretrained(tmp_path / "base")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        check_base(adapter.folder, loaded)
+        with pytest.raises(ValueError, match="was made for other weights than those of this LlamaForCausalLM: .*dtype"):
+            check_base(str(adapter.folder), loaded.bfloat16())
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+        with pytest.raises(ValueError, match="x was made for other weights"):
+            check_base(adapter.folder, model)
+
+    def test_is_no_adapter_of_ours_if_it_names_no_base(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="has no steering_adapter.json: it is not a folder of to_adapter"):
+            check_base(tmp_path, tiny.shared("llama"))
+        for content in ("{", "[1]", "{}", '{"base_sha256": 3}', "[" * 100_000, "\udc80"):
+            (tmp_path / "steering_adapter.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+            with pytest.raises(ValueError, match="steering_adapter.json names no base"):
+                check_base(tmp_path, tiny.shared("llama"))
+        with pytest.raises(TypeError, match="model must be a Hugging Face model .*, got str"):
+            check_base(tmp_path, "gpt2")  # type: ignore[arg-type]
+
     def test_s_name_changes_with_the_contents(self, tmp_path: Path) -> None:
         model = lively("llama")
         names = [written(kind, model, tmp_path / "x").name for kind in ("ablated", "ablated", "ablated by 0.7")]
@@ -315,6 +338,11 @@ class TestForVLLM:
             ("added", "llama", "no adapters that add a constant"),
             ("ablated", "gpt2", "named embed_tokens alone, and not on wpe, wte"),
             ("ablated", "mixtral", "adapters on experts were not tried"),
+            (
+                "ablated",
+                "gemma",
+                "not known to serve ablations of a model of type 'gemma' exactly, but of arcee, cohere,",
+            ),
         ],
     )
     def test_what_it_can_t_serve_has_a_reason(self, tmp_path: Path, kind: str, name: str, reason: str) -> None:
@@ -374,6 +402,8 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "a layer type": (SteeringVector({0: torch.ones(32)}, "mlp"), lambda: lively("llama"), {}, ValueError,
         "outputs can be written into an adapter, and this one is of mlp"),
     "zeros": (torch.zeros(32), lambda: lively("llama"), {"operator": ablation_operator()}, ValueError, "all zeros"),
+    "the whole width": (torch.eye(32), lambda: lively("llama"), {"operator": ablation_operator()}, ValueError,
+        "the directions span all 32 dimensions"),
     "layers": (VECTOR, lambda: lively("llama"), {"operator": ablation_operator()}, ValueError, "removes one direction"),
     "a list": ([1.0] * 32, lambda: lively("llama"), {"operator": ablation_operator()}, TypeError, "got list"),
     "meta": (VECTOR, lambda: lively("llama").to("meta"), {}, ValueError, "weights aren't loaded"),
