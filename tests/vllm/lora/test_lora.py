@@ -22,7 +22,9 @@ from torch import Tensor
 
 from steering_vectors import ablate_everywhere, ablation_operator
 from steering_vectors.merging import Adapter, to_adapter
+from steering_vectors.merging.in_vllm import PROVEN, PROVEN_BY_TRANSFORMERS
 from tests.merging.fresh import lively
+from tests.vllm.lora.sizes import GROUPED, WITH_HEAD_SIZES
 
 pytest.importorskip("vllm")
 
@@ -34,6 +36,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("arcee", "ernie4_5", "helium", "llama", "nemotron", "qwen3", "seed_oss"), WITH_HEAD_SIZES),
+    **dict.fromkeys(("granite", "phi3", "qwen2", "smollm3", "stablelm"), GROUPED),
+    **dict.fromkeys(("cohere", "cohere2"), {**GROUPED, "logit_scale": 1.0}),
+    "mistral": {**WITH_HEAD_SIZES, "sliding_window": None},
 }
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21, 22, 300, 24]]
 
@@ -80,7 +88,7 @@ def served(folder: Path, model: Path, adapters: dict[str, Adapter], engine: dict
 def models(smollm2: Any, folder: Path, name: str) -> tuple[Any, Path]:
     if name == "smollm2":
         return smollm2[0], Path(smollm2[0].name_or_path)
-    model = lively(name, num_attention_heads=2, num_key_value_heads=1, head_dim=32, hidden_size=64)
+    model = lively(name, **SETTINGS[name])
     model.save_pretrained(folder / "base")
     return model, folder / "base"
 
@@ -104,16 +112,25 @@ def beside_the_base(smollm2: Any, folder: Path, name: str, kept: list[str]) -> t
     return found, effects
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_every_family_of_the_tables_is_among_the_cases() -> None:
+    assert {*SETTINGS} == PROVEN | PROVEN_BY_TRANSFORMERS
+    assert not PROVEN & PROVEN_BY_TRANSFORMERS
+
+
+@pytest.mark.parametrize("name", [*sorted(PROVEN), "smollm2"])
 def test_a_base_and_two_ablations_in_one_batch_are_exact(smollm2: Any, tmp_path: Path, name: str) -> None:
     found, effects = beside_the_base(smollm2, tmp_path, name, ["one", "two"])
     assert max(found.values()) < 5e-4
     assert min(effects) > 0.1
 
 
-@pytest.mark.parametrize("kept", ["one", "two"])
-def test_one_ablation_is_exact_through_the_backend_of_transformers(smollm2: Any, tmp_path: Path, kept: str) -> None:
-    found, effects = beside_the_base(smollm2, tmp_path, "qwen2", [kept])
+@pytest.mark.parametrize(
+    ("name", "kept"), [("qwen2", "one"), *((name, "two") for name in sorted(PROVEN_BY_TRANSFORMERS))]
+)
+def test_one_ablation_is_exact_through_the_backend_of_transformers(
+    smollm2: Any, tmp_path: Path, name: str, kept: str
+) -> None:
+    found, effects = beside_the_base(smollm2, tmp_path, name, [kept])
     assert max(found.values()) < 5e-4
     assert min(effects) > 0.1
 

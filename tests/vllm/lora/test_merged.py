@@ -10,16 +10,13 @@ from steering_vectors import SteeringVector
 from steering_vectors.merging import merge
 from steering_vectors.merging.families import FAMILIES_AS_LLAMA, PROVEN_IN_VLLM
 from tests.merging.fresh import lively
+from tests.vllm.lora.sizes import GROUPED, SIZES, WIDTH, WITH_HEAD_SIZES
 from tests.vllm.lora.test_lora import PROMPTS, apart, expected_steps, served
 
 pytest.importorskip("vllm")
 
-WIDTH = 64
 MULTIPLIER = 1.5
 VECTOR = SteeringVector({layer: torch.randn(WIDTH, generator=torch.Generator().manual_seed(layer)) for layer in (0, 2)})
-SIZES = {"hidden_size": WIDTH, "num_attention_heads": 2}
-GROUPED = {**SIZES, "num_key_value_heads": 1}
-WITH_HEAD_SIZES = {**GROUPED, "head_dim": 32}
 SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("arcee", "granite", "llama", "nemotron", "seed_oss"), WITH_HEAD_SIZES),
     **dict.fromkeys(("phi3", "qwen2", "smollm3", "starcoder2"), GROUPED),
