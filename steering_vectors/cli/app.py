@@ -68,7 +68,9 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     tokens: Selected = "generated",
     layers: Layers = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="The length of an answer in tokens.")] = 40,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="NUMBER", min=1, help="The length of an answer in tokens.")
+    ] = 40,
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -88,7 +90,9 @@ def chat(
     multiplier: Strengths = None,
     tokens: Selected = "generated",
     layers: Layers = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="The length of an answer in tokens.")] = 200,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="NUMBER", min=1, help="The length of an answer in tokens.")
+    ] = 200,
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -112,9 +116,11 @@ def playground(
     limit: Annotated[
         float | None, typer.Option("--range", metavar="NUMBER", help="The sliders' ends, without calibration.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="NUMBER", help="The longest answer in tokens.")] = 400,
+    max_new_tokens: Annotated[int, typer.Option(metavar="NUMBER", min=2, help="The longest answer in tokens.")] = 400,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0 opens it to the network.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(metavar="NUMBER", help="By default the first free from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="NUMBER", min=1, max=65535, help="By default the first free from 7860.")
+    ] = None,
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -23,7 +23,7 @@ Strengths = Annotated[
     list[float] | None, typer.Option("-m", "--multiplier", metavar="NUMBER", help="A multiplier; may be repeated.")
 ]
 Selected = Annotated[str, typer.Option(metavar="generated|all|prompt", help="The tokens to steer.")]
-BatchSize = Annotated[int, typer.Option(metavar="NUMBER", help="The number of samples or items in a pass.")]
+BatchSize = Annotated[int, typer.Option(metavar="NUMBER", min=1, help="The number of samples or items in a pass.")]
 GgufFile = Annotated[str | None, typer.Option(metavar="NAME", help="The GGUF file in the model's folder.")]
 Dtype = Annotated[str | None, typer.Option(metavar="float32|bfloat16", help="The dtype to run the model in.")]
 Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="The device to run the model on.")]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -259,6 +260,14 @@ def test_a_port_that_is_taken_is_an_error_in_one_line(server: Server, folder: Pa
     err = capfd.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_it_serves_ipv6(folder: Path) -> None:
+    with serving(vectors.MODEL, folder / "child.safetensors", "--range", 1, "--host", "::1") as server:
+        assert server.url == f"http://[::1]:{server.port}/"
+        with urlopen(server.url, timeout=30) as answered:
+            assert answered.status == 200
+        assert addresses_of(server.port) == {"0" * 24 + "01000000"}
 
 
 def test_an_interrupt_ends_it(folder: Path, capfd: Any) -> None:

@@ -9,15 +9,15 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from steering_vectors.cli.loading import load_model, load_vector, model_and_rest, read_texts, short_names
+from steering_vectors.cli.playground.addresses import check_address, in_brackets, is_loopback
 from steering_vectors.cli.screen import note
+from steering_vectors.cli.usage import BadParameter
 from steering_vectors.cli.vectors import OfModel
 
 if TYPE_CHECKING:
     from steering_vectors.cli.playground.answering import Speaker
     from steering_vectors.cli.playground.ranges import Range
     from steering_vectors.cli.playground.script import Source
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def playground(
@@ -33,11 +33,11 @@ def playground(
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the playground needs gradio: pip install 'steering-vectors[playground]'")
     name, paths = model_and_rest(arguments, least=1, usage="[MODEL] VECTOR...")
+    check_address(*address)
+    given, neutral = None if limit is None else _range(limit), read_texts(texts)
     from steering_vectors.cli.playground.answering import Speaker
-    from steering_vectors.cli.playground.ranges import range_up_to
     from steering_vectors.cli.playground.script import Source
 
-    given, neutral = None if limit is None else range_up_to(limit), read_texts(texts)
     named = dict(zip(short_names(paths), paths, strict=True))
     vectors = {short: load_vector(path, layers) for short, path in named.items()}
     gguf_file, dtype, device = of_model
@@ -45,6 +45,15 @@ def playground(
     speaker = Speaker(model, tokenizer, vectors, most_new_tokens=most_new_tokens)
     ranges = dict.fromkeys(vectors, given) if given else _calibrated(speaker, neutral)
     _serve(speaker, ranges, Source(name, named, layers, gguf_file, dtype, device), *address)
+
+
+def _range(limit: float) -> Range:
+    from steering_vectors.cli.playground.ranges import range_up_to
+
+    try:
+        return range_up_to(limit)
+    except ValueError as error:
+        raise BadParameter(str(error), param_hint="--range") from None
 
 
 def _calibrated(speaker: Speaker, texts: Sequence[str] | None) -> dict[str, Range]:
@@ -62,8 +71,8 @@ def _serve(speaker: Speaker, ranges: Mapping[str, Range], source: Source, host: 
     from steering_vectors.cli.playground.page import Page
 
     page = Page(speaker, ranges, source)
-    url = page.launch(host, port)
-    if host not in _LOOPBACK:
+    url = page.launch(in_brackets(host), port).replace("//[::]", "//localhost")
+    if not is_loopback(host):
         note(f"anyone who reaches this machine at {host} can use the model")
     print(url, flush=True)
     note("Ctrl-C ends it")
