@@ -5,10 +5,12 @@
 
 import contextlib
 import io
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -17,6 +19,10 @@ from playwright.sync_api import Browser, Page, expect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steering_vectors import SteeringVector, generated, prompted
+from steering_vectors.cli.playground.answering import Asked
+from steering_vectors.cli.playground.page import Page as Drawn
+from steering_vectors.cli.playground.ranges import Range
+from steering_vectors.cli.playground.script import Source
 from tests.playground import vectors
 from tests.playground.browser import (
     Server,
@@ -219,6 +225,38 @@ def test_what_cannot_be_answered_is_said(page: Page, prompt: str, message: str) 
     fill_in(page, prompt, [0.7, 0], length=4)
     page.click("#answer")
     expect(page.locator(".toast-wrap")).to_contain_text(message)
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("#strength-0", "the strength of child"), ("#length", "the longest answer")]
+)
+def test_an_empty_field_is_said_and_nothing_fails(page: Page, answer: Answer, field: str, name: str) -> None:
+    statuses: list[int] = []
+    page.on("response", lambda response: statuses.append(response.status))
+    fill_in(page, QUESTION, [0.7, 0], length=LENGTH)
+    page.fill(f"{field} input[type=number]", "")
+    expect(page.locator("#message")).to_contain_text(f"write a number for {name}")
+    fill_in(page, QUESTION, [0.7, 0], length=LENGTH)
+    expect(page.locator("#message")).to_be_hidden()
+    page.fill("#strength-1 input[type=number]", "999")  # beyond the slider, until the field is left
+    fill_in(page, QUESTION, [0.7, 0], length=LENGTH)
+    page.click("#answer")
+    expect_answers(page, answer([]), answer([0.7, 0]))
+    assert max(statuses) < 400
+
+
+def test_what_browsers_send_is_checked() -> None:
+    speaker: Any = SimpleNamespace(vectors={"joy": None}, can_chat=True, most_new_tokens=50)
+    made = Drawn(speaker, {"joy": Range(2.0, 0.1, 1.0)}, Source("model", {"joy": "joy.safetensors"}))
+    assert made._asked("Hi", "Chat message", "all", 999, -77) == Asked("Hi", {"joy": -2.0}, True, "all", 50)
+    for wrong in (None, "1", math.nan, True, [1]):
+        with pytest.raises(ValueError, match="write a number for the strength of joy"):
+            made._asked("Hi", "Chat message", "all", 5, wrong)
+        with pytest.raises(ValueError, match="write a number for the longest answer"):
+            made._asked("Hi", "Chat message", "all", wrong, 1)
+    for strange in [(None, "Chat message", "all"), ("Hi", "Song", "all"), ("Hi", "Chat message", ["all"])]:
+        with pytest.raises(ValueError, match="load it again"):
+            made._asked(*strange, 5, 1)
 
 
 def test_it_serves_on_loopback_alone_and_asks_for_nothing_elsewhere(browser: Browser, server: Server) -> None:

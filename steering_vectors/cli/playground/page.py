@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -20,6 +21,7 @@ _WAITING = 20  # requests in the queue
 _COLUMN, _BUTTON = 260, 90  # pixels: narrower windows have columns below each other, and buttons side by side
 _CHAT, _TEXT = "Chat message", "Text to continue"
 _TOKENS = [("Generated", "generated"), ("All", "all"), ("Prompt", "prompt")]
+_SELECTED = [value for _, value in _TOKENS]
 _KEY = (
     '<div class="token-key">Projection at the vector\'s last layer: <b class="towards">towards it</b> '
     '<b class="away">away from it</b></div>'
@@ -56,10 +58,9 @@ class Page:
         self._names = list(speaker.vectors)
         with gr.Blocks(title="Steering playground", analytics_enabled=False) as self._blocks:
             gr.Markdown(f"# Steering playground\n{_name_of(source)}, steered by {', '.join(self._names)}")
-            asked, buttons = self._controls()
+            asked, message, buttons = self._controls()
             outputs, colour_by, kept = self._answers()
-            code = self._code()
-            self._connect(asked, buttons, outputs, colour_by, kept, code)
+            self._connect(asked, buttons, outputs, colour_by, kept, self._code(), message)
         self._blocks.queue(max_size=_WAITING, default_concurrency_limit=1, api_open=False)
 
     def launch(self, host: str, port: int | None) -> str:
@@ -83,8 +84,8 @@ class Page:
         """Stop serving."""
         self._blocks.close(verbose=False)
 
-    def _controls(self) -> tuple[list[Any], tuple[Any, Any, Any]]:
-        """Return what a request is read from, and the buttons that answer, stop and copy."""
+    def _controls(self) -> tuple[list[Any], Any, tuple[Any, Any, Any]]:
+        """Return what a request is read from, a place for a message, and the buttons that answer, stop and copy."""
         prompt = gr.Textbox(label="Prompt", lines=2, placeholder="What is rain?", elem_id="prompt", autofocus=True)
         with gr.Row():
             kinds = [_CHAT, _TEXT] if self._speaker.can_chat else [_TEXT]
@@ -97,11 +98,12 @@ class Page:
             )
         with gr.Row():
             sliders = [self._slider(name, number) for number, name in enumerate(self._names)]
+        message = gr.Markdown(visible=False, elem_id="message")
         with gr.Row():
             answer = gr.Button("Answer", variant="primary", elem_id="answer", min_width=_BUTTON)
             stop = gr.Button("Stop", elem_id="stop", min_width=_BUTTON)
             copy = gr.Button("Copy Python", elem_id="copy", min_width=_BUTTON)
-        return [prompt, kind, tokens, length, *sliders], (answer, stop, copy)
+        return [prompt, kind, tokens, length, *sliders], message, (answer, stop, copy)
 
     def _slider(self, name: str, number: int) -> Any:
         found = self._ranges[name]
@@ -145,8 +147,9 @@ class Page:
             return gr.HTML(elem_id=f"{side}-tokens", padding=True, min_height=60)
 
     def _code(self) -> Any:
+        first, _ = self._script(*self._first())
         with gr.Accordion("In Python", open=False):
-            return gr.Code(self._script(*self._first()), language="python", show_label=False, elem_id="code")
+            return gr.Code(first, language="python", show_label=False, elem_id="code")
 
     def _first(self) -> list[Any]:
         kind = _CHAT if self._speaker.can_chat else _TEXT
@@ -154,7 +157,14 @@ class Page:
         return ["What is rain?", kind, "generated", min(80, self._speaker.most_new_tokens), *starts]
 
     def _connect(
-        self, asked: list[Any], buttons: tuple[Any, Any, Any], outputs: list[Any], colour_by: Any, kept: Any, code: Any
+        self,
+        asked: list[Any],
+        buttons: tuple[Any, Any, Any],
+        outputs: list[Any],
+        colour_by: Any,
+        kept: Any,
+        code: Any,
+        message: Any,
     ) -> None:
         answer, stop, copy = buttons
         running = gr.on(
@@ -164,12 +174,13 @@ class Page:
             outputs=[*outputs, kept],
             show_progress="minimal",
             api_visibility="private",
+            preprocess=False,  # gradio fails for an empty field
         )
         hidden: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         stop.click(None, cancels=[running], **hidden)
         colour_by.change(coloured, inputs=[kept, colour_by], outputs=outputs[2:], **hidden)
         for part in asked:
-            part.change(self._script, inputs=asked, outputs=code, **hidden)
+            part.change(self._script, inputs=asked, outputs=[code, message], preprocess=False, **hidden)
         copy.click(None, inputs=code, js=_COPY, **hidden)
 
     def _answer(self, colour_by: str, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -184,12 +195,33 @@ class Page:
     def _shown(self, answers: Answers, colour_by: str) -> tuple[Any, ...]:
         return *answers.texts, *coloured(answers.tokens, colour_by), dict(answers.tokens)
 
-    def _script(self, *values: Any) -> str:
-        return script(self._source, self._asked(*values))
+    def _script(self, *values: Any) -> tuple[Any, Any]:
+        """Return the script and no message; for a field without a number, the script as it is and a message."""
+        try:
+            return script(self._source, self._asked(*values)), gr.Markdown("", visible=False)
+        except ValueError as error:
+            return gr.skip(), gr.Markdown(f"⚠ {error}", visible=True)
 
-    def _asked(self, prompt: str, kind: str, tokens: str, length: float, *strengths: float) -> Asked:
-        by_name = dict(zip(self._names, map(float, strengths), strict=True))
-        return Asked(prompt, by_name, kind == _CHAT, tokens, int(length))
+    def _asked(self, prompt: Any, kind: Any, tokens: Any, length: Any, *strengths: Any) -> Asked:
+        """Return a request of what the browser sent, with numbers in the sliders' ranges.
+
+        Raises ValueError for a field that is empty, or that holds what the page doesn't offer.
+        """
+        if not (isinstance(prompt, str) and tokens in _SELECTED and kind in (_CHAT, _TEXT)):
+            raise ValueError("this is nothing that the page asks for: load it again")
+        by_name = {
+            name: _within(strength, -self._ranges[name].limit, self._ranges[name].limit, f"the strength of {name}")
+            for name, strength in zip(self._names, strengths, strict=True)
+        }
+        most = int(_within(length, 1, self._speaker.most_new_tokens, "the longest answer"))
+        return Asked(prompt, by_name, kind == _CHAT, tokens, most)
+
+
+def _within(value: Any, least: float, most: float, name: str) -> float:
+    """Return a number, or the end of the range that it is beyond. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"write a number for {name}")
+    return float(min(max(value, least), most))
 
 
 def _name_of(source: Source) -> str:
