@@ -97,7 +97,7 @@ def test_the_demo_trains_on_the_pairs_of_a_file(
         (["--pairs", "x.csv", "--positive", "a", "--negative", "b"], "either --pairs or --positive"),
         (["--positive", "a", "--negative", "a"], "--positive and --negative are the same"),
         (["--multiplier", "0"], "--multiplier 0 steers nothing"),
-        (["--pairs", "absent.jsonl"], "No such file"),
+        (["--pairs", "absent.jsonl"], "there is no file absent.jsonl"),
         (["--pairs", "other.csv"], "other.csv has the columns good, bad; it needs positive and negative"),
         (["--pairs", "short.csv"], "short.csv, line 2: there is no negative"),
         (["--pairs", "other.jsonl"], "other.jsonl, line 2: not JSON, column 1"),

@@ -23,9 +23,10 @@ def adapter(model: str, vector: str, output: Path, multiplier: float, ablate: bo
     from steering_vectors.merging import to_adapter
 
     gguf_file, dtype, device = of_model
+    direction = load_vector(vector)
     loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)[0]
     operator = ablation_operator() if ablate else None
-    made = to_adapter(load_vector(vector), loaded, output, operator=operator, multiplier=multiplier)
+    made = to_adapter(direction, loaded, output, operator=operator, multiplier=multiplier)
     note(f"{output}: adapter {made.name}, rank {made.rank}")
     if made.vllm_options:
         print(made.vllm_options)
@@ -38,9 +39,8 @@ def lm_eval(model: str, vector: str, output: Path, multiplier: float, of_model: 
     from steering_vectors.interop import to_lm_eval
 
     check_output(output, vector)
-    written = to_lm_eval(
-        load_vector(vector), load_model(model, gguf_file=of_model[0])[0], output, multiplier=multiplier
-    )
+    direction = load_vector(vector)
+    written = to_lm_eval(direction, load_model(model, gguf_file=of_model[0])[0], output, multiplier=multiplier)
     print(",".join(f"{name}={value}" for name, value in written.items()))
 
 

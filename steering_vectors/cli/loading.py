@@ -13,13 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from steering_vectors.cli.screen import note
+from steering_vectors.cli.sources import check_model, check_settings, from_hub, may_be_on_the_hub
 from steering_vectors.cli.usage import BadParameter, UsageError
 
 
 def load_model(
-    name: str | None, *, gguf_file: str | None = None, dtype: str | None = None, device: str | None = None
+    name: str | None,
+    *,
+    gguf_file: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, of the hub or a folder; SmolLM2 where its package is installed, for None."""
+    """Return a model and its tokenizer, of the hub or a folder; SmolLM2 where its package is installed, for None.
+
+    Raises, before it is loaded, OSError if there is none, BadParameter for a wrong dtype or device, and ValueError for
+    layers that it doesn't have.
+    """
+    if name is not None:
+        check_model(name, gguf_file)
+    check_settings(dtype, device)
     import torch
     import transformers
 
@@ -32,15 +45,31 @@ def load_model(
         model, tokenizer = load(None)
     else:
         given: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+        _check_config(name, gguf_file, layers)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **given)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, **given)
     if dtype is not None:
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise BadParameter(f"{dtype!r} is no dtype; common ones are float32, bfloat16 and float16")
         model = model.to(getattr(torch, dtype))
     if device is not None:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def _check_config(name: str, gguf_file: str | None, layers: Sequence[int] | None) -> None:
+    """Raise OSError if the hub has no such model, and ValueError for layers that its config doesn't have."""
+    if gguf_file is not None or (Path(name).is_dir() and not (Path(name) / "config.json").is_file()):
+        return
+    from transformers import AutoConfig
+
+    def load() -> Any:
+        return AutoConfig.from_pretrained(name)
+
+    config = load() if Path(name).is_dir() else from_hub(name, load, file="config.json", what="the model")
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int):
+        for layer in layers or ():
+            if not -count <= layer < count:
+                raise ValueError(f"layer {layer} does not exist: the model has {count} layers, 0 to {count - 1}")
 
 
 def load_vector(path: str, layers: str | None = None) -> Any:
@@ -48,9 +77,14 @@ def load_vector(path: str, layers: str | None = None) -> Any:
     from steering_vectors import SteeringVector, hub
 
     numbers = layers_of(layers)
-    if Path(path).suffix == ".safetensors" and not Path(path).exists():
+    if Path(path).is_file():
+        vector = SteeringVector.load(path)
+    elif Path(path).is_dir():
+        vector = hub.from_pretrained(path)
+    elif Path(path).suffix == ".safetensors" or not may_be_on_the_hub(path):
         raise FileNotFoundError(f"there is no file {path}")
-    vector = SteeringVector.load(path) if Path(path).is_file() else hub.from_pretrained(path)
+    else:
+        vector = from_hub(path, lambda: hub.from_pretrained(path), file=hub.FILE, what="the vector")
     return vector if numbers is None else vector[numbers]
 
 
@@ -105,7 +139,9 @@ def read_texts(path: Path | None) -> list[str] | None:
     """Return the texts of a file, one in each line."""
     if path is None:
         return None
-    texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    from steering_vectors._pair_files import read_text
+
+    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no texts: write one in each line")
     return texts

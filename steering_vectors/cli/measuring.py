@@ -73,9 +73,9 @@ def measure(
     rows = _items(items)
     loaded = _loaded(model, vector, layers, of_model)
     result = getattr(evaluation, function)(*loaded, rows, show_progress=shows_progress(), **arguments)
-    print(result)
     if output is not None:
         result.to_json(output)
+    print(result)
 
 
 def _variant(given: str) -> tuple[str, Any]:
@@ -101,12 +101,13 @@ def calibrate(
     from steering_vectors import evaluation
 
     check_output(output, vector, texts)
-    result = evaluation.calibrate(
-        *_loaded(model, vector, layers, of_model), read_texts(texts), max_kl=max_kl, tokens=steered_tokens(tokens)
-    )
-    print(result)
+    if not max_kl > 0:
+        raise BadParameter(f"{max_kl:g} is not more than 0", param_hint="--max-kl")
+    neutral, selection = read_texts(texts), steered_tokens(tokens)
+    result = evaluation.calibrate(*_loaded(model, vector, layers, of_model), neutral, max_kl=max_kl, tokens=selection)
     if output is not None:
         write_json(output, asdict(result))
+    print(result)
 
 
 def diagnose(
@@ -126,7 +127,7 @@ def diagnose(
     check_output(output, pairs)
     samples = pairs_of(pairs)
     gguf_file, dtype, device = of_model
-    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device, layers=numbers)
     _, result = evaluation.diagnose(
         model,
         tokenizer,
@@ -137,32 +138,37 @@ def diagnose(
         batch_size=batch_size,
         show_progress=shows_progress(),
     )
-    print(result)
     if output is not None:
         write_json(output, asdict(result))
+    print(result)
 
 
 def plot(source: Path, output: Path) -> None:
     """Draw what evaluate, sweep or diagnose wrote."""
-    from steering_vectors import plots
-    from steering_vectors.evaluation import Diagnosis, Evaluation, LayerDiagnosis, Sweep
+    from steering_vectors._pair_files import read_text
 
     check_output(output, source)
-    found = json.loads(source.read_text(encoding="utf-8"))
-    keys = set(found) if isinstance(found, dict) else set()
-    drawn: Any
-    if "pairs" in keys:
-        rows = tuple(LayerDiagnosis(**row) for row in found["rows"])
-        drawn = plots.layer_diagnostics(Diagnosis(rows, found["pairs"]))[0]
-    elif "chosen" in keys:
-        drawn = plots.heatmap(Sweep.from_json(source))[0]
-    elif "items" in keys:
-        drawn = plots.propensity_curves(Evaluation.from_json(source))
-    else:
-        raise ValueError(f"{source} is nothing that evaluate, sweep or diagnose wrote with -o")
+    text = read_text(source)
+    try:
+        drawn = _drawn(source, json.loads(text))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{source} is nothing that evaluate, sweep or diagnose wrote with -o") from None
     with whole_file(output) as path:
         drawn.figure.savefig(path, format=output.suffix[1:] or "png", bbox_inches="tight")
     note(str(output))
+
+
+def _drawn(source: Path, found: dict[str, Any]) -> Any:
+    """Return the axes of a result's picture. Raises an error of some type for anything else than a result."""
+    from steering_vectors import plots
+    from steering_vectors.evaluation import Diagnosis, Evaluation, LayerDiagnosis, Sweep
+
+    if "pairs" in found:
+        rows = tuple(LayerDiagnosis(**row) for row in found["rows"])
+        return plots.layer_diagnostics(Diagnosis(rows, found["pairs"]))[0]
+    if "chosen" in found:
+        return plots.heatmap(Sweep.from_json(source))[0]
+    return plots.propensity_curves(Evaluation.from_json(source))
 
 
 def _loaded(model: str, vector: str, layers: str | None, of_model: OfModel) -> tuple[Any, Any, Any]:

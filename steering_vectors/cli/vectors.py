@@ -29,7 +29,7 @@ def train(
     check_output(output, pairs)
     samples = pairs_of(pairs)
     gguf_file, dtype, device = of_model
-    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device)
+    model, tokenizer = load_model(name, gguf_file=gguf_file, dtype=dtype, device=device, layers=numbers)
     from steering_vectors import train_steering_vector
 
     vector = train_steering_vector(
