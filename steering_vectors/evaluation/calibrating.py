@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors.evaluation.manner import Manner
@@ -63,6 +64,7 @@ def calibrate(
     tokens: Any = None,
     operator: PatchDeltaOperator | None = None,
     batch_size: int = 8,
+    show_progress: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Return the multiplier at which steering costs as much as is allowed, all layers together.
@@ -80,6 +82,7 @@ def calibrate(
         tokens: The tokens to steer, as in :func:`evaluate`; by default all.
         operator: The operator, as in :meth:`~steering_vectors.SteeringVector.apply`.
         batch_size: The number of texts in a pass.
+        show_progress: True to show a progress bar, of passes of which there may be fewer than expected.
         chat_template_kwargs: Arguments for the tokenizer's chat template.
 
     Raises:
@@ -107,11 +110,15 @@ def calibrate(
     kept = plan.text_batch(parts[0])  # its unsteered predictions are the largest thing here: no others are kept
 
     def kl(multiplier: float) -> float:
-        batches = (kept if number == 0 else plan.text_batch(part) for number, part in enumerate(parts))
-        found = [batch.scores(plan.steering(vector), [multiplier]).kl for batch in batches]
+        found = []
+        for number, part in enumerate(parts):
+            batch = kept if number == 0 else plan.text_batch(part)
+            found.append(batch.scores(plan.steering(vector), [multiplier]).kl)
+            bar.update()
         return float(torch.cat(found, dim=1).quantile(0.95))
 
-    tried = _search(kl, budget)
+    with tqdm(total=_MOST_EVALUATIONS * len(parts), desc="Calibrating", disable=not show_progress) as bar:
+        tried = _search(kl, budget)
     multiplier, found = min(tried, key=lambda pair: abs(_log_ratio(pair[1], budget)))
     return Calibration(multiplier, found, budget, tuple(tried))
 

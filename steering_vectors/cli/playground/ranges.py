@@ -34,7 +34,13 @@ def range_up_to(limit: float) -> Range:
 
 
 def calibrated_range(
-    model: Any, tokenizer: Any, vector: Any, texts: Sequence[str] | None, *, max_kl: float = 1.0
+    model: Any,
+    tokenizer: Any,
+    vector: Any,
+    texts: Sequence[str] | None,
+    *,
+    max_kl: float = 1.0,
+    show_progress: bool = False,
 ) -> Range:
     """Return a range of twice the multiplier that ``calibrate`` finds, which starts at it.
 
@@ -44,7 +50,9 @@ def calibrated_range(
     from steering_vectors.evaluation import calibrate
 
     try:
-        found = calibrate(model, tokenizer, vector, texts, max_kl=max_kl, tokens=generated).multiplier
+        found = calibrate(
+            model, tokenizer, vector, texts, max_kl=max_kl, tokens=generated, show_progress=show_progress
+        ).multiplier
     except ValueError as error:
         raise ValueError(
             f"a vector can't be calibrated: set the sliders' range with --range NUMBER ({error})"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from steering_vectors.cli.loading import load_model, load_vector, model_and_rest, read_texts, short_names
 from steering_vectors.cli.playground.addresses import check_address, in_brackets, is_loopback
-from steering_vectors.cli.screen import note
+from steering_vectors.cli.screen import note, shows_progress
 from steering_vectors.cli.usage import BadParameter
 from steering_vectors.cli.vectors import OfModel
 
@@ -62,7 +62,7 @@ def _calibrated(speaker: Speaker, texts: Sequence[str] | None) -> dict[str, Rang
     found = {}
     for name, vector in speaker.vectors.items():
         note(f"calibrating {name} (--range NUMBER leaves this out)")
-        found[name] = calibrated_range(speaker.model, speaker.tokenizer, vector, texts)
+        found[name] = calibrated_range(speaker.model, speaker.tokenizer, vector, texts, show_progress=shows_progress())
     return found
 
 
