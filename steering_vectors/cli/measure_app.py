@@ -26,6 +26,7 @@ from steering_vectors.cli.options import (
     Selected,
     Strengths,
     TextsFile,
+    TrainedBy,
     Variants,
     VectorName,
 )
@@ -46,7 +47,8 @@ def evaluate(
     layers: Layers = None,
     texts: TextsFile = None,
     pairs: PairsFile = None,
-    read: ReadTokens = "last",
+    read: ReadTokens = None,
+    aggregator: TrainedBy = None,
     variant: Variants = None,
     propensity: PropensityName = "text",
     system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="An instruction to compare with.")] = None,
@@ -61,7 +63,7 @@ def evaluate(
     from steering_vectors.cli import measuring
 
     given = {"system_prompt": system_prompt, "batch_size": batch_size, "seed": seed}
-    asked = measuring.Asked(multiplier, tokens, texts, pairs, read, variant or (), propensity)
+    asked = measuring.Asked(multiplier, tokens, texts, pairs, read, aggregator, variant or (), propensity)
     measuring.measure("evaluate", (model, vector, items), layers, asked, given, output, (gguf_file, dtype, device))
 
 
@@ -79,7 +81,8 @@ def sweep(
     max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="The most that a choice may cost.")] = None,
     texts: TextsFile = None,
     pairs: PairsFile = None,
-    read: ReadTokens = "last",
+    read: ReadTokens = None,
+    aggregator: TrainedBy = None,
     variant: Variants = None,
     propensity: PropensityName = "text",
     resume: Annotated[
@@ -96,7 +99,7 @@ def sweep(
     from steering_vectors.cli import measuring
 
     given = {"max_kl": max_kl, "path": resume, "batch_size": batch_size, "seed": seed}
-    asked = measuring.Asked(multiplier, tokens, texts, pairs, read, variant or (), propensity)
+    asked = measuring.Asked(multiplier, tokens, texts, pairs, read, aggregator, variant or (), propensity)
     measuring.measure("sweep", (model, vector, items), layers, asked, given, output, (gguf_file, dtype, device))
 
 

@@ -21,7 +21,15 @@ from steering_vectors.cli.loading import (
 from steering_vectors.cli.screen import note, shows_progress
 from steering_vectors.cli.talking import steered_tokens
 from steering_vectors.cli.usage import BadParameter
-from steering_vectors.cli.vectors import OfModel, aggregator_of, chosen, model_and_pairs, pairs_of, read_tokens
+from steering_vectors.cli.vectors import (
+    OfModel,
+    aggregator_of,
+    chosen,
+    model_and_pairs,
+    pairs_of,
+    read_tokens,
+    training_of,
+)
 
 
 @dataclass(frozen=True)
@@ -32,26 +40,27 @@ class Asked:
     tokens: str
     texts: Path | None
     pairs: Path | None
-    read: str
+    read: str | None
+    aggregator: str | None
     variants: Sequence[str]
     propensity: str
 
-    def arguments(self) -> dict[str, Any]:
-        """Return them as arguments of the functions."""
+    def arguments(self, vector: Any) -> dict[str, Any]:
+        """Return them as arguments of the functions that measure a vector."""
         from steering_vectors.evaluation import Controls, choice_propensity, text_propensity
 
         propensities = {"text": text_propensity, "choice": choice_propensity}
         found: dict[str, Any] = {
             "tokens": steered_tokens(self.tokens),
             "texts": read_texts(self.texts),
-            "variants": dict(map(_variant, self.variants)),
+            "variants": _variants(self.variants),
             "propensity": chosen(self.propensity, "--propensity", propensities)(),
         }
         if self.multipliers:
             found["multipliers"] = self.multipliers
         if self.pairs is not None:
             found["training_samples"] = pairs_of(self.pairs)
-            found["controls"] = Controls(training={"tokens": read_tokens(self.read)})
+            found["controls"] = Controls(training=training_of(vector, self.read, self.aggregator))
         return found
 
 
@@ -69,13 +78,24 @@ def measure(
 
     model, vector, items = sources
     check_output(output, vector, items, asked.pairs, asked.texts, given.get("path"))
-    arguments = {**given, **asked.arguments()}
-    rows = _items(items)
-    loaded = _loaded(model, vector, layers, of_model)
-    result = getattr(evaluation, function)(*loaded, rows, show_progress=shows_progress(), **arguments)
+    directions = load_vector(vector, layers)
+    arguments, rows = {**given, **asked.arguments(directions)}, _items(items)
+    gguf_file, dtype, device = of_model
+    loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+    result = getattr(evaluation, function)(*loaded, directions, rows, show_progress=shows_progress(), **arguments)
     if output is not None:
         result.to_json(output)
     print(result)
+
+
+def _variants(given: Sequence[str]) -> dict[str, Any]:
+    """Return the variants by their names. Raises BadParameter for a name that comes twice."""
+    found: dict[str, Any] = {}
+    for name, value in map(_variant, given):
+        if name in found:
+            raise BadParameter(f"the name {name} comes twice: name each variant differently", param_hint="--variant")
+        found[name] = value
+    return found
 
 
 def _variant(given: str) -> tuple[str, Any]:
@@ -104,7 +124,12 @@ def calibrate(
     if not max_kl > 0:
         raise BadParameter(f"{max_kl:g} is not more than 0", param_hint="--max-kl")
     neutral, selection = read_texts(texts), steered_tokens(tokens)
-    result = evaluation.calibrate(*_loaded(model, vector, layers, of_model), neutral, max_kl=max_kl, tokens=selection)
+    directions = load_vector(vector, layers)
+    gguf_file, dtype, device = of_model
+    loaded = load_model(model, gguf_file=gguf_file, dtype=dtype, device=device)
+    result = evaluation.calibrate(
+        *loaded, directions, neutral, max_kl=max_kl, tokens=selection, show_progress=shows_progress()
+    )
     if output is not None:
         write_json(output, asdict(result))
     print(result)
@@ -169,13 +194,6 @@ def _drawn(source: Path, found: dict[str, Any]) -> Any:
     if "chosen" in found:
         return plots.heatmap(Sweep.from_json(source))[0]
     return plots.propensity_curves(Evaluation.from_json(source))
-
-
-def _loaded(model: str, vector: str, layers: str | None, of_model: OfModel) -> tuple[Any, Any, Any]:
-    """Return the model, its tokenizer, and the vector at the layers that were asked for."""
-    directions = load_vector(vector, layers)
-    gguf_file, dtype, device = of_model
-    return *load_model(model, gguf_file=gguf_file, dtype=dtype, device=device), directions
 
 
 def _items(path: Path) -> list[Any]:

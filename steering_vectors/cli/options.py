@@ -30,7 +30,12 @@ Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="The device
 PairsFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The training pairs, for the control with permuted labels.")
 ]
-ReadTokens = Annotated[str, typer.Option(metavar="mean|last|completion", help="The tokens that training read.")]
+ReadTokens = Annotated[
+    str | None, typer.Option(metavar="mean|last|completion", help="The tokens that training read, if not in VECTOR.")
+]
+TrainedBy = Annotated[
+    str | None, typer.Option(metavar="mean|pca|logistic", help="The method of the training, if not in VECTOR.")
+]
 TextsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Neutral texts, one in each line.")]
 Variants = Annotated[
     list[str] | None,

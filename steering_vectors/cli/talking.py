@@ -172,14 +172,15 @@ class _Talk:
         if word == "off":
             self._strengths = dict.fromkeys(self._strengths, 0.0)
         elif word == "m" and rest:
-            names = [rest[0]] if len(rest) == 2 else list(self._strengths)
+            *words, _ = rest
+            names = [" ".join(words)] if words else list(self._strengths)
             try:
                 strength = finite_number(float(rest[-1]), "the strength")
             except ValueError:
                 note(f"{rest[-1]!r} is no number; {_HELP}")
                 return
             if unknown := [name for name in names if name not in self._strengths]:
-                note(f"there is no vector {unknown[0]}, only {', '.join(self._strengths)}")
+                note(f"there is no vector {unknown[0]}, only {', '.join(self._strengths)}; {_HELP}")
                 return
             self._strengths.update(dict.fromkeys(names, strength))
         elif word == "trace":

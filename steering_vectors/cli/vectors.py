@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from steering_vectors._arguments import finite_number
 from steering_vectors.cli.loading import check_output, layers_of, load_model, load_vector, read_rows
 from steering_vectors.cli.screen import note, print_table, shows_progress
 from steering_vectors.cli.usage import BadParameter, UsageError
@@ -62,17 +63,49 @@ def pairs_of(path: Path) -> list[tuple[Any, Any]]:
 
 def read_tokens(name: str) -> Any:
     """Return the tokens to read by their name; None is the last one."""
-    from steering_vectors import completion, from_index
-
-    return chosen(name, "--tokens", {"last": None, "mean": from_index(1), "completion": completion()})
+    return chosen(name, "--tokens", _read())
 
 
 def aggregator_of(name: str) -> Any:
     """Return an aggregator by its name."""
+    return chosen(name, "--aggregator", _aggregators())()
+
+
+def training_of(vector: Any, read: str | None, aggregator: str | None) -> dict[str, Any]:
+    """Return the arguments that a vector was trained with, by the names that are given, or else by its metadata.
+
+    Raises UsageError where neither says them.
+    """
+    named_reads = {f"tokens={tokens!r}": name for name, tokens in _read().items()} | {"read_token_index=-1": "last"}
+    named_methods = {repr(made()): name for name, made in _aggregators().items()}
+    read = read or _recorded(vector, "read", named_reads, "--read")
+    aggregator = aggregator or _recorded(vector, "method", named_methods, "--aggregator")
+    return {
+        "tokens": chosen(read, "--read", _read()),
+        "aggregator": chosen(aggregator, "--aggregator", _aggregators())(),
+    }
+
+
+def _recorded(vector: Any, entry: str, names: dict[str, str], option: str) -> str:
+    """Return the name of what a vector's metadata says. Raises UsageError, which asks for the option, for none."""
+    recorded = vector.metadata.get(entry)
+    if recorded is None:
+        raise UsageError(f"the vector doesn't say how it was trained: for the control of --pairs, name {option} too")
+    if recorded not in names:
+        raise UsageError(f"the vector was trained with {recorded}: name the nearest with {option}, or omit --pairs")
+    return names[recorded]
+
+
+def _read() -> dict[str, Any]:
+    from steering_vectors import completion, from_index
+
+    return {"last": None, "mean": from_index(1), "completion": completion()}
+
+
+def _aggregators() -> dict[str, Any]:
     from steering_vectors import logistic_aggregator, mean_aggregator, pca_aggregator
 
-    made = {"mean": mean_aggregator, "pca": pca_aggregator, "logistic": logistic_aggregator}
-    return chosen(name, "--aggregator", made)()
+    return {"mean": mean_aggregator, "pca": pca_aggregator, "logistic": logistic_aggregator}
 
 
 def chosen(name: str, option: str, values: dict[str, Any]) -> Any:
@@ -106,9 +139,11 @@ def combine(given: Sequence[str], output: Path) -> None:
     for argument in given:
         name, colon, factor = argument.rpartition(":")
         try:
-            terms.append((name, float(factor)) if colon else (argument, 1.0))
+            terms.append((name, finite_number(float(factor), "a factor")) if colon else (argument, 1.0))
         except ValueError:
-            raise BadParameter(f"{argument!r} has no number behind the colon, as in {name}:0.5") from None
+            raise BadParameter(f"{argument!r} has no finite number behind the colon, as in {name}:0.5") from None
     total: Any = sum(load_vector(name) * factor for name, factor in terms)
+    if not any(total.norms().values()):
+        raise ValueError("the sum is zero at all layers: it would steer nothing, and is not written")
     total.save(output)
     note(f"{output}: {' '.join(f'{factor:+g} × {name}' for name, factor in terms)}")

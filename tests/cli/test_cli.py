@@ -95,6 +95,16 @@ def test_chat_changes_the_strength_and_traces(run: Run) -> None:
     assert len(out.splitlines()) >= 3
 
 
+def test_chat_sets_the_vector_that_is_named_or_none(run: Run, folder: Path) -> None:
+    (folder / "great joy.safetensors").write_bytes((folder / "joy.safetensors").read_bytes())
+    code, _, err = run("chat", "model", "great joy.safetensors", stdin="/m great joy 2\n/m great 2 3\n/off\n")
+    assert code == 0
+    _, named, unknown, off = err.splitlines()
+    assert named == "great joy 2"
+    assert unknown.startswith("there is no vector great 2, only great joy; /m NUMBER sets the strength")
+    assert off == "great joy 0"
+
+
 def test_chat_goes_on_after_a_strength_that_is_no_number(run: Run) -> None:
     code, out, err = run(
         "chat", "model", "joy.safetensors", "--max-new-tokens", 2, stdin="/m nan\n/m 1e39\nHi\n/m 0\nHi\n"
@@ -143,6 +153,7 @@ def test_show_lists_layers_and_metadata(run: Run, tmp_path: Path) -> None:
 def test_evaluate_is_evaluate(run: Run, loaded: Any, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     arguments = ("--texts", "texts.txt", "-m", 0, "-m", 1, "--pairs", "pairs.csv", "--layers", 1, "-o", path)
+    arguments += ("--read", "last", "--aggregator", "mean")  # the vector doesn't say how it was trained
     code, out, err = run("evaluate", "model", "joy.safetensors", "items.jsonl", *arguments)
     assert (code, err) == (0, "")
     expected = evaluate(*loaded[:2], loaded[2][1], ITEMS, multipliers=[0, 1], texts=TEXTS, training_samples=PAIRS)
@@ -179,6 +190,59 @@ def test_sweep_is_sweep_and_goes_on(run: Run, loaded: Any, tmp_path: Path) -> No
     assert "holds a sweep with another" in err
 
 
+@pytest.mark.parametrize(("tokens", "aggregator"), [("mean", "pca"), ("last", "mean"), ("completion", "logistic")])
+def test_the_control_with_permuted_labels_is_trained_as_the_vector_was(
+    run: Run, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: str, aggregator: str
+) -> None:
+    import steering_vectors.evaluation.controls as controls
+
+    trained = []
+    train = controls.train_steering_vector
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        trained.append(train(*arguments, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(controls, "train_steering_vector", record)
+    path, chats = tmp_path / "made.safetensors", tmp_path / "chats.jsonl"
+    with chats.open("w") as file:
+        for pair in PAIRS:
+            sides = ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}] for text in pair)
+            print(json.dumps(dict(zip(("positive", "negative"), sides))), file=file)
+    run("train", "model", chats, "-o", path, "--tokens", tokens, "--aggregator", aggregator, "--layers", 1)
+    measured = ("evaluate", "model", path, "items.jsonl", "--texts", "texts.txt", "--pairs", chats)
+    assert run(*measured)[0] == 0
+    made = SteeringVector.load(path).metadata
+    assert [(vector.metadata["method"], vector.metadata["read"]) for vector in trained] == [
+        (made["method"], made["read"])
+    ]
+    assert run(*measured, "--read", "last", "--aggregator", "mean")[0] == 0
+    assert trained[1].metadata["method"].startswith("mean_aggregator")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_what_a_vector_does_not_say_of_its_training_is_asked_for(
+    run: Run, loaded: Any, tmp_path: Path, command: str
+) -> None:
+    asked = ("items.jsonl", "--pairs", "pairs.csv")
+    code, _, err = run(command, "model", "joy.safetensors", *asked)
+    assert code == 2
+    assert "the vector doesn't say how it was trained: for the control of --pairs, name --read too" in err
+    path = tmp_path / "made.safetensors"
+    train_steering_vector(*loaded[:2], PAIRS, layers=1, read_token_index=2).save(path)
+    code, _, err = run(command, "model", path, *asked)
+    assert code == 2
+    assert "the vector was trained with read_token_index=2: name the nearest with --read" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_variant_that_comes_twice_is_refused(run: Run, command: str) -> None:
+    twice = ("--variant", "rude=Be rude.", "--variant", "rude=Be very rude.")
+    code, out, err = run(command, "model", "joy.safetensors", "items.jsonl", *twice)
+    assert (code, out) == (2, "")
+    assert "--variant: the name rude comes twice" in err
+
+
 def test_calibrate_and_diagnose_are_themselves(run: Run, loaded: Any, tmp_path: Path) -> None:
     found = run("calibrate", "model", "joy.safetensors", "--max-kl", 0.1, "--texts", "texts.txt", "-o", "found.json")
     expected = calibrate(*loaded, TEXTS, max_kl=0.1, tokens=generated)
@@ -190,6 +254,23 @@ def test_calibrate_and_diagnose_are_themselves(run: Run, loaded: Any, tmp_path: 
     assert isinstance(diagnosis, Diagnosis)
     assert out == f"{diagnosis}\n"
     assert json.loads(Path("found.json").read_text())["pairs"] == 4
+
+
+def test_long_work_shows_its_progress_on_a_terminal_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = ("model", "joy.safetensors", "items.jsonl", "--texts", "texts.txt")
+    commands: dict[str, tuple[object, ...]] = {
+        "Calibrating": ("calibrate", "model", "joy.safetensors", "--max-kl", 0.1, "--texts", "texts.txt"),
+        "Evaluating": ("evaluate", *measured),
+        "Sweeping": ("sweep", *measured),
+        "Training": ("diagnose", "model", "pairs.csv"),
+    }
+    printed = {name: run(*command) for name, command in commands.items()}
+    assert {err for _, _, err in printed.values()} == {""}
+    monkeypatch.setattr("steering_vectors.cli.measuring.shows_progress", lambda: True)
+    for name, command in commands.items():
+        code, out, err = run(*command)
+        assert (code, out) == printed[name][:2]
+        assert name in err
 
 
 def test_plot_draws_both_results(run: Run, tmp_path: Path) -> None:
@@ -327,7 +408,10 @@ def test_an_adapter_prints_what_serves_it(run: Run, tmp_path: Path) -> None:
             1,
             "x is read by this command, which would write over it",
         ),
-        (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no number behind the colon"),
+        (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no finite number behind the colon"),
+        (["combine", "joy.safetensors:nan", "-o", "x"], 2, "has no finite number behind the colon"),
+        (["combine", "joy.safetensors", "joy.safetensors:-1", "-o", "x"], 1, "the sum is zero at all layers"),
+        (["combine", "joy.safetensors:0", "-o", "x"], 1, "the sum is zero at all layers"),
         (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
         (["wander"], 2, "No such command 'wander'"),
     ],
