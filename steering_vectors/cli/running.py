@@ -22,19 +22,25 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with _plain_warnings():
             code = app(given, standalone_mode=False, prog_name="steering-vectors")
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except ClickException as error:
         error.show(sys.stderr)
         return int(error.exit_code)
     except BrokenPipeError:  # what reads the output has ended
         return 0
+    except SystemExit as error:  # typer ends so where it meets a broken pipe
+        if isinstance(error.__context__, BrokenPipeError):
+            return 0
+        raise
     except Exception as error:
         if len(given) != len(arguments):
             raise
         print_error(error)
         return 1
-    return _interrupted() if code == _INTERRUPTED else int(code or 0)
+    if code == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return int(code or 0)
 
 
 @contextmanager
@@ -45,8 +51,3 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
-
-
-def _interrupted() -> int:
-    print("interrupted", file=sys.stderr)
-    return _INTERRUPTED

@@ -176,7 +176,7 @@ def test_variants_and_propensities_are_the_librarys(run: Run, folder: Path, load
     assert out == f"{expected}\n"
 
 
-def test_sweep_is_sweep_and_goes_on(run: Run, loaded: Any, tmp_path: Path) -> None:
+def test_sweep_is_sweep(run: Run, loaded: Any, tmp_path: Path) -> None:
     path, kept = tmp_path / "result.json", tmp_path / "kept.json"
     arguments = ("--texts", "texts.txt", "-m", 0, "-m", 1, "--max-kl", 9, "--resume", kept, "-o", path)
     code, out, err = run("sweep", "model", "joy.safetensors", "items.jsonl", *arguments)
@@ -184,7 +184,6 @@ def test_sweep_is_sweep_and_goes_on(run: Run, loaded: Any, tmp_path: Path) -> No
     expected = sweep(*loaded, ITEMS, multipliers=[0, 1], texts=TEXTS, max_kl=9)
     assert out == f"{expected}\n"
     assert Sweep.from_json(path) == expected
-    assert run("sweep", "model", "joy.safetensors", "items.jsonl", *arguments)[1] == out
     code, _, err = run("sweep", "model", "joy.safetensors", "items.jsonl", "--resume", kept)
     assert code == 1
     assert "holds a sweep with another" in err
@@ -435,18 +434,6 @@ def test_debug_shows_where_an_error_arose(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(folder)
     with pytest.raises(FileNotFoundError):
         main(["--debug", "train", "model", "none.csv", "-o", "x"])
-
-
-def test_an_interrupt_ends_cleanly(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from steering_vectors.cli import vectors
-
-    def interrupted(*_args: Any, **_kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(vectors, "load_model", interrupted)
-    code, out, err = run("train", "model", "pairs.csv", "-o", tmp_path / "made.safetensors")
-    assert (code, out, err) == (130, "", "interrupted\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 COMMANDS = [
