@@ -36,6 +36,7 @@ def check(base_url: str, *, api_key: str | None = None, timeout: float = 10.0) -
     # Here, since the plugin's entry point passes through this module whenever vLLM starts.
     import urllib.error
     import urllib.request
+    from http.client import HTTPException
 
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}")
@@ -49,7 +50,7 @@ def check(base_url: str, *, api_key: str | None = None, timeout: float = 10.0) -
         if error.code in (401, 403):
             raise RuntimeError(f"{url} answers {error.code} {error.reason}: pass the server's api_key") from None
         raise RuntimeError(f"{url} answers {error.code} {error.reason}: {_ADVICE}") from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ConnectionError(f"there is no server at {base_url}: {error}") from error
     except ValueError:
         found = None

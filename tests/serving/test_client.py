@@ -1,8 +1,10 @@
 """A client notices a server that would ignore the steering of its requests."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -55,6 +57,19 @@ def test_a_server_that_does_not_steer_is_told(status: int, body: str, reason: st
     with server(status, body) as (url, _), pytest.raises(RuntimeError) as caught:
         check(url)
     assert reason in str(caught.value)
+
+
+def test_a_port_that_does_not_speak_http_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as served:
+        address = f"http://127.0.0.1:{served.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as other:
+            asked = other.submit(check, address)
+            found, _ = served.accept()
+            with found:
+                found.recv(1000)
+                found.sendall(b"SSH-2.0\r\n\r\n")
+            with pytest.raises(ConnectionError, match=f"there is no server at {address}: SSH-2.0"):
+                asked.result()
 
 
 def test_no_server_and_no_address_are_told() -> None:
