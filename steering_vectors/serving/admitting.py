@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import torch
 
-from steering_vectors.serving.binding import Bound, BoundArguments, Catalog
+from steering_vectors.serving.binding import Bound, Catalog
 from steering_vectors.serving.patching import check_version, patch
 from steering_vectors.serving.settings import Settings
 from steering_vectors.serving.spec import KEY
@@ -19,6 +20,7 @@ from steering_vectors.serving.store import read_folder
 __all__ = ["ADMITTED", "CONFIG", "catalog", "install"]
 
 # The entry of vLLM's additional_config by which workers know what to prepare. It is part of the key of compiled graphs.
+# The attribute of vLLM's config of this name has the hashes of the vectors by name, and is not part of that key.
 CONFIG = "steering_vectors"
 # Architectures on which steering was compared with Hugging Face: make test-vllm.
 _TRIED = {
@@ -29,15 +31,17 @@ _TRIED = {
 # The texts of the steering that was admitted for an answer over HTTP.
 ADMITTED: ContextVar[list[str] | None] = ContextVar("admitted", default=None)
 _logger = logging.getLogger("vllm.steering_vectors")
-_catalogs: list[Catalog] = []  # the one of this process, if its engine begins here
+# Those of the engines that begin in this process, each with a reference to its model's config; the newest first.
+_catalogs: list[tuple[ref[Any], Catalog]] = []
 os.register_at_fork(after_in_child=_catalogs.clear)
 
 
-def catalog() -> Catalog:
-    """Return the vectors that this process serves by name."""
-    if not _catalogs:
-        raise RuntimeError("no engine with steering vectors was started in this process")
-    return _catalogs[-1]
+def catalog(model_config: Any) -> Catalog:
+    """Return the vectors that the engine of a model serves by name."""
+    for model, served in _catalogs:
+        if model() is model_config:
+            return served
+    raise RuntimeError("this engine was configured without steering vectors: make its config by EngineArgs")
 
 
 def install() -> None:
@@ -54,27 +58,51 @@ def install() -> None:
 
     check_version(vllm.__version__)
     patch(EngineArgs, "create_engine_config", "self usage_context headless", _configured)
-    patch(SamplingParams, "_verify_args", "self", _admitted)
+    patch(SamplingParams, "_verify_args", "self", _made)
     verified = "self model_config speculative_config structured_outputs_config tokenizer"
-    patch(SamplingParams, "verify", verified, _admitted)
+    patch(SamplingParams, "verify", verified, _sent)
     for module in (kv_cache_utils, block_pool):
         hashed = "request start_token_idx end_token_idx start_mm_idx"
         patch(module, "generate_block_hash_extra_keys", hashed, _keyed)
     arming.install()
 
 
-def _admitted(original: Callable[..., Any]) -> Callable[..., Any]:
-    def verify(self: Any, *arguments: Any, **named: Any) -> Any:
-        result = original(self, *arguments, **named)
-        asked = self.extra_args
+def _made(original: Callable[..., Any]) -> Callable[..., Any]:
+    def verify_arguments(self: Any) -> None:
+        original(self)
+        # Its engine is not known yet.
+        _admit(self, [served for _, served in _catalogs])
+
+    return verify_arguments
+
+
+def _sent(original: Callable[..., Any]) -> Callable[..., Any]:
+    def verify(self: Any, model_config: Any, *arguments: Any, **named: Any) -> None:
+        original(self, model_config, *arguments, **named)
         # In other processes than the one where the engine begins, requests have been admitted already.
-        if _catalogs and asked and KEY in asked and not isinstance(asked, BoundArguments):
-            self.extra_args = catalog().admit(asked)
-            if (admitted := ADMITTED.get()) is not None:
-                admitted.append(asked[KEY])
-        return result
+        if _catalogs and KEY in (self.extra_args or {}):
+            _admit(self, [catalog(model_config)])
 
     return verify
+
+
+def _admit(parameters: Any, catalogs: Sequence[Catalog]) -> None:
+    """Admit a request to the first of the catalogs that has its vectors, unless one has admitted it already."""
+    asked = parameters.extra_args
+    if not asked or KEY not in asked or any(served.has_admitted(asked) for served in catalogs):
+        return
+    refusals = []
+    for served in catalogs:
+        try:
+            parameters.extra_args = served.admit(asked)
+        except ValueError as error:
+            refusals.append(error)
+            continue
+        if (admitted := ADMITTED.get()) is not None:
+            admitted.append(asked[KEY])
+        return
+    if refusals:
+        raise refusals[0]
 
 
 def _keyed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,10 +142,12 @@ def _prepare(config: Any, settings: Settings) -> None:
         **config.additional_config,
         CONFIG: {"layers": layers, "capacity": settings.capacity},
     }
+    setattr(config, CONFIG, {vector.name: vector.hash for vector in vectors.values()})
     config.parallel_config.worker_extension_cls = "steering_vectors.serving.arming.SteeringWorker"
     _refuse_beams()
     largest = torch.finfo(config.model_config.dtype).max
-    _catalogs[:] = [Catalog(vectors.values(), layers=layers, capacity=settings.capacity, largest=largest)]
+    served = Catalog(vectors.values(), layers=layers, capacity=settings.capacity, largest=largest)
+    _catalogs[:] = [(ref(config.model_config), served), *((model, one) for model, one in _catalogs if model())]
     shown = ", ".join(f"{name} (layers {sorted(vector.directions)})" for name, vector in vectors.items()) or "none"
     _logger.info(
         "Steering vectors served: %s. The table of directions holds %d vectors; %s.",

@@ -15,7 +15,7 @@ from steering_vectors.serving.bank import Bank
 from steering_vectors.serving.binding import Bound
 from steering_vectors.serving.patching import patch
 from steering_vectors.serving.settings import Settings
-from steering_vectors.serving.store import read_folder, read_vector
+from steering_vectors.serving.store import read_vector
 
 __all__ = ["SteeringWorker", "install"]
 
@@ -61,8 +61,8 @@ class _Steering:
             dtype=model.dtype,
             device=runner.device,
         )
-        for vector in read_folder(settings.folder, **self._fit).values():
-            self.bank.load(vector.hash, vector.directions)
+        for name, key in getattr(config, CONFIG).items():
+            self.load(name, key)
         self._row_of_token = runner._make_buffer(runner.max_num_tokens, dtype=torch.int64)
         self._row_of_token.np[:] = 0
         self._row_of_token.copy_to_gpu()
@@ -73,7 +73,9 @@ class _Steering:
     def load(self, name: str, key: str) -> None:
         vector = read_vector(self._folder, name, **self._fit)
         if vector.hash != key:
-            raise ValueError(f"the file of {name!r} changed while it was loaded: load it again")
+            raise ValueError(
+                f"the file of the vector {name!r} changed after it was checked: load it, or start the server, again"
+            )
         self.bank.load(key, vector.directions)
 
     def prepare(self, runner: Any, scheduled: np.ndarray[Any, Any]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -12,13 +11,9 @@ from steering_vectors.serving.bank import Multipliers
 from steering_vectors.serving.spec import KEY, parse
 from steering_vectors.serving.store import StoredVector
 
-__all__ = ["Bound", "BoundArguments", "Catalog"]
+__all__ = ["Bound", "Catalog"]
 
 _BOUND = "steering_bound"
-
-
-class BoundArguments(dict[str, Any]):
-    """Extra arguments of a request that has been admitted: the user's, and the steering by hashes."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +22,12 @@ class Bound:
 
     multipliers: Multipliers
     tokens: str
+    # The request's text. It differs once the request's arguments are changed in place.
+    text: str = field(default="", compare=False)
+
+    def __deepcopy__(self, _memo: object) -> Bound:
+        """Return the same object, so that a copy of a request keeps its vectors loaded."""
+        return self
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any] | None) -> Bound | None:
@@ -38,8 +39,11 @@ class Bound:
             return None
         if _BOUND not in arguments:
             raise RuntimeError(f"a request with {KEY}={arguments[KEY]!r} went around its admission")
-        multipliers, tokens = arguments[_BOUND]
-        return cls(tuple((key, multiplier) for key, multiplier in multipliers), tokens)
+        found = arguments[_BOUND]
+        if isinstance(found, cls):
+            return found
+        # In another process it is plain values.
+        return cls(tuple((key, multiplier) for key, multiplier in found["multipliers"]), found["tokens"], found["text"])
 
     def start(self, prompt_length: int) -> int:
         """Return the index of the first steered token."""
@@ -60,7 +64,8 @@ class Bound:
 class Catalog:
     """The vectors that a server serves by name, and the admitted requests that use them.
 
-    A request keeps its vectors by their hashes, whatever becomes of their names, for as long as its arguments are held.
+    A request keeps its vectors by their hashes, whatever becomes of their names, for as long as its arguments, or
+    copies of them, are held.
     """
 
     def __init__(
@@ -70,15 +75,19 @@ class Catalog:
         self.vectors = {vector.name: vector for vector in vectors}
         self.loaded = {vector.hash for vector in self.vectors.values()}
         self.layers, self.capacity, self._largest = list(layers), capacity, largest
-        self._admitted: WeakValueDictionary[int, BoundArguments] = WeakValueDictionary()
-        self._numbers = itertools.count()
+        self._admitted: WeakValueDictionary[int, Bound] = WeakValueDictionary()  # by id()
 
-    def admit(self, arguments: Mapping[str, Any]) -> BoundArguments:
+    def has_admitted(self, arguments: Mapping[str, Any]) -> bool:
+        """Return whether a request's extra arguments are admitted, and their text is the one that was."""
+        bound = arguments.get(_BOUND)
+        return isinstance(bound, Bound) and self._admitted.get(id(bound)) is bound and bound.text == arguments[KEY]
+
+    def admit(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return a request's extra arguments with its steering by hashes.
 
         Raises ValueError, with the reason, for a bad text, for an unknown vector, and for numbers that are too large.
         """
-        if _BOUND in arguments:
+        if not isinstance(arguments.get(_BOUND), Bound | None):
             raise ValueError(f"{_BOUND} can't be set by a request: write {KEY}='NAME:MULTIPLIER'")
         spec = parse(arguments[KEY])
         sums: dict[str, float] = {}
@@ -92,13 +101,13 @@ class Catalog:
         if size > self._largest:
             raise ValueError(f"steering adds numbers up to {size:.3g}: the model's dtype ends at {self._largest:.3g}")
         multipliers = tuple(sorted((key, multiplier) for key, multiplier in sums.items() if multiplier))
-        bound = BoundArguments({**arguments, _BOUND: (multipliers, spec.tokens)})
-        self._admitted[next(self._numbers)] = bound
-        return bound
+        bound = Bound(multipliers, spec.tokens, arguments[KEY])
+        self._admitted[id(bound)] = bound
+        return {**arguments, _BOUND: bound}
 
     def unused(self) -> set[str]:
         """Return the hashes of loaded vectors that have no name any more and that no admitted request holds."""
-        held = {key for arguments in list(self._admitted.values()) for key, _ in arguments[_BOUND][0]}
+        held = {key for bound in list(self._admitted.values()) for key, _ in bound.multipliers}
         return self.loaded - held - {vector.hash for vector in self.vectors.values()}
 
     def described(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class SteeringRoutes:
         self._engine = engine_client
         self._settings = Settings.of_environment()
         model = engine_client.vllm_config.model_config
+        self._catalog = catalog(model)
         self._fit = {"depth": model.get_total_num_hidden_layers(), "width": model.get_hidden_size()}
 
     @staticmethod
@@ -58,7 +59,7 @@ class SteeringRoutes:
         return answer
 
     async def _list(self, _request: Any) -> dict[str, Any]:
-        return {**catalog().described(), "loading": self._settings.loading}
+        return {**self._catalog.described(), "loading": self._settings.loading}
 
     async def _load(self, request: Any) -> dict[str, Any]:
         self._check_allowed()
@@ -66,7 +67,7 @@ class SteeringRoutes:
         async with self._one_at_a_time:
             vector = await asyncio.to_thread(self._read, name)
             await self._forget_unused()
-            served = catalog()
+            served = self._catalog
             if vector.hash not in served.loaded:
                 if len(served.loaded) >= served.capacity:
                     raise _RefusedError(
@@ -75,24 +76,32 @@ class SteeringRoutes:
                         f"requests; unload one first, or start the server with a larger STEERING_VECTORS_CAPACITY",
                     )
                 served.loaded.add(vector.hash)  # before the call, so that what a failed one left is forgotten later
-                await self._engine.collective_rpc("load_steering_vector", args=(name, vector.hash))
+                await self._load_in_workers(name, vector.hash)
             served.vectors[name] = vector
         return {"name": name, "layers": sorted(vector.directions), "hash": vector.hash}
+
+    async def _load_in_workers(self, name: str, key: str) -> None:
+        try:
+            await self._engine.collective_rpc("load_steering_vector", args=(name, key))
+        except Exception as error:
+            if self._engine.errored:
+                raise
+            raise _RefusedError(409, f"the workers did not load the vector {name!r}: {error}") from error
 
     async def _unload(self, request: Any) -> dict[str, Any]:
         self._check_allowed()
         name = request.path_params["name"]
         async with self._one_at_a_time:
-            vector = catalog().vectors.pop(name, None)
+            vector = self._catalog.vectors.pop(name, None)
             if vector is None:
                 raise _RefusedError(404, f"there is no steering vector {name[:40]!r}")
             await self._forget_unused()
-        return {"name": name, "in_use": vector.hash in catalog().loaded}
+        return {"name": name, "in_use": vector.hash in self._catalog.loaded}
 
     async def _forget_unused(self) -> None:
-        for key in catalog().unused():
+        for key in self._catalog.unused():
             await self._engine.collective_rpc("unload_steering_vector", args=(key,))
-            catalog().loaded.discard(key)
+            self._catalog.loaded.discard(key)
 
     def _check_allowed(self) -> None:
         if not self._settings.loading:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from steering_vectors.serving.binding import Bound, BoundArguments, Catalog
+from steering_vectors.serving.binding import Bound, Catalog
 from steering_vectors.serving.store import StoredVector
 
 A = StoredVector("a", {0: torch.tensor([1.0, -2.0])}, "hash-a")
@@ -41,12 +41,21 @@ def test_other_arguments_are_kept_and_the_users_are_not_changed() -> None:
 def test_a_copy_in_another_process_has_the_same_steering() -> None:
     admitted = catalog().admit({"steering": "a:1@generated"})
     for made in (copy.deepcopy(admitted), pickle.loads(pickle.dumps(admitted))):
-        assert isinstance(made, BoundArguments)
         assert Bound.of(made) == Bound.of(admitted)
-    lists = {
-        name: [list(map(list, value[0])), value[1]] if name != "steering" else value for name, value in admitted.items()
-    }
-    assert Bound.of(lists) == Bound.of(admitted)
+    plain = {"multipliers": [["hash-a", 1.0]], "tokens": "generated", "text": "a:1@generated"}
+    assert Bound.of({**admitted, "steering_bound": plain}) == Bound.of(admitted)
+
+
+def test_arguments_that_were_changed_or_admitted_elsewhere_are_not_admitted() -> None:
+    served = catalog()
+    admitted = served.admit({"steering": "a:1"})
+    assert served.has_admitted(admitted)
+    assert served.has_admitted(copy.deepcopy(admitted))
+    assert not catalog().has_admitted(admitted)
+    assert not served.has_admitted({"steering": "a:1"})
+    changed = {**admitted, "steering": "a:2"}
+    assert not served.has_admitted(changed)
+    assert Bound.of(served.admit(changed)) == Bound((("hash-a", 2.0),), "all")
 
 
 def test_a_request_without_steering_is_left_alone() -> None:
@@ -108,7 +117,10 @@ def test_a_vector_is_unused_once_it_has_no_name_and_no_request() -> None:
     assert served.unused() == {"hash-b"}
     with pytest.raises(ValueError, match="there is no steering vector 'a'"):
         served.admit({"steering": "a:1"})
+    copied = copy.deepcopy(admitted)
     del admitted
+    assert served.unused() == {"hash-b"}
+    del copied
     assert served.unused() == {"hash-a", "hash-b"}
 
 

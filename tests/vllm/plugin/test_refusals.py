@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from steering_vectors import SteeringVector
 from tests import tiny
@@ -182,6 +184,88 @@ def test_parameters_that_were_made_before_the_engine_are_admitted_with_their_req
     parameters.extra_args = {"steering": "sad:2"}
     with pytest.raises(ValueError, match="no steering vector 'sad'"):
         parameters.verify(config.model_config, None, None, None)
+
+
+def test_steering_that_is_changed_in_place_is_admitted_again(served: Served) -> None:
+    from steering_vectors.serving.binding import Bound
+
+    config = configured(served)
+    parameters = vllm.SamplingParams(extra_args={"steering": "both:1"})
+    parameters.extra_args["steering"] = "both:-2"
+    parameters.verify(config.model_config, None, None, None)
+    found = Bound.of(parameters.extra_args)
+    assert found is not None
+    assert [multiplier for _, multiplier in found.multipliers] == [-2.0]
+    parameters.extra_args["steering"] = "sad:2"
+    with pytest.raises(ValueError, match="no steering vector 'sad'"):
+        parameters.verify(config.model_config, None, None, None)
+
+
+def test_each_of_two_engines_admits_its_requests(served: Served, folder: Path) -> None:
+    from steering_vectors.serving.binding import Bound
+
+    first = configured(served)
+    SteeringVector({1: [1.0] * 64}).save(folder / "both.safetensors")
+    (folder / "middle.safetensors").unlink()
+    second = configured(served)
+    parameters = vllm.SamplingParams(extra_args={"steering": "both:1"})
+    keys = []
+    for config in (first, second, first):
+        parameters.verify(config.model_config, None, None, None)
+        found = Bound.of(parameters.extra_args)
+        assert found is not None
+        keys.append(found.multipliers)
+    assert keys[0] == keys[2] != keys[1]
+    parameters = vllm.SamplingParams(extra_args={"steering": "middle:1"})
+    parameters.verify(first.model_config, None, None, None)
+    with pytest.raises(ValueError, match="no steering vector 'middle'"):
+        parameters.verify(second.model_config, None, None, None)
+
+
+def test_a_file_that_changes_during_the_start_stops_it(served: Served, folder: Path) -> None:
+    from steering_vectors.serving.arming import _Steering
+
+    config = configured(served)
+    buffer = SimpleNamespace(np=np.zeros(8), gpu=torch.zeros(8), copy_to_gpu=lambda: None)
+    runner = SimpleNamespace(vllm_config=config, max_num_reqs=2, max_num_tokens=8, device="cpu")
+    runner._make_buffer = lambda *_, **__: buffer
+    SteeringVector({1: [1.0] * 64}).save(folder / "new.safetensors")
+    assert len(_Steering(runner, {}).bank.loaded) == 3
+    SteeringVector({1: [1.0] * 64}).save(folder / "both.safetensors")
+    with pytest.raises(ValueError, match="the file of the vector 'both' changed after it was checked"):
+        _Steering(runner, {})
+
+
+def test_a_vector_that_the_workers_did_not_load_is_answered_in_words(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    from steering_vectors.serving.routes import SteeringRoutes
+
+    called = []
+
+    async def call(method: str, args: tuple[str, ...]) -> None:
+        called.append(method)
+        if method == "load_steering_vector":
+            raise RuntimeError("the disk is gone")
+
+    monkeypatch.setenv("STEERING_VECTORS_LOADING", "1")
+    app, routes = FastAPI(), SteeringRoutes()
+    routes.attach_router(app)
+    engine = SimpleNamespace(vllm_config=configured(served), collective_rpc=call, errored=False)
+    asyncio.run(routes.init_state(engine, None, None))
+    SteeringVector({1: [1.0] * 64}).save(folder / "new.safetensors")
+    client = TestClient(app)
+    answer = client.post("/v1/steering/load", json={"name": "new"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["message"] == "the workers did not load the vector 'new': the disk is gone"
+    assert "new" not in client.get("/v1/steering").json()["vectors"]
+    # What one of several workers may have loaded is forgotten.
+    assert client.delete("/v1/steering/first").status_code == 200
+    assert called == ["load_steering_vector", "unload_steering_vector", "unload_steering_vector"]
+    assert client.get("/v1/steering").json()["loaded"] == 2
 
 
 def test_nothing_is_loaded_or_unloaded_unless_the_operator_allows_it(served: Served) -> None:
