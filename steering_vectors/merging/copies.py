@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The packages whose hooks place and run modules, and change nothing that these compute.
+_RUNNERS = ("torch", "transformers", "accelerate", "kernels")
 # By dtype, the largest difference of logits, as a share of the largest logit.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -72,14 +75,23 @@ def check_mergeable(model: PreTrainedModel) -> None:
 def _check_without_hooks(model: nn.Module) -> None:
     """Raise ValueError if a module has forward hooks, except those by which PyTorch and transformers work."""
     for name, module in model.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for hook in _hooks_of(module):
             maker = getattr(hook, "__module__", None) or type(hook).__module__
-            if maker.partition(".")[0] not in ("torch", "transformers"):
+            if maker.partition(".")[0] not in _RUNNERS:
                 called = getattr(hook, "__qualname__", type(hook).__qualname__)
                 raise ValueError(
                     f"{name or 'the model'} has a forward hook, {called} of {maker}, which weights can't hold: remove "
                     f"the hook, or leave the block that has set it, and call this again"
                 )
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the forward hooks of a module, and what replaces its ``forward``, such as the hooks of accelerate."""
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
+    if "forward" in vars(module):
+        replacement = vars(module).get("_hf_hook", module.forward)
+        yield from getattr(replacement, "hooks", [replacement])
 
 
 def check_text_alone(model: PreTrainedModel) -> None:
@@ -187,7 +199,7 @@ def logits_of(model: Any, within: AbstractContextManager[Any] | None = None) -> 
 def check_equal(got: Tensor, expected: Tensor, what: str) -> None:
     """Raise ValueError unless the logits of two models in float32 or wider agree up to rounding."""
     share = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    if not share <= _TOLERANCES[expected.dtype]:
+    if not share <= _TOLERANCES.get(expected.dtype, 1e-4):
         raise ValueError(
             f"{what} would compute something else than the steered model: on a few tokens, logits differ by "
             f"{share:.2g} of the largest one, so nothing was made"

@@ -109,6 +109,30 @@ class TestHooks:
         with pytest.raises(ValueError, match=r"model.layers.1.mlp has a forward hook, doubled\w* of tests.merging"):
             MERGES[kind](model)
 
+    def test_of_accelerate_are_refused_if_other_code_wrote_them(self, kind: str) -> None:
+        hooks = pytest.importorskip("accelerate.hooks")
+
+        class Doubled(hooks.ModelHook):  # type: ignore[misc, name-defined]
+            def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+                return 2 * output
+
+        model: Any = tiny.build("llama")
+        expected = steered(kind, model)
+        hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu"))
+        torch.testing.assert_close(logits(MERGES[kind](model)), expected, atol=1e-4, rtol=1e-4)
+        hooks.add_hook_to_module(model.model.layers[1].mlp, Doubled())
+        hooks.add_hook_to_module(model.model.layers[1].mlp, hooks.AlignDevicesHook(execution_device="cpu"), append=True)
+        with pytest.raises(ValueError, match=r"model.layers.1.mlp has a forward hook, .*Doubled of tests.merging"):
+            MERGES[kind](model)
+
+    def test_that_replace_forward_are_refused(self, kind: str) -> None:
+        model: Any = tiny.build("llama")
+        part = model.model.layers[1].mlp
+        forward = part.forward
+        part.forward = lambda *args: 2 * forward(*args)
+        with pytest.raises(ValueError, match=r"model.layers.1.mlp has a forward hook, .*lambda.* of tests.merging"):
+            MERGES[kind](model)
+
     @pytest.mark.parametrize("within", [lambda model: monitor(model, VECTOR), record_activations])
     def test_of_this_library_that_read_are_refused(self, kind: str, within: Any) -> None:
         model: Any = tiny.build("llama")
