@@ -25,7 +25,7 @@ OLD_LEFT_OUT ?=
 OLD_TESTS = -m pytest -n 2 --dist loadgroup -q -m "$(OLD_MARKS)" \
 	-o "norecursedirs=.* architectures build dist engines gpu pages soak tests/playground vllm $(OLD_LEFT_OUT)"
 
-.PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-vllm test-vllm-lora comparison fuzz soak docs lint types format clean
+.PHONY: help demo playground pictures-of-playground test-playground test test-wrapped test-adapters test-docs test-oldest test-between test-architectures test-quantized test-wheel test-gpu test-llamacpp test-lm-eval test-repeng test-vllm test-vllm-lora comparison fuzz soak docs lint types format clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -95,6 +95,9 @@ test-llamacpp: $(VENV_LLAMACPP)/.installed ## llama.cpp with control vectors, ad
 
 test-lm-eval: $(VENV_LMEVAL)/.installed ## lm-evaluation-harness on steered models, with its table of results
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(VENV_LMEVAL)/bin/python -m pytest tests/engines/test_lm_eval.py -q -s
+
+test-repeng: $(VENV_OTHERS)/repeng/.installed ## repeng's files here, and this library's in repeng: their logits, in a list
+	@PYTHONPATH=. OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(VENV_OTHERS)/repeng/bin/python -m pytest tests/engines/test_repeng.py -q -s
 
 test-playground: $(VENV_PLAYGROUND)/.installed ## the playground in headless Chromium, with SmolLM2
 	@test -n "$$CHROMIUM" || command -v chromium >/dev/null || command -v google-chrome >/dev/null \
@@ -198,7 +201,7 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints.txt Makefile
 
 $(VENV_OTHERS)/ours/.installed: VERSIONS = tqdm $(NEWEST)
 $(VENV_OTHERS)/steering-vectors/.installed: VERSIONS = steering-vectors==0.12.2 transformers==4.57.6
-$(VENV_OTHERS)/repeng/.installed: VERSIONS = repeng==0.4.0 $(NEWEST)
+$(VENV_OTHERS)/repeng/.installed: VERSIONS = repeng==0.4.0 pytest hypothesis $(NEWEST)
 $(VENV_OTHERS)/nnsight/.installed: VERSIONS = nnsight==0.8.1 $(NEWEST)
 $(VENV_OTHERS)/%/.installed: constraints.txt Makefile
 	@echo "Installing $(VERSIONS) into $(@D); this takes a few minutes ..."
