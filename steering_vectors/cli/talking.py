@@ -15,7 +15,10 @@ from steering_vectors.cli.usage import BadParameter, UsageError
 
 OfModel = tuple[str | None, str | None, str | None]
 _DEFAULT = (-1.0, 0.0, 1.0)
-_HELP = "/m NUMBER sets the strength (/m NAME NUMBER of one vector), /off stops steering, /trace shows what was steered"
+_HELP = (
+    "/m NUMBER sets the strength, and /m NAME NUMBER that of one vector;\n"
+    "/off stops steering, and /trace shows what was steered"
+)
 
 
 def steered_tokens(name: str) -> Any:
