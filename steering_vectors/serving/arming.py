@@ -35,9 +35,16 @@ class SteeringWorker:
 
     model_runner: Any
 
-    def load_steering_vector(self, name: str, key: str) -> None:
-        """Load a vector of the folder, whose hash must be ``key``."""
-        self.model_runner.steering.load(name, key)
+    def load_steering_vector(self, name: str, key: str) -> str | None:
+        """Load a vector of the folder, whose hash must be ``key``, and return the reason if that fails.
+
+        It raises nothing: vLLM would take the other workers' answers for those to its next call.
+        """
+        try:
+            self.model_runner.steering.load(name, key)
+        except Exception as error:
+            return str(error)
+        return None
 
     def unload_steering_vector(self, key: str) -> None:
         """Forget the vector with this hash."""

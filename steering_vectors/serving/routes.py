@@ -81,12 +81,9 @@ class SteeringRoutes:
         return {"name": name, "layers": sorted(vector.directions), "hash": vector.hash}
 
     async def _load_in_workers(self, name: str, key: str) -> None:
-        try:
-            await self._engine.collective_rpc("load_steering_vector", args=(name, key))
-        except Exception as error:
-            if self._engine.errored:
-                raise
-            raise _RefusedError(409, f"the workers did not load the vector {name!r}: {error}") from error
+        answers = await self._engine.collective_rpc("load_steering_vector", args=(name, key))
+        if reasons := [reason for reason in answers if reason]:
+            raise _RefusedError(409, f"the workers did not load the vector {name!r}: {reasons[0]}")
 
     async def _unload(self, request: Any) -> dict[str, Any]:
         self._check_allowed()

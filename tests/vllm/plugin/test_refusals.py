@@ -242,19 +242,27 @@ def test_a_vector_that_the_workers_did_not_load_is_answered_in_words(
     from fastapi import FastAPI
     from starlette.testclient import TestClient
 
+    from steering_vectors.serving.arming import SteeringWorker
     from steering_vectors.serving.routes import SteeringRoutes
 
     called = []
 
-    async def call(method: str, args: tuple[str, ...]) -> None:
+    def spoil(name: str, key: str) -> None:
+        raise OSError("the disk is gone")
+
+    whole, spoiled = SteeringWorker(), SteeringWorker()
+    for worker, load in ((whole, lambda *_: None), (spoiled, spoil)):
+        bank = SimpleNamespace(unload=lambda _: None)
+        worker.model_runner = SimpleNamespace(steering=SimpleNamespace(load=load, bank=bank))
+
+    async def call(method: str, args: tuple[str, ...]) -> list[str | None]:
         called.append(method)
-        if method == "load_steering_vector":
-            raise RuntimeError("the disk is gone")
+        return [getattr(worker, method)(*args) for worker in (whole, spoiled)]
 
     monkeypatch.setenv("STEERING_VECTORS_LOADING", "1")
     app, routes = FastAPI(), SteeringRoutes()
     routes.attach_router(app)
-    engine = SimpleNamespace(vllm_config=configured(served), collective_rpc=call, errored=False)
+    engine = SimpleNamespace(vllm_config=configured(served), collective_rpc=call)
     asyncio.run(routes.init_state(engine, None, None))
     SteeringVector({1: [1.0] * 64}).save(folder / "new.safetensors")
     client = TestClient(app)
