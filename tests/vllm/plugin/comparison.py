@@ -84,14 +84,16 @@ def run(
     batches: list[list[Request]],
     *,
     fault: str | None = None,
+    adapter: Path | None = None,
     environment: dict[str, str | None] | None = None,
     **engine: Any,
 ) -> dict[str, Any]:
-    """What vLLM answers to batches, in a process of its own."""
+    """What vLLM answers to batches, in a process of its own; every second request of a batch has the adapter."""
     folder = served.vectors.parent
     given, made, log = folder / "given.json", folder / "made.json", folder / "log"
     made.unlink(missing_ok=True)
-    given.write_text(json.dumps({"model": str(served.path), "engine": engine, "batches": batches}))
+    asked = {"model": str(served.path), "engine": engine, "batches": batches, "adapter": adapter and str(adapter)}
+    given.write_text(json.dumps(asked))
     variables = {"STEERING_VECTORS_DIR": str(served.vectors), **(environment or {})}
     job = {"given": str(given), "made": str(made), "log": str(log), "fault": fault, "environment": variables}
     process = engines()

@@ -3,7 +3,7 @@
 vLLM is imported once; each line of JSON on standard input is then a job in a forked process, as an engine needs one of
 its own: a file with the model, the engine's arguments and batches of requests, which run one after the other, a file for
 the answers, a file for what is printed, the environment, and perhaps the name of a fault. A request is a list of token
-ids, its steering or null, and the number of tokens. The answer on standard output is the job's status.
+ids, its steering or null, and the number of tokens; every second one of a batch may have a LoRA adapter. The answer on standard output is the job's status.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from tests.vllm.plugin import faults
 
@@ -22,6 +23,7 @@ def run(given: Path, made: Path) -> None:
     asked: dict[str, Any] = json.loads(given.read_text())
     options = {"dtype": "float32", "max_model_len": 96, "enforce_eager": True, "disable_log_stats": False}
     engine = LLM(asked["model"], skip_tokenizer_init=True, **{**options, **asked["engine"]})
+    adapter = asked["adapter"] and LoRARequest("adapter", 1, asked["adapter"])
     answers = []
     for requests in asked["batches"]:
         parameters = [
@@ -35,7 +37,9 @@ def run(given: Path, made: Path) -> None:
             )
             for _, steering, length in requests
         ]
-        outputs = engine.generate([{"prompt_token_ids": ids} for ids, _, _ in requests], parameters, use_tqdm=False)
+        prompts = [{"prompt_token_ids": ids} for ids, _, _ in requests]
+        adapters = [adapter if i % 2 else None for i in range(len(requests))]
+        outputs = engine.generate(prompts, parameters, use_tqdm=False, lora_request=adapters)
         for output in outputs:
             found = output.outputs[0]
             steps = [{token: value.logprob for token, value in step.items()} for step in found.logprobs]

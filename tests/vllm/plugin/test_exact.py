@@ -3,10 +3,12 @@
 ``make test-vllm`` runs this in an environment of its own.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny
 from tests.vllm.plugin.comparison import SIZES, Request, Served, compared, ids, prepared, run
@@ -119,6 +121,35 @@ def test_a_second_turn_that_holds_a_steered_answer(tmp_path: Path, show: ShowCas
     made = check(show, "second turn after a steered answer", served, batches, block_size=32, max_model_len=128)
     # Only the first block was unsteered in the first turn.
     assert [answer["cached"] for answer in made["answers"]][:2] == [0, 32]
+
+
+def test_a_lora_beside_steering(tmp_path: Path, show: ShowCase) -> None:
+    """With and without an adapter, in the same batches, by turns through the same prefix cache."""
+    peft = pytest.importorskip("peft")
+    served = llama(tmp_path)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    tuned = peft.get_peft_model(copy.deepcopy(served.model), config)
+    tuned.save_pretrained(tmp_path / "adapter")
+    adapted = Served(tuned.merge_and_unload(), served.path, served.vectors)
+    prompt = ids(7, 104)
+    batches: list[list[Request]] = [
+        [(prompt, steering, 6)] * 2 for steering in (None, "both:1", "both:1@generated", "middle:1", None)
+    ]
+    batches.append([request for request in SEVEN for _ in range(2)])
+    # On a CPU one place for adapters must stay free.
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "block_size": 32, "max_model_len": 128}
+    answers = run(served, batches, adapter=tmp_path / "adapter", **options)["answers"]
+    requests = [request for batch in batches for request in batch]
+    assert [answer["cached"] for answer in answers[:10]] == [0, 0, 0, 0, 96, 96, 0, 0, 96, 96]
+    for name, reference, first in (("without", served, 0), ("with", adapted, 1)):
+        off, effect = compared(reference, requests[first::2], answers[first::2])
+        show(f"{name} a LoRA, in the same batches", off, effect)
+        assert off < EXACT
+        assert effect > 100 * EXACT
+    assert compared(served, requests[1::2], answers[1::2])[0] > 100 * EXACT
 
 
 FAMILIES = {
