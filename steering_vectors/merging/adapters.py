@@ -20,7 +20,14 @@ from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors.ablation import ablate_everywhere
 from steering_vectors.merging.added import last_linears
 from steering_vectors.merging.biases import check_addable
-from steering_vectors.merging.copies import check_equal, check_mergeable, check_text_alone, logits_of, wide_copy
+from steering_vectors.merging.copies import (
+    check_equal,
+    check_mergeable,
+    check_text_alone,
+    in_whole_float32,
+    logits_of,
+    wide_copy,
+)
 from steering_vectors.merging.folders import check_target, hash_of_weights, written_folder
 from steering_vectors.merging.in_vllm import engine_arguments
 from steering_vectors.merging.low_rank import factors_of
@@ -75,6 +82,7 @@ class Adapter:
     layer_config="only outputs of the model's decoder blocks can be written into an adapter",
     missing="the arguments begin with vector_or_direction, model, folder",
 )
+@in_whole_float32
 def to_adapter(
     vector_or_direction: SteeringVector | Tensor,
     model: PreTrainedModel,

@@ -14,6 +14,7 @@ from steering_vectors.merging.copies import (
     block_names,
     check_equal,
     check_mergeable,
+    in_whole_float32,
     logits_of,
     restore_dtypes,
     wide_copy,
@@ -36,6 +37,7 @@ _ALL_ALIKE = "a bias is added at every token, by addition alone: "
     layer_config="only outputs of the model's decoder blocks can be merged",
     missing="the arguments begin with vector, model",
 )
+@in_whole_float32
 def merge(
     vector: SteeringVector, model: PreTrainedModel, *, multiplier: float = 1.0, engine: str | None = None
 ) -> PreTrainedModel:

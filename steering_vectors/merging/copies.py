@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import reduce, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from steering_vectors._precision import autocast_devices
 from steering_vectors.layer_matching import collect_matching_layers, guess_and_enhance_layer_config
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_is_model",
     "check_mergeable",
     "check_text_alone",
+    "in_whole_float32",
     "logits_of",
     "pass_inputs",
     "restore_dtypes",
@@ -27,11 +29,50 @@ __all__ = [
     "wide_dtype",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The packages whose hooks place and run modules, and change nothing that these compute.
 _RUNNERS = ("torch", "transformers", "accelerate", "kernels")
 # By dtype, the largest difference of logits, as a share of the largest logit.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+def in_whole_float32(function: Callable[P, T]) -> Callable[P, T]:
+    """Return ``function`` wrapped to compute in float32 as such, outside ``torch.autocast`` and without TF32."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as stack:
+            for device in autocast_devices():
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(_without_tf32())
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    kept = {backend: backend.fp32_precision for backend in backends if hasattr(backend, "fp32_precision")}
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by backend, which PyTorch has from 2.9 on
+        precision = None
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            for backend in kept:
+                backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, allowed in kept.items():
+            backend.fp32_precision = allowed
 
 
 def check_is_model(model: object) -> None:

@@ -15,6 +15,7 @@ from steering_vectors.merging.copies import (
     check_equal,
     check_mergeable,
     check_text_alone,
+    in_whole_float32,
     logits_of,
     restore_dtypes,
     wide_copy,
@@ -30,6 +31,7 @@ _WHOLE = "weights write at every token and layer alike: ablate with ablate_every
 @with_hints(
     tokens=_WHOLE, rows=_WHOLE, strength=_WHOLE, layer_config=_WHOLE, missing="the arguments are model, direction"
 )
+@in_whole_float32
 def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -> PreTrainedModel:
     """Return a copy of ``model`` that can't write along ``direction``: an ordinary model, always ablated.
 
@@ -82,7 +84,7 @@ def merge_ablation(model: PreTrainedModel, direction: Tensor | SteeringVector) -
             "the embeddings are no longer tied to the head, which stays as it is, so the merged model has "
             "tie_word_embeddings=False and takes more memory",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     for name, axis in axes.items():
         project(merged.get_parameter(name), unit_rows, axis)

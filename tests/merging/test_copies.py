@@ -1,5 +1,7 @@
 """The copies in which merged models are made: their precision, their dtypes, and what they don't hold."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +82,58 @@ def test_flash_attention_which_needs_half_precision_is_kept_for_the_result(kind:
     assert made.config._attn_implementation == "flash_attention_2"
     made.config._attn_implementation = "eager"
     torch.testing.assert_close(logits(made), expected, atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("kind", MERGES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_of_the_caller_rounds_nothing(kind: str, dtype: torch.dtype) -> None:
+    model = lively("llama").to(dtype)
+    expected = MERGES[kind](model).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = MERGES[kind](model).state_dict()
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+PRECISION_BY_BACKEND = """
+import torch
+from tests.merging.test_copies import MERGES, lively
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+for merged in MERGES.values():
+    merged(lively("llama"))
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+
+
+@pytest.mark.parametrize("kind", MERGES)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precision_that_the_caller_allows_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, kind: str, precision: Any
+) -> None:
+    seen = []
+    for module in (biases, projecting):
+        compare = module.check_equal
+
+        def noting(*args: Any, compare: Any = compare) -> None:
+            seen.append(torch.get_float32_matmul_precision())
+            compare(*args)
+
+        monkeypatch.setattr(module, "check_equal", noting)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        MERGES[kind](lively("llama"))
+        assert seen == ["highest"]
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9")
+def test_precision_that_was_set_by_backend_stays() -> None:
+    """In a process of its own, since PyTorch reads the old setting no more."""
+    run = subprocess.run([sys.executable, "-c", PRECISION_BY_BACKEND], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_a_sum_too_large_for_the_dtype_is_refused() -> None:

@@ -94,8 +94,9 @@ class TestTheCopy:
         torch.testing.assert_close(logits(merge_ablation(model, small)), expected)
 
     def test_says_that_it_unties_the_embeddings(self) -> None:
-        with pytest.warns(UserWarning, match="the embeddings are no longer tied to the head"):
+        with pytest.warns(UserWarning, match="the embeddings are no longer tied to the head") as caught:
             made: Any = merge_ablation(tiny.build("gpt2"), DIRECTION)
+        assert caught[0].filename == __file__
         assert made.config.tie_word_embeddings is False
 
     def test_of_an_untied_model_says_nothing(self, recwarn: pytest.WarningsRecorder) -> None:
