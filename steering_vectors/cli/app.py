@@ -31,8 +31,29 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every command is a line or two of Python, which the documentation shows. --debug: where an error arose.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from steering_vectors import __version__
+
+        print(f"steering-vectors {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(measure_app)
 app.add_typer(export_app, name="export")
 

@@ -18,7 +18,7 @@ export_app = typer.Typer(help="Write a vector for other programs.", no_args_is_h
 def gguf(
     vector: VectorName, output: NewFile, multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0
 ) -> None:
-    """Write a control vector for llama.cpp, and print the options that apply it."""
+    """Write a control vector for llama.cpp. Its options are printed."""
     from steering_vectors.cli import exporting
 
     exporting.gguf(vector, output, multiplier)
@@ -39,7 +39,7 @@ def adapter(
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write a PEFT adapter, and print the options with which vLLM serves it."""
+    """Write a PEFT adapter. The options with which vLLM serves it are printed."""
     from steering_vectors.cli import exporting
 
     exporting.adapter(model, vector, output, multiplier, ablate, (gguf_file, dtype, None))
@@ -57,7 +57,7 @@ def lm_eval(
     multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
     gguf_file: GgufFile = None,
 ) -> None:
-    """Write the file that lm-evaluation-harness's model type 'steered' reads."""
+    """Write a file for lm-evaluation-harness. Its model type 'steered' reads it."""
     from steering_vectors.cli import exporting
 
     exporting.lm_eval(model, vector, output, multiplier, (gguf_file, None, None))

@@ -80,6 +80,8 @@ def load_vector(path: str, layers: str | None = None) -> Any:
     if Path(path).is_file():
         vector = SteeringVector.load(path)
     elif Path(path).is_dir():
+        if not (Path(path) / hub.FILE).is_file():
+            raise FileNotFoundError(f"the folder {path} has no vector: there is no {hub.FILE} in it")
         vector = hub.from_pretrained(path)
     elif Path(path).suffix == ".safetensors" or not may_be_on_the_hub(path):
         raise FileNotFoundError(f"there is no file {path}")

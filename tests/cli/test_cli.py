@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from steering_vectors import SteeringVector, from_index, generated, train_steering_vector
+from steering_vectors import SteeringVector, __version__, from_index, generated, train_steering_vector
 from steering_vectors.cli import main
 from steering_vectors.cli.loading import layers_of
 from steering_vectors.evaluation import (
@@ -467,6 +467,18 @@ def test_help_lists_the_commands(run: Run) -> None:
     for command in [*COMMANDS, "export"]:
         assert f"\n  {command} " in out
     assert "..." not in out.partition("Commands:")[2]  # no summary is cut off
+
+
+def test_the_help_of_exports_is_whole(run: Run) -> None:
+    code, out, _ = run("export", "-h")
+    assert code == 0
+    for _, name in EXPORTS:
+        assert f"\n  {name} " in out
+    assert "..." not in out.partition("Commands:")[2]
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run("--version") == (0, f"steering-vectors {__version__}\n", "")
 
 
 def test_no_help_page_imports_what_takes_long() -> None:

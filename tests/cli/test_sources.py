@@ -92,6 +92,7 @@ def train(*arguments: str) -> list[str]:
         (train("model.gguf", "pairs.csv"), 1, "is a file: write its folder, and --gguf-file model.gguf"),
         (train("pairs.jsonl", "pairs.csv"), 1, "error: the model pairs.jsonl is a file: name a folder"),
         (["show", "./none"], 1, "error: there is no file ./none"),
+        (["show", "model"], 1, "error: the folder model has no vector: there is no steering_vector.safetensors in it"),
         (["export", "adapter", "model", "./none", "-o", "x"], 1, "error: there is no file ./none"),
         (["export", "lm-eval", "model", "./none", "-o", "x"], 1, "error: there is no file ./none"),
     ],
