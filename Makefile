@@ -33,6 +33,8 @@ help: ## what there is to make
 demo: $(VENV)/.installed ## steer SmolLM2-135M-Instruct, or MODEL=…, and show what changes; ARGS=--help
 	@$(VENV)/bin/python -m steering_vectors $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
+# Threads that wait for each other would take the cores from the browser.
+playground: export OMP_WAIT_POLICY ?= PASSIVE
 playground: $(VENV_PLAYGROUND)/.installed $(VENV_PLAYGROUND)/vectors ## a page in the browser: SmolLM2 with and without the demo's vectors; ARGS=--help
 	@$(VENV_PLAYGROUND)/bin/steering-vectors playground $(VENV_PLAYGROUND)/share/smollm2-135m-instruct $(VENV_PLAYGROUND)/vectors/*.safetensors $(ARGS)
 

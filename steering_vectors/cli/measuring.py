@@ -78,6 +78,7 @@ def measure(
 
     model, vector, items = sources
     check_output(output, vector, items, asked.pairs, asked.texts, given.get("path"))
+    check_output(given.get("path"), vector, items, asked.pairs, asked.texts)
     directions = load_vector(vector, layers)
     arguments, rows = {**given, **asked.arguments(directions)}, _items(items)
     gguf_file, dtype, device = of_model

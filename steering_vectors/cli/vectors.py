@@ -134,7 +134,6 @@ def show(name: str) -> None:
 
 def combine(given: Sequence[str], output: Path) -> None:
     """Add vectors, each times its factor, and save the sum."""
-    check_output(output)
     terms = []
     for argument in given:
         name, colon, factor = argument.rpartition(":")
@@ -142,6 +141,7 @@ def combine(given: Sequence[str], output: Path) -> None:
             terms.append((name, finite_number(float(factor), "a factor")) if colon else (argument, 1.0))
         except ValueError:
             raise BadParameter(f"{argument!r} has no finite number behind the colon, as in {name}:0.5") from None
+    check_output(output, *(name for name, _ in terms))
     total: Any = sum(load_vector(name) * factor for name, factor in terms)
     if not any(total.norms().values()):
         raise ValueError("the sum is zero at all layers: it would steer nothing, and is not written")

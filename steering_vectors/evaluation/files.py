@@ -27,11 +27,11 @@ def write_json(found: object, path: str | os.PathLike[str] | None) -> str:
 def read_json(source: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """Return the object in a JSON text or file. Raises ValueError if it is none."""
     is_text = isinstance(source, str) and source.lstrip().startswith("{")
-    text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+    named = "this" if is_text else os.fspath(source)
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is not JSON of {what}: {error}") from error
+        found = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+    except ValueError as error:  # also for bytes that are no UTF-8
+        raise ValueError(f"{named} is not JSON of {what}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"this is not JSON of {what}: it has no keys")
+        raise ValueError(f"{named} is not JSON of {what}: it has no keys")
     return found

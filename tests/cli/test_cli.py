@@ -407,10 +407,21 @@ def test_an_adapter_prints_what_serves_it(run: Run, tmp_path: Path) -> None:
             1,
             "x is read by this command, which would write over it",
         ),
+        (
+            ["sweep", "model", "joy.safetensors", "items.jsonl", "--resume", "joy.safetensors", "--texts", "texts.txt"],
+            1,
+            "joy.safetensors is read by this command",
+        ),
+        (
+            ["sweep", "model", "joy.safetensors", "items.jsonl", "--resume", "bytes", "--texts", "texts.txt"],
+            1,
+            "bytes is not JSON of a sweep",
+        ),
         (["combine", "joy.safetensors:much", "-o", "x"], 2, "has no finite number behind the colon"),
         (["combine", "joy.safetensors:nan", "-o", "x"], 2, "has no finite number behind the colon"),
         (["combine", "joy.safetensors", "joy.safetensors:-1", "-o", "x"], 1, "the sum is zero at all layers"),
         (["combine", "joy.safetensors:0", "-o", "x"], 1, "the sum is zero at all layers"),
+        (["combine", "joy.safetensors:2", "-o", "./joy.safetensors"], 1, "is read by this command"),
         (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
         (["wander"], 2, "No such command 'wander'"),
     ],
@@ -420,6 +431,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 ) -> None:
     (folder / "bad.jsonl").write_text('{"positive": "a", "negative": "b"}\nnothing\n')
     (folder / "bad.csv").write_text("good,bad\na,b\n")
+    (folder / "bytes").write_bytes(b"\xe9")
     SteeringVector({1: torch.ones(5)}).save(folder / "wide.safetensors")
     found, out, err = run(*arguments)
     assert (found, out) == (code, "")
