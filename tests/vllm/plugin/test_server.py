@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,11 +222,11 @@ def test_five_hundred_requests_at_once(running: Server, served: Served, show: Sh
     assert memory[2] < memory[1] + 25
 
 
-def test_two_engines_behind_two_servers(
-    served: Served, tmp_path_factory: pytest.TempPathFactory, show: ShowCase
-) -> None:
+def test_two_engines_behind_two_servers(tmp_path: Path, show: ShowCase) -> None:
+    served = prepared(tmp_path, tiny.build("llama", **SIZES))
+    tiny.tokenizer(chat_template=tiny.CHATML).save_pretrained(served.path)
     options = ("--data-parallel-size", "2", "--api-server-count", "2")
-    with server(served, tmp_path_factory.mktemp("log") / "log", *options) as running:
+    with server(served, tmp_path / "log", *options) as running:
         with ThreadPoolExecutor(14) as pool:
             found = list(pool.map(lambda one: completed(running, one), SEVEN * 4))
         assert [header for _, _, header in found] == [steering for _, steering, _ in SEVEN] * 4
