@@ -74,9 +74,9 @@ def _serve(speaker: Speaker, ranges: Mapping[str, Range], source: Source, host: 
     url = page.launch(in_brackets(host), port).replace("//[::]", "//localhost")
     if not is_loopback(host):
         note(f"anyone who reaches this machine at {host} can use the model")
-    print(url, flush=True)
     note("Ctrl-C ends it")
     try:
+        print(url, flush=True)
         Event().wait()
     finally:
         page.close()
