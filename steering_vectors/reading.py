@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors._extraction import (
@@ -26,6 +25,7 @@ from steering_vectors._extraction import (
 )
 from steering_vectors._models import Anatomy, anatomy_of
 from steering_vectors._precision import wide
+from steering_vectors._progress import progress_bar
 from steering_vectors._steering import as_multiplier, config_for, steering_of
 from steering_vectors._tokens import TokenSelection
 from steering_vectors._vectors import projections
@@ -111,7 +111,7 @@ def _rows_of_prompts(
     found: dict[int, list[Tensor]] = {layer: [] for layer in extract.layers}
     of_all = (reads(prompt, f"prompt {number}") for number, prompt in enumerate(prompts))
     total = len(prompts) if isinstance(prompts, Sequence) else None
-    with tqdm(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar:
+    with progress_bar(total=total, desc="Reading activations", unit="prompt", disable=not show_progress) as bar:
         for window in in_windows(of_all, 2 * WINDOW):
             rows: dict[int, dict[int, Tensor]] = {layer: {} for layer in extract.layers}
             for part in extract([read for of_prompt in window for read in of_prompt if read]):
@@ -201,7 +201,7 @@ def residual_norms(
     numbers = count()
     read = (reading(text, name=f"text {next(numbers)}") for text in texts)
     without_first = (replace(text, positions=range(1, len(text.input_ids))) for text in read)
-    with tqdm(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
+    with progress_bar(desc="Measuring activations", unit="text", disable=not show_progress) as bar:
         norms = _by_token(extract, without_first, lambda _, rows: wide(rows).norm(dim=-1), bar)
         if not norms:
             alone = "all texts have only one token, which is left out: give longer ones"
@@ -279,7 +279,7 @@ def projection_quantiles(
         projected: Tensor = projections(directions, {layer: rows})[layer].detach()
         return projected
 
-    with tqdm(desc="Projecting activations", unit="prompt", disable=not show_progress) as bar:
+    with progress_bar(desc="Projecting activations", unit="prompt", disable=not show_progress) as bar:
         found = _by_token(extract, read, project, bar)
     if not found:
         raise ValueError("prompts is empty: give at least one")

@@ -174,7 +174,7 @@ class TestPrompts:
             def update(self, count: int) -> None:
                 self.moved += count
 
-        monkeypatch.setattr(walk, "tqdm", Bar)
+        monkeypatch.setattr(walk, "progress_bar", Bar)
         train({side: texts if sized else iter(texts) for side, texts in SETS.items()}, show_progress=True)
         assert (bars[0].options["total"], bars[0].options["unit"], bars[0].moved) == (8 if sized else None, "prompt", 8)
 

@@ -32,6 +32,7 @@ LEVELS: list[set[str]] = [
         "_pair_files",
         "_precision",
         "_processes",
+        "_progress",
         "_statistics",
         "_version",
         "_whole_files",

@@ -6,14 +6,13 @@ from hashlib import sha256
 from itertools import count
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from steering_vectors._extraction.extractor import Extractor, LayerRows
 from steering_vectors._extraction.images import digest_of, size_of
 from steering_vectors._extraction.read_model import ReadPrompt
 from steering_vectors._extraction.reading import WINDOW
 from steering_vectors._extraction.samples import SIDES, are_pairs, side_by_side
 from steering_vectors._processes import Processes
+from steering_vectors._progress import progress_bar
 from steering_vectors._vectors import TrainingRecord
 from steering_vectors.aggregators import Side
 
@@ -41,7 +40,7 @@ def rows_of_samples(
     size, unit = (2, "pair") if paired else (1, "prompt")  # a unit is not split between processes
     samples = training_samples if paired else side_by_side(*parts)
     first, off = 0, description is None or processes.rank > 0
-    with tqdm(total=_total(parts), desc=description, unit=unit, disable=off) as bar:
+    with progress_bar(total=_total(parts), desc=description, unit=unit, disable=off) as bar:
         for window in in_windows(map(prompts_of, count(), samples), WINDOW):
             numbered = [
                 (2 * number + n, prompt)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import typer
 
+from steering_vectors._progress import bars_drawn_by
 from steering_vectors.cli.app import app
-from steering_vectors.cli.screen import print_error, print_warning
+from steering_vectors.cli.screen import print_error, print_warning, rich_bar
 from steering_vectors.cli.usage import ClickException
 
 _INTERRUPTED = 130
@@ -20,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command, and return its exit code."""
     given = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _plain_warnings():
+        with _plain_warnings(), bars_drawn_by(rich_bar):
             code = app(given, standalone_mode=False, prog_name="steering-vectors")
     except typer.Abort:
         raise KeyboardInterrupt from None

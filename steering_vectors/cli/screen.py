@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,3 +63,13 @@ def console() -> Console:
 def shows_progress() -> bool:
     """Return True if standard error is a terminal, on which progress bars can be drawn."""
     return sys.stderr.isatty()
+
+
+def rich_bar(**options: Any) -> Any:
+    """Return a progress bar on standard error that is drawn by rich, with the options of tqdm."""
+    from tqdm import TqdmExperimentalWarning
+    from tqdm.rich import tqdm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)
+        return tqdm(**options, options={"console": Console(stderr=True), "redirect_stdout": False})

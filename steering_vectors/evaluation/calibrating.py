@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from steering_vectors._arguments import finite_number, with_hints
+from steering_vectors._progress import progress_bar
 from steering_vectors.evaluation.manner import Manner
 from steering_vectors.evaluation.measuring import continuations_of_texts
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
@@ -117,7 +117,7 @@ def calibrate(
             bar.update()
         return float(torch.cat(found, dim=1).quantile(0.95))
 
-    with tqdm(total=_MOST_EVALUATIONS * len(parts), desc="Calibrating", disable=not show_progress) as bar:
+    with progress_bar(total=_MOST_EVALUATIONS * len(parts), desc="Calibrating", disable=not show_progress) as bar:
         tried = _search(kl, budget)
     multiplier, found = min(tried, key=lambda pair: abs(_log_ratio(pair[1], budget)))
     return Calibration(multiplier, found, budget, tuple(tried))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from steering_vectors._arguments import with_hints
+from steering_vectors._progress import progress_bar
 from steering_vectors.evaluation.controls import Controls, check_controls, control_vectors, with_system_prompt
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
 from steering_vectors.evaluation.manner import Apply, Manner
@@ -118,7 +118,7 @@ def evaluate(
     otherwise = _asked_otherwise(plan, given, variants, system_prompt)
     neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts)
     vectors = {VECTOR: vector, **control_vectors(controls, model, tokenizer, vector, training_samples, seed)}
-    with tqdm(total=len(given) + len(neutral), desc="Evaluating", disable=not show_progress) as bar:
+    with progress_bar(total=len(given) + len(neutral), desc="Evaluating", disable=not show_progress) as bar:
         measured, costs = plan.items(questions, vectors, bar), plan.texts(neutral, vectors, bar)
     rows = plan.rows(measured, costs, vector, otherwise, unsteered=controls is not None)
     answers = () if score is None else plan.answers(given, vector, score, max_new_tokens)

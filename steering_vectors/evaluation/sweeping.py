@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from steering_vectors._arguments import finite_number, with_hints
+from steering_vectors._progress import progress_bar
 from steering_vectors._version import __version__
 from steering_vectors.evaluation.cells import Cells, hash_of, hash_of_model, hash_of_vector
 from steering_vectors.evaluation.controls import Controls, check_controls, control_vectors
@@ -188,7 +188,7 @@ class _Grid:
             *(("texts", n, partial(self._texts, part)) for n, part in enumerate(self._text_parts())),
         ]
         total = len(jobs) * len(self.vector.layers)
-        with tqdm(total=total, desc="Sweeping", unit="cell", disable=not show_progress) as bar:
+        with progress_bar(total=total, desc="Sweeping", unit="cell", disable=not show_progress) as bar:
             try:
                 for kind, number, measured in jobs:
                     missing = [layer for layer in self.vector.layers if _cell(kind, number, layer) not in self.cells]

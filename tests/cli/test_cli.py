@@ -270,6 +270,8 @@ def test_long_work_shows_its_progress_on_a_terminal_alone(run: Run, monkeypatch:
         code, out, err = run(*command)
         assert (code, out) == printed[name][:2]
         assert name in err
+        assert "━" in err  # drawn by rich
+        assert "xperimental" not in err
 
 
 def test_plot_draws_both_results(run: Run, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def each_process_runs_its_share_alone_and_one_shows_the_bar() -> None:
         # The prompts are token ids, of which each pair has its own.
         pairs = [([1, 10 + 2 * n], [1, 11 + 2 * n]) for n in range(7)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(walk, "tqdm", noted)
+            patch.setattr(walk, "progress_bar", noted)
             together(pairs, model, process_group=group, show_progress=True)
         tokens.append(seen - {1})
     rank = torch.distributed.get_rank()
