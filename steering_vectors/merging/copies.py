@@ -169,7 +169,6 @@ def _quantization_method(model: PreTrainedModel) -> str | None:
 def wide_copy(model: PreTrainedModel) -> Any:
     """Return a copy of the model with plain weights in float32 or wider, in evaluation mode.
 
-
     Rounding to half precision would hide small differences between two models. Flash attention, which needs half
     precision, is replaced. A model out of a GGUF file has plain weights, though its config names a quantization; the
     copy's doesn't.
