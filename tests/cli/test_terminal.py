@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def test_chat_streams_each_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[int]]]:
     """Count the model's passes, and send what Ctrl-C sends in the one of this number, as long as it is set."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background may ignore it
     counted = [0]
     forward = LlamaModel.forward
 
@@ -94,7 +95,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list
         monkeypatch.setattr(LlamaModel, "forward", counting)
         return counted
 
-    return at
+    yield at
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize(
