@@ -179,8 +179,9 @@ class Page:
         hidden: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         stop.click(None, cancels=[running], **hidden)
         colour_by.change(coloured, inputs=[kept, colour_by], outputs=outputs[2:], **hidden)
-        for part in asked:
-            part.change(self._script, inputs=asked, outputs=[code, message], preprocess=False, **hidden)
+        changes = [part.change for part in asked]
+        # One at a time, and the last values last: answers to several at once may overtake each other.
+        gr.on(changes, self._script, asked, [code, message], preprocess=False, trigger_mode="always_last", **hidden)
         copy.click(None, inputs=code, js=_COPY, **hidden)
 
     def _answer(self, colour_by: str, *values: Any) -> Iterator[tuple[Any, ...]]:
