@@ -1,9 +1,8 @@
-"""The demo shows an effect in both directions, takes its user's own idea, and says what is wrong with bad input."""
+"""The demo takes its user's own idea, and says what is wrong with bad input."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,21 +20,6 @@ def on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.model_input_names = NAMES
     monkeypatch.setattr(demo, "load", lambda name: (model, tokenizer))
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
-
-
-def test_the_demo_shows_an_effect_in_both_directions_measures_it_and_fits_a_terminal(
-    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "load", lambda name: smollm2)
-    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
-    demo.main([])
-    printed = capsys.readouterr().out
-    assert "+1  Rain is a big, fluffy thing that falls from the sky." in printed
-    assert re.search(r"^vector .* 0 of 16 ", printed, flags=re.MULTILINE)
-    assert re.search(r"^random 1 ", printed, flags=re.MULTILINE)
-    assert re.search(r"^permuted 1 ", printed, flags=re.MULTILINE)
-    assert re.search(r"^steers: its slope is \+", printed, flags=re.MULTILINE)
-    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_the_demos_items_are_none_of_the_training_questions() -> None:

@@ -316,6 +316,7 @@ def test_a_spawned_process_gets_an_unsteered_model() -> None:
 # Exports
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("steering", ["all tokens", "a part, by row", "everywhere"])
 def test_an_export_inside_the_block_is_steered_like_the_pass_that_it_keeps(steering: str) -> None:
     enter, _ = STEERINGS[steering]

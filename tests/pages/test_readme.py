@@ -1,4 +1,4 @@
-"""The README's code runs, and gives what the README says."""
+"""The README's code and its demo run, and give what the README says."""
 
 import ast
 import re
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
-README = Path(__file__).parent.parent / "README.rst"
+from steering_vectors import demo
+
+README = Path(__file__).parents[2] / "README.rst"
 
 
 def test_the_readme_runs_as_one_script(
@@ -29,6 +31,21 @@ def test_the_readme_runs_as_one_script(
     assert printed.startswith("\n".join(textwrap.dedent(block).strip() for block in shown))
     assert "\nsteers: " in shown[1].replace("    ", "")
     assert max(len(line) for line in textwrap.dedent(shown[1]).splitlines()) <= 80
+
+
+def test_the_demo_shows_an_effect_in_both_directions_measures_it_and_fits_a_terminal(
+    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "load", lambda name: smollm2)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
+    demo.main([])
+    printed = capsys.readouterr().out
+    assert "+1  Rain is a big, fluffy thing that falls from the sky." in printed
+    assert re.search(r"^vector .* 0 of 16 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^random 1 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^permuted 1 ", printed, flags=re.MULTILINE)
+    assert re.search(r"^steers: its slope is \+", printed, flags=re.MULTILINE)
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_the_first_example_fits_a_narrow_window_with_one_statement_a_line() -> None:
