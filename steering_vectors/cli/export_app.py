@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from steering_vectors.cli.options import EXAMPLES, Dtype, GgufFile, ModelName, NewFile, NewFolder, VectorName
+from steering_vectors.cli.options import EXAMPLES, Dtype, GgufFile, ModelName, NewFile, NewFolder, Strength, VectorName
 
 export_app = typer.Typer(help="Write a vector for other programs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -15,9 +15,7 @@ export_app = typer.Typer(help="Write a vector for other programs.", no_args_is_h
     epilog=f"{EXAMPLES}  steering-vectors export gguf joy.safetensors -o joy.gguf\n"
     "  steering-vectors export gguf joy.safetensors -m 1.5 -o joy.gguf"
 )
-def gguf(
-    vector: VectorName, output: NewFile, multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0
-) -> None:
+def gguf(vector: VectorName, output: NewFile, multiplier: Strength = 1.0) -> None:
     """Write a control vector for llama.cpp. Its options are printed."""
     from steering_vectors.cli import exporting
 
@@ -32,7 +30,7 @@ def adapter(
     model: ModelName,
     vector: VectorName,
     output: NewFolder,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    multiplier: Strength = 1.0,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Ablate the direction everywhere instead of adding it.")
     ] = False,
@@ -54,7 +52,7 @@ def lm_eval(
     model: ModelName,
     vector: VectorName,
     output: NewFile,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    multiplier: Strength = 1.0,
     gguf_file: GgufFile = None,
 ) -> None:
     """Write a file for lm-evaluation-harness. Its model type 'steered' reads it."""
@@ -71,7 +69,7 @@ def weights(
     model: ModelName,
     vector: VectorName,
     output: NewFolder,
-    multiplier: Annotated[float, typer.Option("-m", "--multiplier")] = 1.0,
+    multiplier: Strength = 1.0,
     gguf_file: GgufFile = None,
     dtype: Dtype = None,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 from steering_vectors.cli.options import (
     EXAMPLES,
     BatchSize,
+    Budget,
     Device,
     Dtype,
     GgufFile,
@@ -17,6 +18,7 @@ from steering_vectors.cli.options import (
     Layers,
     ModelAndPairs,
     ModelName,
+    MostCost,
     NewFile,
     Output,
     PairsFile,
@@ -78,7 +80,7 @@ def sweep(
     multiplier: Strengths = None,
     tokens: Selected = "generated",
     layers: Layers = None,
-    max_kl: Annotated[float | None, typer.Option(metavar="NATS", help="The most that a choice may cost.")] = None,
+    max_kl: MostCost = None,
     texts: TextsFile = None,
     pairs: PairsFile = None,
     read: ReadTokens = None,
@@ -110,7 +112,7 @@ def sweep(
 def calibrate(
     model: ModelName,
     vector: VectorName,
-    max_kl: Annotated[float, typer.Option(metavar="NATS", help="The budget of KL per token.")] = 1.0,
+    max_kl: Budget = 1.0,
     tokens: Selected = "generated",
     layers: Layers = None,
     texts: TextsFile = None,

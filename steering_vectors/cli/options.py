@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from steering_vectors.cli.usage import BadParameter
+
+_Numbers = TypeVar("_Numbers", float, "float | None", "list[float] | None")
+
+
+def _finite(numbers: _Numbers) -> _Numbers:
+    """Return an option's numbers. Raises BadParameter unless each is finite."""
+    for number in numbers if isinstance(numbers, list) else [numbers]:
+        if number is not None and not math.isfinite(number):
+            raise BadParameter(f"{number} is not a finite number")
+    return numbers
+
 
 ModelAndPairs = Annotated[
     list[str], typer.Argument(metavar="[MODEL] PAIRS", help="A model of the hub or a folder, and a CSV or JSONL file.")
@@ -20,7 +34,15 @@ NewFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="T
 NewFolder = Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The folder to write.")]
 Layers = Annotated[str | None, typer.Option(metavar="10-16", help="The layers, such as 12, 10-16 or 8,12,-1.")]
 Strengths = Annotated[
-    list[float] | None, typer.Option("-m", "--multiplier", metavar="NUMBER", help="A multiplier; may be repeated.")
+    list[float] | None,
+    typer.Option("-m", "--multiplier", metavar="NUMBER", help="A multiplier; may be repeated.", callback=_finite),
+]
+Strength = Annotated[
+    float, typer.Option("-m", "--multiplier", metavar="NUMBER", help="The multiplier.", callback=_finite)
+]
+Budget = Annotated[float, typer.Option(metavar="NATS", help="The budget of KL per token.", callback=_finite)]
+MostCost = Annotated[
+    float | None, typer.Option(metavar="NATS", help="The most that a choice may cost.", callback=_finite)
 ]
 Selected = Annotated[str, typer.Option(metavar="generated|all|prompt", help="The tokens to steer.")]
 BatchSize = Annotated[int, typer.Option(metavar="NUMBER", min=1, help="The number of samples or items in a pass.")]

@@ -425,6 +425,15 @@ def test_an_adapter_prints_what_serves_it(run: Run, tmp_path: Path) -> None:
         (["combine", "joy.safetensors:0", "-o", "x"], 1, "the sum is zero at all layers"),
         (["combine", "joy.safetensors:2", "-o", "./joy.safetensors"], 1, "is read by this command"),
         (["combine", "joy.safetensors:1", "-o", "model"], 1, "is a folder"),
+        (
+            ["evaluate", "none", "joy.safetensors", "items.jsonl", "-m", "1", "-m", "nan"],
+            2,
+            "nan is not a finite number",
+        ),
+        (["sweep", "none", "joy.safetensors", "items.jsonl", "--max-kl", "inf"], 2, "inf is not a finite number"),
+        (["calibrate", "none", "joy.safetensors", "--max-kl", "nan"], 2, "nan is not a finite number"),
+        (["generate", "none", "joy.safetensors", "Hi", "-m", "inf"], 2, "inf is not a finite number"),
+        (["export", "weights", "none", "joy.safetensors", "-m", "nan", "-o", "x"], 2, "nan is not a finite number"),
         (["wander"], 2, "No such command 'wander'"),
     ],
 )
