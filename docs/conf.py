@@ -57,7 +57,9 @@ _ELSEWHERE = [
     "torch.dtype",
     "torch.nn.Module",
 ]
-nitpick_ignore = [("py:class", name) for name in _ELSEWHERE]
+# Aliases of types that the parameters' descriptions explain.
+_EXPLAINED = ["Apply", "ItemPrompt", "Variant"]
+nitpick_ignore = [("py:class", name) for name in [*_ELSEWHERE, *_EXPLAINED]]
 
 # Names in signatures that the pages describe: the public ones, and aliases of types.
 _DESCRIBED = {
@@ -91,6 +93,7 @@ def write_types_as_in_source(
     if next(iter(written.parameters), None) == "self":
         written = written.replace(parameters=list(written.parameters.values())[1:])
     shown = stringify_signature(written, show_return_annotation=False)
+    shown = re.sub(r"<function ([\w.]+)>", r"\1", shown)  # which Sphinx reads, and sets one parameter a line
     returned = None if what == "class" else _with_paths(stringify_annotation(written.return_annotation))
     return _with_paths(shown.replace("<factory>", "{}")), returned  # a dataclass's default that is made anew
 

@@ -1,11 +1,13 @@
 """The documentation's code runs, page by page as one script, and prints what the page says it prints."""
 
+import ast
 import copy
 import doctest
 import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import textwrap
 import threading
@@ -274,6 +276,27 @@ def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.rst"))
     documented = re.findall(r"^\.\. (?:auto\w+|py:type):: (\w+)", pages, re.MULTILINE)
     assert set(steering_vectors.__all__) <= set(documented)
+
+
+SHOW_SIGNATURES = """
+import inspect, sys
+sys.path.insert(0, "docs")
+import conf
+from steering_vectors import evaluation, merging, plots, serving
+from tests.test_signatures import CALLABLES
+more = [vars(module)[name] for module in (evaluation, merging, plots, serving) for name in module.__all__]
+for function in filter(inspect.isfunction, [*CALLABLES.values(), *more]):
+    print(*conf.write_types_as_in_source(None, "function", "", function, None, "()", None), sep=" -> ")
+"""
+
+
+def test_the_reference_shows_signatures_that_can_be_parsed() -> None:
+    """Sphinx sets those that it can't parse in one paragraph, without links."""
+    command = [sys.executable, "-c", SHOW_SIGNATURES]
+    signatures = subprocess.check_output(command, cwd=DOCS.parent, text=True).splitlines()
+    assert len(signatures) > 100
+    for signature in signatures:
+        ast.parse(f"def function{signature}: ...")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
