@@ -148,6 +148,8 @@ def _asked() -> str | None:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
+    if not line and sys.stdin.isatty():  # Ctrl-D: the shell's next prompt has a line of its own
+        print(file=sys.stderr)
     return line.strip() if line else None
 
 

@@ -57,6 +57,13 @@ def test_answers_grow_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch
         assert grown[-1] == row
 
 
+def test_chat_ends_its_line_at_the_end_of_the_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("chat", "model", "joy.safetensors")
+    assert run(*asked, stdin="/off\n")[2].endswith("\njoy 0\n")
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    assert run(*asked, stdin="/off\n")[2].endswith("joy 0\n> \n")
+
+
 def test_chat_streams_each_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TextStreamer
 
