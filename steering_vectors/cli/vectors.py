@@ -123,7 +123,8 @@ def show(name: str) -> None:
         (layer, f"{norm:.3g}", f"{shares[layer]:.3f}" if layer in shares else "")
         for layer, norm in vector.norms().items()
     ]
-    print(f"{vector.layer_type}, {vector.hidden_size} wide, {len(vector.layers)} layers")
+    count = len(vector.layers)
+    print(f"{vector.layer_type}, {vector.hidden_size} wide, {count} layer{'s' * (count != 1)}")
     print()
     print_table(["layer", "norm", "norm / stream"], rows)
     made = sorted((name, value) for name, value in vector.metadata.items() if name not in _SHOWN_ABOVE)

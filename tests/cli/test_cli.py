@@ -148,6 +148,8 @@ def test_show_lists_layers_and_metadata(run: Run, tmp_path: Path) -> None:
     assert max(map(len, out.splitlines())) <= 80
     SteeringVector.load(path).save_pretrained(tmp_path / "made")
     assert run("show", tmp_path / "made")[1] == out
+    SteeringVector.load(path)[0].save(path)
+    assert run("show", path)[1].startswith("decoder_block, 32 wide, 1 layer\n")
 
 
 def test_evaluate_is_evaluate(run: Run, loaded: Any, tmp_path: Path) -> None:
