@@ -35,7 +35,7 @@ def blocks() -> Iterator[tuple[str, str | None, str]]:
 def commands(session: str) -> Iterator[tuple[str, str]]:
     """Each command of a session, with what it prints."""
     for part in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
-        command, _, printed = part.partition("\n")
+        command, _, printed = part.replace("\\\n", " ").partition("\n")
         yield command, printed
 
 
