@@ -8,6 +8,7 @@ def plant(fault: str | None) -> None:
     if fault is None:
         return
     from steering_vectors.serving import admitting, arming
+    from steering_vectors.serving.bank import Bank
 
     if fault == "no key":
         admitting._keyed = lambda original: original
@@ -15,6 +16,9 @@ def plant(fault: str | None) -> None:
         admitting._keyed = _salted
     elif fault == "not armed":
         arming._arm = lambda *_: None
+    elif fault == "multipliers 5 % off":
+        fill = Bank._fill
+        Bank._fill = lambda self, row, wanted: fill(self, row, tuple((key, 1.05 * m) for key, m in wanted))
     else:
         raise ValueError(fault)
 
