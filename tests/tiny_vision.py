@@ -19,6 +19,7 @@ _TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 _SPECIALS = ["<image>", "<boi>", "<eoi>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+_SPECIALS += ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 _TEXT: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": tiny.HIDDEN,
@@ -142,8 +143,30 @@ def _gemma3(text: dict[str, Any]) -> tuple[Any, Any]:
     return transformers.Gemma3ForConditionalGeneration(config), processor
 
 
-_FAMILIES = {"gemma3": _gemma3, "llava": _llava, "qwen2_vl": _qwen2_vl}
-FAMILIES = [name for name in _FAMILIES if name != "gemma3" or hasattr(transformers, "Gemma3Config")]
+def _idefics3(text: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer = _tokenizer("<image>")
+    size = {"longest_edge": 16}
+    processor = transformers.Idefics3Processor(
+        _of_images("Idefics3ImageProcessor", size=size, max_image_size=size, do_image_splitting=False),
+        tokenizer,
+        image_seq_len=4,
+        chat_template=tokenizer.chat_template,
+    )
+    config = transformers.Idefics3Config(
+        text_config={"model_type": "llama", **text},
+        # As deep as the text model.
+        vision_config={**_VISION, "num_hidden_layers": tiny.LAYERS, "image_size": 16, "patch_size": 4},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+_FAMILIES = {"gemma3": _gemma3, "idefics3": _idefics3, "llava": _llava, "qwen2_vl": _qwen2_vl}
+FAMILIES = [
+    name for name in ("gemma3", "llava", "qwen2_vl") if name != "gemma3" or hasattr(transformers, "Gemma3Config")
+]
 
 
 def made(family: str, **text: Any) -> tuple[Any, Any]:

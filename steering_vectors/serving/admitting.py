@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 from weakref import ref
@@ -17,16 +17,15 @@ from steering_vectors.serving.settings import Settings
 from steering_vectors.serving.spec import KEY
 from steering_vectors.serving.store import read_folder
 
-__all__ = ["ADMITTED", "CONFIG", "catalog", "install"]
+__all__ = ["ADMITTED", "CONFIG", "Prepared", "catalog", "install"]
 
-# The entry of vLLM's additional_config by which workers know what to prepare. It is part of the key of compiled graphs.
-# The attribute of vLLM's config of this name has the hashes of the vectors by name, and is not part of that key.
+# The entry of vLLM's additional_config by which workers know what to prepare.
 CONFIG = "steering_vectors"
 # Architectures on which steering was compared with Hugging Face: make test-vllm.
 _TRIED = {
     *("GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM"),
     *("LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM"),
-    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Idefics3ForConditionalGeneration"),
 }
 # The texts of the steering that was admitted for an answer over HTTP.
 ADMITTED: ContextVar[list[str] | None] = ContextVar("admitted", default=None)
@@ -34,6 +33,18 @@ _logger = logging.getLogger("vllm.steering_vectors")
 # Those of the engines that begin in this process, each with a reference to its model's config; the newest first.
 _catalogs: list[tuple[ref[Any], Catalog]] = []
 os.register_at_fork(after_in_child=_catalogs.clear)
+
+
+class Prepared(dict[str, Any]):
+    """The layers and the capacity, which are part of the key of compiled graphs, and hashes by name, which are not."""
+
+    def __init__(self, layers: Sequence[int], capacity: int, hashes: Mapping[str, str]) -> None:
+        super().__init__(layers=list(layers), capacity=capacity)
+        self.hashes = dict(hashes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make it again in another process."""
+        return Prepared, (self["layers"], self["capacity"], self.hashes)
 
 
 def catalog(model_config: Any) -> Catalog:
@@ -140,9 +151,8 @@ def _prepare(config: Any, settings: Settings) -> None:
     layers = list(range(depth)) if settings.loading else sorted(named)
     config.additional_config = {
         **config.additional_config,
-        CONFIG: {"layers": layers, "capacity": settings.capacity},
+        CONFIG: Prepared(layers, settings.capacity, {vector.name: vector.hash for vector in vectors.values()}),
     }
-    setattr(config, CONFIG, {vector.name: vector.hash for vector in vectors.values()})
     config.parallel_config.worker_extension_cls = "steering_vectors.serving.arming.SteeringWorker"
     _refuse_beams()
     largest = torch.finfo(config.model_config.dtype).max

@@ -68,7 +68,7 @@ class _Steering:
             dtype=model.dtype,
             device=runner.device,
         )
-        for name, key in getattr(config, CONFIG).items():
+        for name, key in prepared.hashes.items():
             self.load(name, key)
         self._row_of_token = runner._make_buffer(runner.max_num_tokens, dtype=torch.int64)
         self._row_of_token.np[:] = 0
@@ -126,11 +126,14 @@ def _prepared(original: Callable[..., Any]) -> Callable[..., Any]:
     return prepare_inputs
 
 
-def _blocks(model: nn.Module, depth: int) -> dict[int, nn.Module]:
+def _blocks(model: Any, depth: int) -> dict[int, nn.Module]:
     """Return the model's decoder blocks by number: in a pipeline, those of this process."""
+    from vllm.model_executor.models.interfaces import supports_multimodal
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    # Where there is a tower for images, it may be as deep.
+    language = model.get_language_model() if supports_multimodal(model) else model
+    lists = [module for module in language.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if len(lists) != 1:
         raise RuntimeError(
             f"steering vectors can't be served: {type(model).__name__} has {len(lists)} lists of {depth} modules, and "

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -81,7 +82,7 @@ def engines() -> subprocess.Popen[str]:
 
 def run(
     served: Served,
-    batches: list[list[Request]],
+    batches: Sequence[Sequence[tuple[Any, str | None, int]]],
     *,
     fault: str | None = None,
     adapter: Path | None = None,
@@ -107,7 +108,7 @@ def run(
     return {**json.loads(made.read_text()), "log": log.read_text()}
 
 
-def expected(served: Served, request: Request, tokens: list[int]) -> Tensor:
+def expected(served: Served, request: Request, tokens: list[int], **images: Tensor) -> Tensor:
     """The log-probabilities ``(steps, vocabulary)`` at which Hugging Face, steered by the files, chooses the tokens."""
     prompt, steering, _ = request
     inputs = torch.tensor([[*prompt, *tokens[:-1]]])
@@ -118,7 +119,7 @@ def expected(served: Served, request: Request, tokens: list[int]) -> Tensor:
             for name, multiplier in spec.multipliers:
                 vector = SteeringVector.load(served.vectors / f"{name}.safetensors")
                 stack.enter_context(vector.apply(served.model, multiplier=multiplier, tokens=selected))
-        logits = served.model(inputs, use_cache=False).logits
+        logits = served.model(inputs, use_cache=False, **images).logits
     return logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # type: ignore[no-any-return]
 
 
