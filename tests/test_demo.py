@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,21 @@ def test_the_demo_takes_an_idea_a_question_and_a_strength(capsys: pytest.Capture
     assert "8 questions have two answers each, which the model wrote itself" in " ".join(printed.split())
     assert re.search(r"^condition +at -2 +at 0 +at \+2 ", printed, flags=re.MULTILINE)
     assert re.search(r"^(steers|does not steer): ", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.usefixtures("on_a_tiny_model")
+def test_the_demos_last_command_runs_the_same_python_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def last_command(*arguments: str) -> str:
+        demo.main([*arguments, "--positive", "Be kind.", "--negative", "Be rude.", "--ask", "Who?"])
+        return capsys.readouterr().out.partition("  Your own idea:\n")[2].replace("\\\n", "")
+
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / ".venv" / "python"))
+    assert shlex.split(last_command())[:4] == [str(Path(".venv", "python")), "-m", "steering_vectors", "--positive"]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    command = shlex.split(last_command("--model", "my models/tiny"))
+    assert command[:5] == ["python", "-m", "steering_vectors", "--model", "my models/tiny"]
 
 
 def test_answers_that_are_the_same_after_both_instructions_are_no_items(
