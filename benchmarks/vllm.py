@@ -22,6 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,7 +67,35 @@ def engine(model: str, compiled: bool, kind: str) -> None:
         print("result", json.dumps([REQUESTS * ANSWER / took, cached]), flush=True)
 
 
-def started(kind: str, model: str, vectors: Path, compiled: bool) -> "subprocess.Popen[str]":
+@dataclass(frozen=True)
+class Engine:
+    """The process of one engine, and the file of what it writes to standard error."""
+
+    kind: str
+    process: "subprocess.Popen[str]"
+    log: Path
+
+    def batch(self) -> tuple[float, float]:
+        """Return one batch's tokens per second, and the cache's share."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # of an engine that has ended
+            print("go", file=self.process.stdin, flush=True)
+        speed, cached = json.loads(self.answer("result"))
+        return speed, cached
+
+    def answer(self, word: str) -> str:
+        """Return the rest of the next line that begins with a word."""
+        assert self.process.stdout is not None
+        printed = deque(maxlen=20)
+        while not (line := self.process.stdout.readline()).startswith(word):
+            if not line:
+                end = "".join([*printed, *self.log.read_text(errors="replace").splitlines(keepends=True)[-60:]])
+                raise SystemExit(f"{end}\nThe engine {self.kind!r} has ended; above is the end of what it wrote.")
+            printed.append(line)
+        return line.removeprefix(word)
+
+
+def started(kind: str, model: str, vectors: Path, compiled: bool) -> Engine:
     own = {
         "STEERING_VECTORS_DIR": "" if kind == "absent" else str(vectors),
         "VLLM_PLUGINS": "" if kind == "absent" else "steering_vectors",
@@ -75,27 +106,14 @@ def started(kind: str, model: str, vectors: Path, compiled: bool) -> "subprocess
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, __file__, "--engine", kind, "--model", model, *(["--compiled"] if compiled else [])]
-    log = (vectors.parent / f"{kind}.log").open("w")
-    process = subprocess.Popen(
-        command, env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-    )
-    answer(process, "ready")
-    return process
-
-
-def answer(process: "subprocess.Popen[str]", word: str) -> str:
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith(word):
-        if not line:
-            raise SystemExit("an engine has ended: see its log")
-    return line.removeprefix(word)
-
-
-def batch(process: "subprocess.Popen[str]") -> tuple[float, float]:
-    assert process.stdin is not None
-    print("go", file=process.stdin, flush=True)
-    speed, cached = json.loads(answer(process, "result"))
-    return speed, cached
+    log = vectors.parent / f"{kind}.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    started = Engine(kind, process, log)
+    started.answer("ready")
+    return started
 
 
 def main() -> None:
@@ -123,11 +141,11 @@ def compare(options: argparse.Namespace) -> None:
             rows = torch.randn(2, width, generator=torch.Generator().manual_seed(n)) / 10
             SteeringVector({depth // 3: rows[0], 2 * depth // 3: rows[1]}).save(vectors / f"v{n}.safetensors")
         engines = {kind: started(kind, options.model, vectors, options.compiled) for kind in KINDS}
-        for process in engines.values():
-            batch(process)  # warm
-        rounds = [{kind: batch(process) for kind, process in engines.items()} for _ in range(options.rounds)]
-        for process in engines.values():
-            process.kill()
+        for one in engines.values():
+            one.batch()  # warm
+        rounds = [{kind: one.batch() for kind, one in engines.items()} for _ in range(options.rounds)]
+        for one in engines.values():
+            one.process.kill()
     print(f"{'compiled' if options.compiled else 'eager':<10} {'tokens/s':>9} {'ratio':>6} {'cached':>7}")
     for kind in KINDS:
         speed = statistics.median(found[kind][0] for found in rounds)
