@@ -34,11 +34,15 @@ class LowerBlocks:
         self._beside: list[int | None] = []  # by block, the number of its output's other parts; None for no tuple
 
     def below(self, vector: SteeringVector) -> int:
-        """Return the number of the lowest blocks whose outputs, before steering, don't depend on the steering."""
+        """Return the number of the lowest blocks whose outputs, before steering, don't depend on the steering.
+
+        A block with hooks is none of them, since its hooks would run again on what they had returned.
+        """
         if not self._blocks or not vector.layers:
             return 0
         lowest = min(layer % len(self._blocks) for layer in vector.layers)
-        return lowest + (vector.layer_type == "decoder_block")
+        hooked = [number for number, block in enumerate(self._blocks) if block._forward_hooks]
+        return min([lowest + (vector.layer_type == "decoder_block"), *hooked])
 
     def output(self, count: int, run: Callable[[], Any], known: tuple[int, Tensor] | None = None) -> Tensor:
         """Return what the lowest ``count`` blocks return, ``(rows, seq, hidden)``, in a pass that ``run`` begins.

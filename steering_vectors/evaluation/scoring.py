@@ -2,7 +2,7 @@
 
 Scores are those of each prompt and answer alone, in one pass without a cache. Faster ways are tried first: the blocks
 below the steered layer run once for all multipliers, the cache of a prompt shared by all that is asked after it, and
-padded rows. Each is compared with that single pass before it is used, and again for longer rows.
+padded rows. Each is compared with that single pass before it is used, and again for longer rows and for more padding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from steering_vectors.evaluation.agreement import agree
 from steering_vectors.evaluation.lower_blocks import LowerBlocks
 from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.running import (
@@ -34,9 +35,6 @@ from steering_vectors.token_selection import TokenPositions
 
 # The most logits of a pass, rows × tokens × vocabulary: 256 MB in float32.
 _MOST_LOGITS = 2**26
-# Differences between ways in the log-probabilities of tokens that are rounding, as a share of the largest.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-4}
-_ROUNDING_IN_HALF = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Scorer:
             *(_above_known_blocks, _after_shared_cache),
             *(_in_padded_rows, _in_equal_rows, _one_by_one),
         ]
-        self._checked: dict[tuple[_Way, int | None], int] = {}
+        self._checked: dict[tuple[_Way, int | None], tuple[float, float]] = {}  # the extent of their rows
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
@@ -117,9 +115,9 @@ class Scorer:
             raise AssertionError("rows can be scored one by one")
 
     def _was_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
-        """Return True if the way was seen to be right for rows of about this length."""
-        longest = max(len(batch.continuations[row.number]) for row in rows)
-        return longest <= 1.5 * self._checked.get((way, self._below(steering)), 0)
+        """Return True if the way was seen to be right for rows of about this length, and with about this padding."""
+        checked = self._checked.get((way, self._below(steering)), (0, 0))
+        return all(now <= 1.5 * before for now, before in zip(_extent(batch, rows), checked, strict=True))
 
     def _tried(
         self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None
@@ -139,21 +137,19 @@ class Scorer:
             return None
         if found is None:
             return None
-        lengths = [len(batch.continuations[row.number]) for row in rows]
-        shortest = min(range(len(rows)), key=lambda place: (rows[place].multiplier == 0, lengths[place]))
-        ((_, expected),) = _one_by_one(self.model, batch, [rows[shortest]], steering)
-        if not self._agree(expected, dict(found)[shortest], batch.continuations[rows[shortest].number].answer):
+        parts = [batch.continuations[row.number] for row in rows]
+        most_padded = min(
+            range(len(rows)),
+            key=lambda place: (rows[place].multiplier == 0, len(parts[place].prompt), len(parts[place])),
+        )
+        ((_, expected),) = _one_by_one(self.model, batch, [rows[most_padded]], steering)
+        if not agree(expected, dict(found)[most_padded], parts[most_padded].answer, dtype_of(self.model)):
             self._ways.remove(way)
             return None
-        self._checked[way, self._below(steering)] = max(lengths)
+        key, (longest, padding) = (way, self._below(steering)), _extent(batch, rows)
+        before = self._checked.get(key, (0, 0))
+        self._checked[key] = max(longest, before[0]), max(padding, before[1])
         return found
-
-    def _agree(self, expected: Tensor, found: Tensor, answer: Sequence[int]) -> bool:
-        """Return True if two logits ``(answer, vocabulary)`` differ for the answer's tokens by rounding only."""
-        ids = torch.tensor(answer, device="cpu")[:, None]
-        expected, found = (part.float().cpu().log_softmax(dim=-1).gather(-1, ids) for part in (expected, found))
-        tolerance = _ROUNDING.get(dtype_of(self.model), _ROUNDING_IN_HALF) * max(1.0, float(expected.abs().max()))
-        return bool(((expected - found).abs() <= tolerance).all())
 
     def _below(self, steering: Steering | None) -> int | None:
         return None if steering is None else self.lower_blocks.below(steering.vector)
@@ -230,6 +226,13 @@ class Batch:
             return blocks.returning(count, self._known[1][list(numbers), :width])
 
         return returning
+
+
+def _extent(batch: Batch, rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the length of the longest row, and the most padding that a prompt gets for each of its tokens."""
+    parts = [batch.continuations[row.number] for row in rows]
+    shortest = min(len(part.prompt) for part in parts)
+    return max(map(len, parts)), (max(map(len, batch.prompts)) - shortest) / shortest
 
 
 # The context in which blocks return what is known of continuations, by their numbers, instead of running.

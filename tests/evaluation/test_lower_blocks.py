@@ -77,6 +77,19 @@ def test_lower_blocks_run_once_for_all_layers_and_multipliers() -> None:
     assert [counts[block] for block in range(DEPTH)] == [2 + 2 * block for block in range(DEPTH)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_done_to_a_block_already_is_done_once(dtype: torch.dtype) -> None:
+    """A steering of the same block around it, whose effect on an output that is kept would be doubled."""
+    model = deep().to(dtype)
+    steering, around = at(model, 1), at(model, 2).vector
+    with SteeringVector({1: 0.5 * around.layer_activations[2]}).apply(model, tokens=slice(1, None)):
+        assert LowerBlocks(model).below(at(model, 3).vector) == 1
+        found = Scorer(model).batch(CONTINUATIONS).scores(ROWS, steering)
+        for answer, right in zip(found, expected(model, steering), strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(answer.tokens, right.float(), atol=tolerance, rtol=1e-5)
+
+
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
     model = deep()
     tiny.blocks(model)[0].forward = forward = tiny.blocks(model)[0].forward

@@ -106,6 +106,25 @@ def test_a_way_that_scores_otherwise_is_left(fault: str, monkeypatch: pytest.Mon
     assert scorer._ways[0] is left[fault]
 
 
+def test_a_way_that_was_seen_without_padding_is_looked_at_again_with_it() -> None:
+    """The state of rwkv takes padding in. Short prompts suffer most, whose answers may be long."""
+    model = tiny.shared("rwkv")
+    scorer = Scorer(model)
+    longer = tuple(range(71, 83))
+    for prompts, answers in (
+        ([longer, longer[::-1]], ANSWERS[:1]),
+        ([longer, longer[:4]], ANSWERS[:1]),
+        ([longer[:7], longer[:1]], ANSWERS),
+    ):
+        parts = [Continuation(prompt, answer) for prompt, answer in itertools.product(prompts, answers)]
+        parts += [Continuation(prompts[1], longer)]
+        rows = [Row(number, 1.0) for number in range(len(parts))]
+        found = scorer.batch(parts).scores(rows, Steering(model, vector(), Manner(generated)))
+        for part, answer in zip(parts, found, strict=True):
+            expected = alone(model, part, 1.0, TOKENS["generated"][1])
+            torch.testing.assert_close(answer.tokens, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_passes_are_split_where_logits_would_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.shared("llama")
     expected = Scorer(model).batch(CONTINUATIONS).scores(ROWS, Steering(model, vector(), Manner(generated)))
