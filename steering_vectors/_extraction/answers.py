@@ -26,6 +26,11 @@ def answered(tokenize: PromptTokenizer, prompt: str | Sequence[Message], answer:
     elif is_chat(prompt):
         encoded = tokenize([*prompt, {"role": "assistant", "content": answer}], find_completion=True)
         ids, start = encoded.input_ids, encoded.completion_start or 0
+        asked = tokenize(
+            prompt
+        ).input_ids  # it may end after empty thoughts, which an answer would begin with otherwise
+        if ids[: len(asked)] == asked:
+            start = max(start, len(asked))
     else:
         raise TypeError(f"the prompt must be a text or a list of chat messages, got {type(prompt).__name__}")
     if start == len(ids):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def generated_answers(
     scorer: Scorer,
     tokenizer: Any,
     prompts: Sequence[ItemPrompt],
+    chat_template_kwargs: Mapping[str, Any] | None,
     steering: Steering,
     multipliers: Sequence[float],
     score: Callable[[Any, str], float],
@@ -65,15 +67,16 @@ def generated_answers(
     texts: dict[float, list[str]] = {multiplier: [] for multiplier in multipliers}
     likelihoods: dict[float, list[float]] = {multiplier: [] for multiplier in multipliers}
     for start in range(0, len(prompts), batch_size):
-        part = [tuple(prompt_ids(tokenizer, prompt)) for prompt in prompts[start : start + batch_size]]
-        rows = [(ids, multiplier) for ids in part for multiplier in multipliers]
+        part = prompts[start : start + batch_size]
+        tokens = [tuple(prompt_ids(tokenizer, one, chat_template_kwargs=chat_template_kwargs)) for one in part]
+        rows = [(ids, multiplier) for ids in tokens for multiplier in texts]
         answers = _generate(scorer, tokenizer, rows, steering, max_new_tokens)
         for (ids, multiplier), answer in zip(rows, answers, strict=True):
             texts[multiplier].append(tokenizer.decode(answer, skip_special_tokens=True))
             if answer:
                 batch = scorer.batch([Continuation(ids, tuple(answer))])
                 likelihoods[multiplier].append(float(batch.scores([Row(0)])[0].tokens.mean()))
-    return tuple(_answer_row(m, prompts, texts[m], likelihoods[m], score, seed) for m in multipliers)
+    return tuple(_answer_row(m, prompts, texts[m], likelihoods[m], score, seed) for m in texts)
 
 
 def _generate(
@@ -102,7 +105,7 @@ def _answer_row(
     score: Callable[[Any, str], float],
     seed: int,
 ) -> AnswerRow:
-    scores = [float(score(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    scores = [_scored(score, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     values = torch.tensor(scores, dtype=torch.float64, device="cpu")
     low, high = bootstrap_interval(values, seed)
     return AnswerRow(
@@ -117,6 +120,17 @@ def _answer_row(
         _mean([distinct_2(answer) for answer in answers]),
         _mean([compression(answer) for answer in answers]),
     )
+
+
+def _scored(score: Callable[[Any, str], float], prompt: ItemPrompt, answer: str) -> float:
+    found = score(prompt, answer)
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"score must return a number, but returned {found!r} for the answer {answer!r}") from error
+    if not isfinite(value):
+        raise ValueError(f"score must return a finite number, but returned {value} for the answer {answer!r}")
+    return value
 
 
 def distinct_2(text: str) -> float:

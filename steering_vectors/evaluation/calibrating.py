@@ -99,7 +99,7 @@ def calibrate(
     budget = finite_number(max_kl, "max_kl")
     if budget <= 0:
         raise ValueError(f"max_kl must be more than 0, got {budget:g}")
-    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts)
+    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts, chat_template_kwargs)
     if not neutral:
         raise ValueError("texts is empty: give at least one")
     plan = Plan(

@@ -116,7 +116,7 @@ def evaluate(
     given = as_items(items)
     questions = plan.questions(given)
     otherwise = _asked_otherwise(plan, given, variants, system_prompt)
-    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts)
+    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts, chat_template_kwargs)
     vectors = {VECTOR: vector, **control_vectors(controls, model, tokenizer, vector, training_samples, seed)}
     with progress_bar(total=len(given) + len(neutral), desc="Evaluating", disable=not show_progress) as bar:
         measured, costs = plan.items(questions, vectors, bar), plan.texts(neutral, vectors, bar)

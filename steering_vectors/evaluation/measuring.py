@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log, nan
+from math import isfinite, log, nan
 from typing import Any
 
 import torch
@@ -74,13 +74,15 @@ def questions_of(
     return found
 
 
-def continuations_of_texts(tokenizer: Any, texts: Iterable[Any]) -> list[Continuation]:
+def continuations_of_texts(
+    tokenizer: Any, texts: Iterable[Any], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[Continuation]:
     """Return texts as continuations of their first two tokens. Raises ValueError for texts that have no more."""
     if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be a list or another iterable of texts, got {type(texts).__name__}")
     found = []
     for number, text in enumerate(texts):
-        ids = tuple(prompt_ids(tokenizer, text))
+        ids = tuple(prompt_ids(tokenizer, text, chat_template_kwargs=chat_template_kwargs))
         if len(ids) <= _BEGINNING:
             raise ValueError(
                 f"text {number} has {len(ids)} token{'s' * (len(ids) != 1)}: give texts of several words, since costs "
@@ -115,18 +117,32 @@ class ItemBatch:
             self._check(answers, multiplier)
         values: dict[int, list[Tensor]] = {}
         for place, question in enumerate(self._questions):
-            values.setdefault(question.item, []).append(self._values(place, at_each))
+            values.setdefault(question.item, []).append(self._values(place, multipliers, at_each))
         means = torch.stack([torch.stack(of_item).nanmean(dim=0) for of_item in values.values()])
         return ItemScores(means[:, 0], means[:, 1])
 
-    def _values(self, place: int, at_each: Sequence[Sequence[AnswerScores]]) -> Tensor:
+    def _values(self, place: int, multipliers: Sequence[float], at_each: Sequence[Sequence[AnswerScores]]) -> Tensor:
         """Return a question's propensities and the KL at its first token, ``(2, multipliers)``."""
         first = self._unsteered[2 * place].first
         decided = bool(first.max() > log(_DECIDED))
         sides = [(answers[2 * place], answers[2 * place + 1]) for answers in at_each]
-        propensities = [float(self._propensity(matching.tokens, other.tokens)) for matching, other in sides]
+        propensities = [self._value(place, m, *side) for m, side in zip(multipliers, sides, strict=True)]
         costs = [nan if decided else float(kl_divergence(first, matching.first)) for matching, _ in sides]
         return torch.tensor([propensities, costs], dtype=torch.float64, device="cpu")
+
+    def _value(self, place: int, multiplier: float, matching: AnswerScores, other: AnswerScores) -> float:
+        found = self._propensity(matching.tokens, other.tokens)
+        where = f"item {self._questions[place].item}: its propensity at multiplier {multiplier:g}"
+        try:
+            value = float(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where} must be a number, but propensity returned {found!r}") from error
+        if not isfinite(value):
+            least = min(float(answer.tokens.min()) for answer in (matching, other))
+            raise ValueError(
+                f"{where} must be finite, but is {value}: the least log-probability of its answers' tokens is {least:g}"
+            )
+        return value
 
     def _check(self, answers: Sequence[AnswerScores], multiplier: float) -> None:
         for place, answer in enumerate(answers):

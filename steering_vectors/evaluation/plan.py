@@ -163,6 +163,7 @@ class Plan:
             self._scorer,
             self._tokenizer,
             [item.prompt for item in items],
+            self._template_kwargs,
             self.steering(vector),
             self.multipliers,
             score,

@@ -20,7 +20,7 @@ def verdict(rows: Sequence[ConditionRow]) -> str:
 
     A vector steers if the interval of its slope lies above zero and above that of every control, of
     either sign: a control that moves the items the other way moves them as well. Rows without a
-    slope, and variants of the items, don't count.
+    slope, and variants of the items, don't count. A single item has no interval, so it is too few.
 
     Args:
         rows: The rows of an evaluation, of which the first is the vector's.
@@ -41,12 +41,14 @@ def verdict(rows: Sequence[ConditionRow]) -> str:
     found = f"its slope is {_interval(vector)}"
     if vector.slope_high < 0:
         return f"does not steer: it steers the other way, {found}"
-    if vector.slope_low <= 0:
+    if not vector.slope_low > 0:  # also for NaN
         return f"does not steer: {found}, which reaches zero"
+    if vector.items == 1:
+        return f"does not steer: one item is too few to tell, {found}"
     if not controls:
         return f"steers: {found}; no control was measured"
     strongest = max(controls, key=_reach)
-    if vector.slope_low <= _reach(strongest):
+    if not vector.slope_low > _reach(strongest):
         return f"does not steer: {found}, which reaches that of {strongest.condition}, {_interval(strongest)}"
     return f"steers: {found}, the strongest control's {strongest.slope:+.2f}"
 

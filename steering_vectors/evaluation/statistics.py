@@ -59,7 +59,7 @@ def _ranks(values: Tensor) -> Tensor:
     """Return the ranks of values, from 1; equal ones get the mean of theirs."""
     below = (values[None, :] < values[:, None]).sum(dim=1)
     equal = (values[None, :] == values[:, None]).sum(dim=1)
-    return below + (equal + 1) / 2
+    return below + (equal + 1).double() / 2
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:

@@ -103,14 +103,18 @@ class Sweep:
         """One line that begins with ``"steers:"`` or ``"does not steer:"``.
 
         The chosen row steers if, on the items held out, the interval of its gain lies above zero
-        and above those of all controls, of either sign.
+        and above those of all controls, of either sign. At a negative multiplier, the vector steers
+        the other way. A single item has no interval, so it is too few.
         """
         if self.chosen is None:
             return "does not steer: no layer and multiplier raises the propensity within the budget"
         row = self.chosen
         found = f"its gain is {_interval(row.held_out_gain, row.held_out_low, row.held_out_high)}"
-        if row.held_out_low <= 0:
+        if not row.held_out_low > 0:  # also for NaN
             return f"does not steer: on items held out, {found}, which reaches zero"
+        if row.multiplier < 0 or self.held_out == 1:
+            why = "it steers the other way" if row.multiplier < 0 else "one item held out is too few to tell"
+            return f"does not steer: {why}, {found} at {signed(row.multiplier)}"
         controls = [point for point in self.points if not point.condition.startswith("variant: ")]
         if not controls:
             return f"steers: on items held out, {found}; no control was measured"

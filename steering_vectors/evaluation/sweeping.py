@@ -107,7 +107,7 @@ def sweep(
     halves = _halves(len(given), seed)
     questions = plan.questions(given)
     otherwise = {name: plan.questions(listed, name) for name, listed in variants_of(variants, given).items()}
-    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts)
+    neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts, chat_template_kwargs)
     budget = _budget(max_kl, neutral)
     grid = _Grid(plan, swept, questions, neutral, Cells(path, _settings(model, swept, questions, neutral, plan)))
     rows = grid.rows(halves, seed, show_progress)

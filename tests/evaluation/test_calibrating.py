@@ -44,6 +44,13 @@ def test_the_budget_is_met_as_evaluate_measures_it(model: Any, vector: SteeringV
     assert row.kl_p95[1] == pytest.approx(result.kl_p95, rel=1e-2)
 
 
+def test_chats_are_rendered_with_the_arguments_of_the_template(model: Any, vector: SteeringVector) -> None:
+    tokenizer, chat = tiny.tokenizer(chat_template=tiny.QWEN_3), [{"role": "user", "content": "Hi"}]
+    written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    found = calibrate(model, tokenizer, vector, [chat], max_kl=0.1, chat_template_kwargs={"enable_thinking": False})
+    assert found == calibrate(model, tokenizer, vector, [written], max_kl=0.1)
+
+
 @given(
     st.floats(-3, 3).map(lambda x: 10**x),
     st.floats(1, 4),

@@ -1,7 +1,9 @@
 """Evaluations, against a loop that is written out here, and the verdicts on them."""
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,40 @@ def test_answers_are_generated_and_scored(model: Any, vector: SteeringVector) ->
     assert "log-likelihood" in str(result)
 
 
+def test_equal_multipliers_have_one_row_of_answers(model: Any, vector: SteeringVector) -> None:
+    arguments = {"texts": [], "controls": None, "score": lambda prompt, answer: float(len(answer)), "max_new_tokens": 3}
+    twice, once = (
+        evaluate(model, tiny.tokenizer(), vector, ITEMS, multipliers=multipliers, **arguments)
+        for multipliers in ([0, 3, 3], [0, 3])
+    )
+    assert twice.answers == once.answers
+
+
+def test_a_chats_template_gets_its_arguments_wherever_it_is_rendered(model: Any, vector: SteeringVector) -> None:
+    tokenizer, chat = tiny.tokenizer(chat_template=tiny.QWEN_3), [{"role": "user", "content": "Hi"}]
+    written = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    shown: list[Any] = []
+
+    def measured(prompt: Any, **arguments: Any) -> Evaluation:
+        return evaluate(
+            model,
+            tokenizer,
+            vector,
+            [(prompt, "Good", "Bad")],
+            multipliers=[0, 1],
+            texts=[prompt],
+            score=lambda asked, answer: float(shown.append(asked) or len(answer)),
+            max_new_tokens=8,
+            **arguments,
+        )
+
+    as_chat, as_text = measured(chat, chat_template_kwargs={"enable_thinking": False}), measured(written)
+    assert as_chat.rows == as_text.rows
+    for one, other in zip(as_chat.answers, as_text.answers):
+        assert replace(one, prompts=()) == replace(other, prompts=())
+    assert shown == [chat, chat, written, written]
+
+
 class TestControls:
     def test_need_numbers_that_are_not_negative(self) -> None:
         with pytest.raises(ValueError, match="random must be a whole number of controls, 0 or more, got -1"):
@@ -354,6 +390,12 @@ class TestVerdict:
             ([row("vector", 0.04)], "does not steer: its slope is +0.04 [-0.01, +0.09], which reaches zero"),
             ([row("vector", -0.8), row("random 1", 0.1)], "does not steer: it steers the other way"),
             ([row("vector", 0.0, half=0.0)], "does not steer"),
+            ([row("vector", math.nan)], "does not steer"),
+            ([row("vector", 0.8), row("random 1", math.nan)], "does not steer"),
+            (
+                [replace(row("vector", 0.8, half=0.0), items=1)],
+                "does not steer: one item is too few to tell, its slope is",
+            ),
             ([row("vector", 0.8), row("variant: x", 0.9)], "steers: its slope is +0.80 [+0.75, +0.85]; no control"),
             ([row("vector", 0.8), ConditionRow("unsteered", (0.0,), (3.0,))], "steers"),
         ],
@@ -470,6 +512,47 @@ def test_nan_names_the_item(vector: SteeringVector) -> None:
         model.model.embed_tokens.weight[tiny.tokenizer()("~")["input_ids"]] = torch.nan
     with pytest.raises(ValueError, match="item 1: the log-probabilities of an answer are NaN"):
         evaluate(model, tiny.tokenizer(), vector, [("I say", " yes", " no"), ("It ~", " is", " not")], texts=[])
+
+
+@pytest.mark.parametrize(
+    ("propensity", "error", "message"),
+    [
+        (lambda matching, other: None, TypeError, "item 0: its propensity at multiplier 0 must be a number, but"),
+        (lambda matching, other: matching, TypeError, "must be a number, but propensity returned tensor"),
+        (
+            lambda matching, other: float("nan"),
+            ValueError,
+            "item 0: its propensity at multiplier 0 must be finite, but",
+        ),
+        (
+            lambda matching, other: -math.inf,
+            ValueError,
+            "is -inf: the least log-probability of its answers' tokens is -",
+        ),
+    ],
+)
+def test_a_propensity_that_is_no_number_is_refused(
+    model: Any, vector: SteeringVector, propensity: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(model, tiny.tokenizer(), vector, ITEMS, multipliers=[0, 1], texts=[], propensity=propensity)
+
+
+@pytest.mark.parametrize(
+    ("scored", "error", "message"),
+    [
+        (None, TypeError, "score must return a number, but returned None for the answer '"),
+        ("good", TypeError, "score must return a number, but returned 'good'"),
+        (float("nan"), ValueError, "score must return a finite number, but returned nan"),
+    ],
+)
+def test_a_score_that_is_no_number_is_refused(
+    model: Any, vector: SteeringVector, scored: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(
+            model, tiny.tokenizer(), vector, ITEMS, texts=[], controls=None, score=lambda p, a: scored, max_new_tokens=2
+        )
 
 
 def test_protocols_are_met() -> None:

@@ -1,6 +1,7 @@
 """Sweeps: each cell is an evaluation of one layer, halves don't mix, and a stopped sweep goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ class TestVerdict:
     )
     def test_follows_from_the_numbers(self, points: tuple[PointRow, ...], begins: str) -> None:
         assert Sweep((self.CHOSEN,), self.CHOSEN, points, None, 4, 4, 0).verdict.startswith(begins)
+
+    def test_is_no_for_the_other_way_and_for_a_single_item(self) -> None:
+        backwards = replace(self.CHOSEN, multiplier=-2.0)
+        assert Sweep((backwards,), backwards, (), None, 4, 4, 0).verdict == (
+            "does not steer: it steers the other way, its gain is +0.80 [+0.70, +0.90] at -2"
+        )
+        assert Sweep((self.CHOSEN,), self.CHOSEN, (), None, 1, 1, 0).verdict == (
+            "does not steer: one item held out is too few to tell, its gain is +0.80 [+0.70, +0.90] at +2"
+        )
 
 
 def test_a_stopped_sweep_goes_on(
