@@ -13,6 +13,7 @@ import torch
 
 from steering_vectors.evaluation.items import ItemPrompt
 from steering_vectors.evaluation.manner import Steering
+from steering_vectors.evaluation.running import turn_of
 from steering_vectors.evaluation.scoring import Continuation, Row, Scorer
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.tables import paragraph, signed, text_table
@@ -86,7 +87,8 @@ def _generate(
     inputs = scorer.padded([ids for ids, _ in rows])
     ends = scorer.ends_of_sequence()
     selection = steering.selection(inputs)
-    with torch.no_grad(), scorer.evaluation_mode(), steering.apply(selection, [multiplier for _, multiplier in rows]):
+    steered = steering.apply(selection, [multiplier for _, multiplier in rows])
+    with torch.no_grad(), turn_of(scorer.model), scorer.evaluation_mode(), steered:
         output = scorer.model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=length, do_sample=False, pad_token_id=next(iter(ends), 0)
         )

@@ -60,4 +60,6 @@ class Steering:
         numbers = list(multipliers)
         if self.how.enter is not None:
             return self.how.enter(self.vector, numbers, selection)
-        return self.vector.apply(self.model, operator=self.how.operator, multiplier=numbers, tokens=selection)
+        return self.vector.apply(
+            self.model, operator=self.how.operator, multiplier=numbers, tokens=selection, this_thread_only=True
+        )

@@ -73,7 +73,7 @@ class Plan:
             check_takes(score, 2, "score", "lambda prompt, answer: len(answer)")
         if not isinstance(vector, SteeringVector):
             raise TypeError(f"vector must be a SteeringVector, got {type(vector).__name__}")
-        vector.patch(self._model, operator=self._how.operator).remove()
+        vector.patch(self._model, operator=self._how.operator, this_thread_only=True).remove()
 
     def questions(self, items: Sequence[EvaluationItem], name: str = "") -> list[Question]:
         """Return the questions of items. Raises ValueError, with the name of the list and the item, for a bad one."""

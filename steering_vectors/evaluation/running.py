@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from steering_vectors._locks import locked
 
 # Names of the cache in a model's arguments and outputs, the newest first.
 CACHES = ("cache", "past_key_values")
@@ -43,8 +49,8 @@ def run(model: nn.Module, inputs: Mapping[str, Any], *, use_cache: bool, keep: i
 
 def _parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the model's forward, or of the one inside a wrapper that passes arguments on."""
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    wrapper: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    inner = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else getattr(wrapper, "module", wrapper)
     return inspect.signature(inner.forward).parameters
 
 
@@ -61,6 +67,18 @@ def device_of(model: Any) -> torch.device:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads that hold a lock
+    os.register_at_fork(after_in_child=_TURNS.clear)
+
+
+@locked
+def turn_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the lock that a thread holds while it changes the model and runs it, so that evaluations take turns."""
+    turn: AbstractContextManager[Any] = _TURNS.setdefault(model, threading.RLock())
+    return turn
 
 
 class Undone:

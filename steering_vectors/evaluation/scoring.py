@@ -29,6 +29,7 @@ from steering_vectors.evaluation.running import (
     evaluation_mode,
     padded,
     run,
+    turn_of,
     vocabulary_of,
 )
 from steering_vectors.token_selection import TokenPositions
@@ -103,7 +104,7 @@ class Scorer:
         """Return each row's place in ``rows``, in any order, with the logits ``(answer, vocabulary)`` of its answer."""
         if all(row.multiplier == 0 for row in rows):
             steering = None  # the same, by any operator
-        with evaluation_mode(self.model):
+        with turn_of(self.model), evaluation_mode(self.model):
             for way in list(self._ways):
                 if way is _one_by_one or self._was_right(way, batch, rows, steering):
                     scored = way(self.model, batch, rows, steering)

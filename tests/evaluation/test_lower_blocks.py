@@ -1,5 +1,6 @@
 """The blocks below a steered layer run once, for all multipliers and layers; other threads' passes run them."""
 
+import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack
@@ -132,6 +133,54 @@ def test_a_model_whose_blocks_depend_on_more_than_their_input_is_scored_otherwis
     for answer, right in zip(found, expected(model, steering), strict=True):
         torch.testing.assert_close(answer.tokens, right, atol=1e-5, rtol=1e-5)
     assert scorer._ways[0] is scoring._after_shared_cache
+
+
+def test_evaluations_in_threads_take_turns() -> None:
+    """Of one model, which is left as it was; a pass of another thread meanwhile isn't steered."""
+    model = deep()
+    model.train()
+    steerings = [at(model, layer) for layer in range(DEPTH)]
+    alone = [Scorer(model).batch(CONTINUATIONS).scores(ROWS, steering) for steering in steerings]
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        plain = model(ids).logits
+    found: dict[int, list[Any]] = {}
+    passes: list[torch.Tensor] = []
+    threads = [threading.Thread(target=lambda n=n: found.update({n: scores(n)})) for n in range(DEPTH)]
+    threads.append(
+        threading.Thread(target=torch.no_grad()(lambda: passes.extend(model(ids).logits for _ in range(30))))
+    )
+
+    def scores(number: int) -> list[Any]:
+        return [Scorer(model).batch(CONTINUATIONS).scores(ROWS, steerings[number]) for _ in range(3)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for number, expected_scores in enumerate(alone):
+        for again in found[number]:
+            for one, other in zip(again, expected_scores, strict=True):
+                torch.testing.assert_close(one.tokens, other.tokens, atol=1e-5, rtol=1e-5)
+    assert len(passes) == 30
+    assert all(torch.allclose(one, plain, atol=1e-5) for one in passes)
+    assert all("forward" not in block.__dict__ for block in tiny.blocks(model))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_compiled_model_is_scored() -> None:
+    model = tiny.build("llama")
+    steering = at(model, 1)
+    right = Scorer(model).batch(CONTINUATIONS).scores(ROWS[:4], steering)
+    compiled = torch.compile(model, backend="eager")
+    found = Scorer(compiled).batch(CONTINUATIONS).scores(ROWS[:4], Steering(compiled, steering.vector, steering.how))
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one.tokens, other.tokens, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", ["model", "block"])
