@@ -7,6 +7,7 @@ matplotlib's colour, as in ``matplotlib.style.use("dark_background")``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from math import isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +35,7 @@ class _Line(NamedTuple):
     linewidth: float = 1.4
 
 
-# By the first word of a condition; variants of the items differ from each other in their labels.
+# By the first word of a condition; variants of the items differ from each other in their markers.
 _LINES = {
     "vector": _Line(_BLUE, "o", "-", 2.2),
     "random": _Line(_GREY, "", ":"),
@@ -43,6 +44,7 @@ _LINES = {
     "unsteered": _Line(_GREY, "", (0, (1, 4)), 1.0),
     "system": _Line(_PINK, "", (0, (6, 2))),
 }
+_MARKERS_OF_VARIANTS = "sDvXP<>*"
 
 
 def propensity_curves(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes:
@@ -67,8 +69,11 @@ def propensity_curves(evaluation: Evaluation, *, ax: Axes | None = None) -> Axes
     _check(evaluation, Evaluation, "evaluation")
     (axes,) = _axes(ax, 1)
     labelled = set()
+    variants = [row.condition for row in evaluation.rows if row.condition.startswith("variant:")]
+    markers = dict(zip(variants, itertools.cycle(_MARKERS_OF_VARIANTS), strict=False))
     for row in reversed(evaluation.rows):  # the vector's line lies on top
         line = _LINES.get(row.condition.split()[0], _LINES["unsteered"])._asdict()
+        line["marker"] = markers.get(row.condition, line["marker"])
         label = "_random" if row.condition.startswith("random") and "random" in labelled else _label(row)
         labelled.add(label)
         if row.slope is None:

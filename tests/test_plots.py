@@ -105,6 +105,13 @@ class TestPropensityCurves:
         looks = {(line.marker, str(line.linestyle)) for line in plots._LINES.values()}
         assert len(looks) == len(plots._LINES)
 
+    def test_variants_differ_in_their_markers(self, evaluation: Evaluation) -> None:
+        row = next(row for row in evaluation.rows if row.condition.startswith("variant: "))
+        others = tuple(dataclasses.replace(row, condition=f"variant: {n}") for n in range(3))
+        axes = plots.propensity_curves(dataclasses.replace(evaluation, rows=(*evaluation.rows, *others)))
+        markers = [line.get_marker() for line in axes.lines if str(line.get_label()).startswith("variant: ")]
+        assert len(set(markers)) == len(markers) == 4
+
     def test_name_the_unit_of_the_propensity(self, evaluation: Evaluation) -> None:
         of_choices = dataclasses.replace(evaluation, propensity=repr(choice_propensity()))
         of_another = dataclasses.replace(evaluation, propensity="total")

@@ -108,6 +108,8 @@ def _parts_of(value: object) -> Iterable[object] | None:
         return [part for entry in value.items() for part in entry]
     if is_dataclass(value) and not isinstance(value, type):
         return [part for field in fields(value) for part in (field.name, getattr(value, field.name))]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)  # their order differs from process to process
     return value if isinstance(value, (list, tuple)) else None
 
 

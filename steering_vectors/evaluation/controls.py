@@ -123,6 +123,8 @@ def _swapped(sample: Any) -> Any:
         )
     if isinstance(sample, Mapping):
         return {"positive": sample["negative"], "negative": sample["positive"]}
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        return sample  # no pair, which training refuses in words
     positive, negative = sample
     return (negative, positive)
 

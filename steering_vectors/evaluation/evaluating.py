@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -132,6 +133,8 @@ def _asked_otherwise(
     """Return the questions of the items' variants, and of the items after a system prompt, by their rows' names."""
     others = variants_of(variants, items)
     if system_prompt is not None:
+        if not isinstance(system_prompt, str):
+            raise TypeError(f"system_prompt must be a text, got {type(system_prompt).__name__}")
         others[SYSTEM_PROMPT] = list(with_system_prompt(items, system_prompt))
     return {name: plan.questions(listed, name) for name, listed in others.items()}
 
@@ -139,7 +142,15 @@ def _asked_otherwise(
 def variants_of(
     variants: Mapping[str, Variant] | None, items: Sequence[EvaluationItem]
 ) -> dict[str, list[EvaluationItem]]:
-    """Return the items of each variant by the name of its row. Raises ValueError unless it has as many as ``items``."""
+    """Return the items of each variant by the name of its row.
+
+    Raises TypeError for anything but a mapping, and ValueError unless a variant has as many items as ``items``.
+    """
+    if not isinstance(variants, (Mapping, NoneType)):
+        raise TypeError(
+            f"variants must be a mapping from names to a system prompt or to items, such as "
+            f"{{'formal': 'Answer formally.'}}, got {type(variants).__name__}"
+        )
     return {f"{VARIANT}{name}": _variant(name, variant, items) for name, variant in (variants or {}).items()}
 
 

@@ -92,7 +92,8 @@ def sweep(
         LookupError: If the vector lacks one of the layers.
         TypeError: If an argument has the wrong type.
         ValueError: As in :func:`evaluate`, for fewer than two items, for ``max_kl`` without texts,
-            and if the file at ``path`` belongs to another sweep.
+            and if the file at ``path`` belongs to another sweep, or if there is to be one while the model
+            is steered otherwise.
 
     >>> items = [("I say", " yes", " no"), ("We say", " good", " bad")]
     >>> result = sweep(model, tokenizer, vector, items, multipliers=[-1, 1], texts=[])
@@ -109,7 +110,7 @@ def sweep(
     otherwise = {name: plan.questions(listed, name) for name, listed in variants_of(variants, given).items()}
     neutral = continuations_of_texts(tokenizer, NEUTRAL_TEXTS if texts is None else texts, chat_template_kwargs)
     budget = _budget(max_kl, neutral)
-    grid = _Grid(plan, swept, questions, neutral, Cells(path, _settings(model, swept, questions, neutral, plan)))
+    grid = _Grid(plan, swept, questions, neutral, _cells(path, model, swept, questions, neutral, plan))
     rows = grid.rows(halves, seed, show_progress)
     chosen = best_row(rows, budget)
     points: tuple[PointRow, ...] = ()
@@ -124,6 +125,8 @@ def _layers_of(plan: Plan, vector: SteeringVector, layers: int | Iterable[int] |
     if not isinstance(vector, SteeringVector):
         raise TypeError(f"vector must be a SteeringVector, got {type(vector).__name__}")
     swept = vector if layers is None else vector[layers]
+    if not swept.layers:
+        plan.check(swept)
     for layer in swept.layers:
         plan.check(swept[layer])
     return swept
@@ -146,21 +149,33 @@ def _budget(max_kl: float | None, texts: Sequence[Continuation]) -> float | None
     return budget
 
 
-def _settings(
+def _cells(
+    path: str | os.PathLike[str] | None,
     model: nn.Module,
     vector: SteeringVector,
     questions: Sequence[Question],
     texts: Sequence[Continuation],
     plan: Plan,
-) -> dict[str, str]:
-    """Return hashes of all on which the cells depend."""
-    return {
+) -> Cells:
+    """Return the cells that are finished, with hashes of all on which they depend.
+
+    Raises ValueError for a file while the model is steered otherwise, on which the cells would depend, too.
+    """
+    from steering_vectors import active_patches  # the package itself, which is not there yet when this is imported
+
+    if path is not None and (steered := active_patches(model)):
+        raise ValueError(
+            f"the model is steered already, by {steered[0]!r}, and a file can't tell by what: end that steering, or "
+            f"leave path out"
+        )
+    settings = {
         "model": hash_of_model(model),
         "vector": hash_of_vector(vector),
         "set of items": hash_of(questions),
         "set of texts": hash_of(texts),
         "setting of multipliers, tokens, operator, propensity or batch_size": hash_of(plan.settings(), __version__),
     }
+    return Cells(path, settings)
 
 
 def _halves(count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -485,6 +485,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a score that takes one argument": ({"score": len}, TypeError, "score must be callable with 2"),
     "a variant of other items": ({"variants": {"x": ITEMS[:1]}}, ValueError, "variant 'x' has 1 items"),
     "a bad variant": ({"variants": {"x": [("a", "b")]}}, ValueError, "variant 'x': item 0 has two parts"),
+    "variants without names": ({"variants": ["Be."]}, TypeError, "variants must be a mapping from names"),
+    "a system prompt that is no text": ({"system_prompt": 3}, TypeError, "system_prompt must be a text, got int"),
+    "samples of three": (
+        {"training_samples": [("a", "b", "c")] * 2},
+        TypeError,
+        r"sample 0 must be a pair \(positive, negative\)",
+    ),
     "one sample to permute": ({"training_samples": [("a", "b")]}, ValueError, "at least two training samples"),
     "a typo": ({"multiplier": [1]}, TypeError, "did you mean multipliers="),
 }

@@ -1,6 +1,9 @@
 """Sweeps: each cell is an evaluation of one layer, halves don't mix, and a stopped sweep goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +239,7 @@ def test_the_table_has_80_columns(model: Any, vector: SteeringVector) -> None:
         ({"multipliers": 2}, TypeError, "multipliers must be a list"),
         ({"max_kl": 1, "texts": []}, ValueError, "a budget max_kl needs texts"),
         ({"layer": 1}, TypeError, "the argument is layers="),
+        ({"variants": ["Be."]}, TypeError, "variants must be a mapping from names"),
         ({"tokens": lambda inputs: generated}, TypeError, "did you forget to call it"),
     ],
 )
@@ -244,6 +248,33 @@ def test_bad_input_is_refused_in_words(
 ) -> None:
     with pytest.raises(error, match=message):
         swept(model, vector, **arguments)
+
+
+def test_a_model_that_is_steered_already_has_no_file(model: Any, vector: SteeringVector, tmp_path: Path) -> None:
+    with vector[0].apply(model):
+        with pytest.raises(ValueError, match="the model is steered already, by .*leave path out"):
+            swept(model, vector, path=tmp_path / "sweep.json")
+        swept(model, vector, controls=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vector_without_layers_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="this steering vector has no directions"):
+        swept(model, SteeringVector({}))
+
+
+def test_functions_with_sets_are_the_same_in_every_process() -> None:
+    code = (
+        "from steering_vectors.evaluation.cells import hash_of\n"
+        "print(hash_of(lambda word: word in {'alpha', 'beta', 'gamma', 'delta'}))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
 
 
 def test_one_item_is_too_few_and_a_folder_is_no_file(model: Any, vector: SteeringVector, tmp_path: Path) -> None:
