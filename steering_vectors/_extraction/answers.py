@@ -26,9 +26,8 @@ def answered(tokenize: PromptTokenizer, prompt: str | Sequence[Message], answer:
     elif is_chat(prompt):
         encoded = tokenize([*prompt, {"role": "assistant", "content": answer}], find_completion=True)
         ids, start = encoded.input_ids, encoded.completion_start or 0
-        asked = tokenize(
-            prompt
-        ).input_ids  # it may end after empty thoughts, which an answer would begin with otherwise
+        # The prompt may end after empty thoughts, with which the answer would begin otherwise.
+        asked = tokenize(prompt).input_ids
         if ids[: len(asked)] == asked:
             start = max(start, len(asked))
     else:
