@@ -56,7 +56,7 @@ def evaluate(
     slope of propensity over the multipliers. Means hide items that move the wrong way, so those
     are counted (arXiv 2407.12404). Random directions move something too, so a few are measured as
     controls, with a vector whose training labels are permuted. The model is in evaluation mode while
-    it runs, and afterwards as it was.
+    it runs, and afterwards as it was. Evaluations of one model in several threads take turns.
 
     Intervals are 95 % intervals of the mean over items, by 10,000 resamples of the items. They cover
     the choice of the items, and not that of the training samples, nor of the prompts' wording. With
@@ -103,7 +103,8 @@ def evaluate(
         TypeError: If an argument has the wrong type.
         ValueError: If there are no items, if an item's answers are equal, empty or have no tokens
             after the prompt, without two different multipliers, if a text has fewer than three
-            tokens, if the vector doesn't fit the model, or if log-probabilities are NaN.
+            tokens, if the vector doesn't fit the model, or if log-probabilities are NaN or a
+            propensity or a score is not finite.
 
     >>> items = [("I say", " yes", " no"), ("We say", " good", " bad")]
     >>> result = evaluate(model, tokenizer, vector, items, multipliers=[-1, 1], texts=[])
