@@ -48,7 +48,7 @@ test-wrapped: $(VENV)/.installed ## models that are compiled, shared among proce
 test-adapters: $(VENV)/.installed ## which families' ablations and additions are exact as adapters of PEFT, in a table
 	@TQDM_DISABLE=1 $(VENV)/bin/python -m pytest tests/wrapped/test_adapters.py -q -s
 
-test-docs: $(VENV)/.installed ## the code, outputs and pictures of README and pages, the demo, and the notebook
+test-docs: $(VENV)/.installed ## the code, outputs and pictures of README and pages, the demo, and what SmolLM2 shows
 	@$(VENV)/bin/python -m pytest tests/pages -n 2 --dist loadgroup -q $(PAGES)
 
 test-oldest: $(VENV_OLDEST)/.installed ## the tests with tiny models, on the oldest PyTorch and transformers
