@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from steering_vectors.evaluation.continuations import Continuation
 from steering_vectors.evaluation.items import ItemPrompt
 from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.running import turn_of
-from steering_vectors.evaluation.scoring import Continuation, Row, Scorer
+from steering_vectors.evaluation.scoring import Row, Scorer
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.tables import paragraph, signed, text_table
 from steering_vectors.prompts import prompt_ids

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering_vectors.evaluation.continuations import Continuation
 from steering_vectors.evaluation.items import EvaluationItem
 from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.propensity import Propensity, asked_items
-from steering_vectors.evaluation.scoring import AnswerScores, Continuation, Row, Scorer
+from steering_vectors.evaluation.scoring import AnswerScores, Row, Scorer
 from steering_vectors.prompts import answer_ids, prompt_ids
 
 # A likelier first token than this is decided: no steering of this size moves it, so its KL says nothing.

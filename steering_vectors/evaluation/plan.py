@@ -9,6 +9,7 @@ from torch import nn
 
 from steering_vectors._arguments import check_takes, finite_number, is_whole_number
 from steering_vectors.evaluation.answers import AnswerRow, generated_answers
+from steering_vectors.evaluation.continuations import Continuation
 from steering_vectors.evaluation.items import EvaluationItem
 from steering_vectors.evaluation.manner import Manner, Steering
 from steering_vectors.evaluation.measuring import (
@@ -30,7 +31,7 @@ from steering_vectors.evaluation.rows import (
     joined_texts,
     unsteered_row,
 )
-from steering_vectors.evaluation.scoring import Continuation, Scorer
+from steering_vectors.evaluation.scoring import Scorer
 from steering_vectors.steering_vector import SteeringVector
 
 

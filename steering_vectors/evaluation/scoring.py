@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steering_vectors.evaluation.agreement import agree
+from steering_vectors.evaluation.continuations import Continuation, begins_at_the_last_token, whole_rows
 from steering_vectors.evaluation.lower_blocks import LowerBlocks
 from steering_vectors.evaluation.manner import Steering
 from steering_vectors.evaluation.running import (
@@ -32,21 +33,9 @@ from steering_vectors.evaluation.running import (
     turn_of,
     vocabulary_of,
 )
-from steering_vectors.token_selection import TokenPositions
 
 # The most logits of a pass, rows × tokens × vocabulary: 256 MB in float32.
 _MOST_LOGITS = 2**26
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """The token ids of a prompt and of an answer to it."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,10 @@ class Scorer:
             *(_above_known_blocks, _after_shared_cache),
             *(_in_padded_rows, _in_equal_rows, _one_by_one),
         ]
-        self._checked: dict[tuple[_Way, int | None], tuple[float, float]] = {}  # the extent of their rows
+        # The longest rows, and the most padding, with which ways were seen to be right. A model that takes padding in
+        # does so without steering as well.
+        self._lengths: dict[tuple[_Way, int | None], int] = {}
+        self._paddings: dict[_Way, float] = {}
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Return prompts as ``model.generate`` takes them, padded on the left."""
@@ -117,8 +109,9 @@ class Scorer:
 
     def _was_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
         """Return True if the way was seen to be right for rows of about this length, and with about this padding."""
-        checked = self._checked.get((way, self._below(steering)), (0, 0))
-        return all(now <= 1.5 * before for now, before in zip(_extent(batch, rows), checked, strict=True))
+        longest, padding = _extent(batch, rows)
+        short = longest <= 1.5 * self._lengths.get((way, self._below(steering)), 0)
+        return short and padding <= 1.5 * self._paddings.get(_basis(way), 0)
 
     def _tried(
         self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None
@@ -134,7 +127,7 @@ class Scorer:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # the model can't do it this way; what is wrong with the rows, the next way raises too
-            self._ways.remove(way)
+            self._leave(way)
             return None
         if found is None:
             return None
@@ -145,12 +138,17 @@ class Scorer:
         )
         ((_, expected),) = _one_by_one(self.model, batch, [rows[most_padded]], steering)
         if not agree(expected, dict(found)[most_padded], parts[most_padded].answer, dtype_of(self.model)):
-            self._ways.remove(way)
+            self._leave(way)
             return None
-        key, (longest, padding) = (way, self._below(steering)), _extent(batch, rows)
-        before = self._checked.get(key, (0, 0))
-        self._checked[key] = max(longest, before[0]), max(padding, before[1])
+        longest, padding = _extent(batch, rows)
+        key = way, self._below(steering)
+        self._lengths[key] = max(longest, self._lengths.get(key, 0))
+        self._paddings[_basis(way)] = max(padding, self._paddings.get(_basis(way), 0))
         return found
+
+    def _leave(self, way: _Way) -> None:
+        """Try a way no more, nor the one that begins with it."""
+        self._ways = [other for other in self._ways if way not in (other, _basis(other))]
 
     def _below(self, steering: Steering | None) -> int | None:
         return None if steering is None else self.lower_blocks.below(steering.vector)
@@ -229,11 +227,16 @@ class Batch:
         return returning
 
 
-def _extent(batch: Batch, rows: Sequence[Row]) -> tuple[float, float]:
+def _extent(batch: Batch, rows: Sequence[Row]) -> tuple[int, float]:
     """Return the length of the longest row, and the most padding that a prompt gets for each of its tokens."""
     parts = [batch.continuations[row.number] for row in rows]
     shortest = min(len(part.prompt) for part in parts)
     return max(map(len, parts)), (max(map(len, batch.prompts)) - shortest) / shortest
+
+
+def _basis(way: _Way) -> _Way:
+    """Return the way on whose passes a way rests."""
+    return _after_shared_cache if way is _above_known_blocks else way
 
 
 # The context in which blocks return what is known of continuations, by their numbers, instead of running.
@@ -271,7 +274,7 @@ def _after_shared_cache(
         if steering.how.enter is not None:  # it may steer other tokens than those that it is given
             return None
         selection = steering.selection(padded([part.prompt for part in continuations], model))
-        if not _begins_at_the_last_token(selection, continuations, model):
+        if not begins_at_the_last_token(selection, continuations, model):
             return None
 
     def scored() -> Iterator[tuple[int, Tensor]]:
@@ -296,7 +299,7 @@ def _in_padded_rows(
     selection = None if steering is None else steering.selection(padded([c.prompt for c in continuations], model))
     keep = 1 + max(len(part.answer) for part in continuations)
     with nullcontext() if steering is None else steering.apply(selection, [row.multiplier for row in rows]):
-        logits = run(model, _whole(continuations, model), use_cache=False, keep=keep).logits[:, -keep:]
+        logits = run(model, whole_rows(continuations, model), use_cache=False, keep=keep).logits[:, -keep:]
     for place, part in enumerate(continuations):
         yield place, logits[place, : len(part.answer)]
 
@@ -320,30 +323,6 @@ def _one_by_one(
     for place, row in enumerate(rows):
         for _, logits in _in_padded_rows(model, batch, [row], steering):
             yield place, logits
-
-
-def _begins_at_the_last_token(selection: Any, continuations: Sequence[Continuation], model: nn.Module) -> bool:
-    """Return True if a selector is seen to leave out all that stands before the last tokens of the prompts."""
-    if not callable(selection):
-        return False
-    whole = _whole(continuations, model)
-    index = whole["attention_mask"].cumsum(dim=1).where(whole["attention_mask"].bool(), 0) - 1
-    ids = whole["input_ids"].where(whole["attention_mask"].bool(), -1)
-    columns = torch.arange(index.shape[1], device=index.device)
-    positions = TokenPositions(index, columns, input_ids=whole["input_ids"], row_ids=ids, begins_sequence=True)
-    last = torch.tensor([len(part.prompt) - 1 for part in continuations], device=index.device)
-    try:
-        selected = selection(positions)
-        return bool((selected[(index >= 0) & (index < last[:, None])] == 0).all())
-    except Exception:  # the pass itself raises it, in words
-        return False
-
-
-def _whole(continuations: Sequence[Continuation], model: nn.Module) -> dict[str, Tensor]:
-    """Return ids and mask of whole rows: all answers begin in the same column."""
-    prompts = padded([part.prompt for part in continuations], model)
-    answers = padded([part.answer for part in continuations], model, left=False)
-    return {name: torch.cat([prompts[name], answers[name]], dim=1) for name in prompts}
 
 
 def _parts(rows: Sequence[Row], continuations: Sequence[Continuation], vocabulary: int) -> Iterator[list[int]]:

@@ -15,6 +15,7 @@ from steering_vectors._arguments import finite_number, with_hints
 from steering_vectors._progress import progress_bar
 from steering_vectors._version import __version__
 from steering_vectors.evaluation.cells import Cells, hash_of, hash_of_model, hash_of_vector
+from steering_vectors.evaluation.continuations import Continuation
 from steering_vectors.evaluation.controls import Controls, check_controls, control_vectors
 from steering_vectors.evaluation.evaluating import Variant, variants_of
 from steering_vectors.evaluation.items import EvaluationItem, ItemPrompt, as_items
@@ -23,7 +24,6 @@ from steering_vectors.evaluation.measuring import ItemBatch, Question, continuat
 from steering_vectors.evaluation.neutral_texts import NEUTRAL_TEXTS
 from steering_vectors.evaluation.plan import Plan
 from steering_vectors.evaluation.propensity import Propensity, name_of, text_propensity
-from steering_vectors.evaluation.scoring import Continuation
 from steering_vectors.evaluation.statistics import bootstrap_interval
 from steering_vectors.evaluation.sweep_result import PointRow, Sweep, SweepRow, best_row
 from steering_vectors.steering_operators import PatchDeltaOperator

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from steering_vectors import SteeringVector, from_index, generated
 from steering_vectors.evaluation import scoring
+from steering_vectors.evaluation.continuations import Continuation
 from steering_vectors.evaluation.manner import Manner, Steering
-from steering_vectors.evaluation.scoring import Continuation, Row, Scorer
+from steering_vectors.evaluation.scoring import Row, Scorer
 from tests import tiny
 
 PROMPTS = [(11, 12, 13, 14, 15), (21, 22, 23, 24, 25, 26, 27, 28, 29), (31, 32)]
