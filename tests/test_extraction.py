@@ -694,16 +694,16 @@ class TestRopeThatDependsOnLength:
     @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
     def test_a_position_inside_is_what_the_whole_prompt_gives(self, kind: str) -> None:
         prompts = [ReadPrompt([*range(11, 51)], [3]), ReadPrompt([*range(11, 51)], [30]), ReadPrompt([5, 6, 7], [1])]
-        model = scaled_rope(kind)
+        model = tiny.scaled_rope(kind)
         rows = rows_by_prompt(Extractor(model, sites_of(model, [1]), batch_size=8)(prompts))
         for number, prompt in enumerate(prompts):
             (position,) = prompt.positions
-            expected = tiny.hidden_states(scaled_rope(kind), prompt.input_ids)[1][position]
+            expected = tiny.hidden_states(tiny.scaled_rope(kind), prompt.input_ids)[1][position]
             torch.testing.assert_close(rows[1, number], expected, atol=2e-5, rtol=1e-4)
 
     def test_frequencies_that_the_model_keeps_are_as_before_and_move_no_later_window(self) -> None:
-        model = scaled_rope("dynamic")
-        before = tiny.hidden_states(scaled_rope("dynamic"), [*range(11, 31)])
+        model = tiny.scaled_rope("dynamic")
+        before = tiny.hidden_states(tiny.scaled_rope("dynamic"), [*range(11, 31)])
         extractor = Extractor(model, sites_of(model), batch_size=8)
         for _window in range(2):
             rows = rows_by_prompt(extractor(last([[*range(11, 31)], [*range(11, 71)]])))
@@ -714,32 +714,13 @@ class TestRopeThatDependsOnLength:
     @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
     @pytest.mark.parametrize("batch_size", [1, 8])
     def test_rows_are_what_each_prompt_alone_gives(self, kind: str, batch_size: int) -> None:
-        model = scaled_rope(kind)
+        model = tiny.scaled_rope(kind)
         prompts = [*SHARING, [*range(11, 60)], [*range(11, 60), 7], [*range(80, 100)]]
         rows = rows_by_prompt(Extractor(model, sites_of(model), batch_size=batch_size)(last(prompts)))
         for number, prompt in enumerate(prompts):
-            expected = tiny.hidden_states(scaled_rope(kind), prompt)
+            expected = tiny.hidden_states(tiny.scaled_rope(kind), prompt)
             for layer in range(tiny.LAYERS):
                 torch.testing.assert_close(rows[layer, number], expected[layer][-1], atol=2e-5, rtol=1e-4)
-
-
-def scaled_rope(kind: str) -> PreTrainedModel:
-    """A new model whose rotary frequencies change beyond 16 tokens."""
-    settings: dict[str, Any] = {"rope_type": kind}
-    if kind == "longrope":
-        settings |= {"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-        overrides: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
-    else:
-        settings |= {"factor": 4.0}
-        overrides = {"max_position_embeddings": 16}
-    if tiny.ON_TRANSFORMERS_4:
-        settings.pop("rope_type" if kind == "longrope" else "type", None)
-        rope = {"rope_scaling": settings}
-    else:
-        settings |= {"rope_theta": 10000.0}
-        settings |= {"original_max_position_embeddings": 16} if kind == "longrope" else {}
-        rope = {"rope_parameters": settings}
-    return tiny.build("phi3" if kind == "longrope" else "llama", **rope, **overrides)
 
 
 def varied_prompts(count: int) -> list[list[int]]:

@@ -143,6 +143,25 @@ def build(architecture: str, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def scaled_rope(kind: str) -> PreTrainedModel:
+    """A new model whose rotary frequencies change beyond 16 tokens."""
+    settings: dict[str, Any] = {"rope_type": kind}
+    if kind == "longrope":
+        settings |= {"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        overrides: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    else:
+        settings |= {"factor": 4.0}
+        overrides = {"max_position_embeddings": 16}
+    if ON_TRANSFORMERS_4:
+        settings.pop("rope_type" if kind == "longrope" else "type", None)
+        rope = {"rope_scaling": settings}
+    else:
+        settings |= {"rope_theta": 10000.0}
+        settings |= {"original_max_position_embeddings": 16} if kind == "longrope" else {}
+        rope = {"rope_parameters": settings}
+    return build("phi3" if kind == "longrope" else "llama", **rope, **overrides)
+
+
 @cache
 def shared(architecture: str) -> PreTrainedModel:
     """One model of the architecture for the whole run; tests must leave it as it was."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from math import inf
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,9 +56,30 @@ def _parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def vocabulary_of(model: nn.Module) -> int:
+    return int(getattr(_text_config(model), "vocab_size", 0) or 32_000)
+
+
+def length_of_change(model: nn.Module) -> float:
+    """Return the length beyond which a pass's longest row changes what shorter ones give; infinity for none.
+
+    Some rotary embeddings go by the longest row: longrope and dynamic NTK.
+    """
+    config = _text_config(model)
+    given = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    ropes = [rope for rope in given if isinstance(rope, Mapping)]
+    ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, Mapping)]
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    lengths = [
+        next((int(length) for name in names if (length := rope.get(name) or getattr(config, name, None))), 0)
+        for rope in ropes
+        if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope", "su")
+    ]
+    return min(lengths, default=inf)
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", 0) or 32_000)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def device_of(model: Any) -> torch.device:

@@ -28,6 +28,7 @@ from steering_vectors.evaluation.running import (
     device_of,
     dtype_of,
     evaluation_mode,
+    length_of_change,
     padded,
     run,
     turn_of,
@@ -65,6 +66,7 @@ class Scorer:
             raise ValueError(f"{type(model).__name__} is an encoder-decoder model; evaluation needs a decoder-only one")
         self.model = model
         self.lower_blocks = LowerBlocks(model)
+        self._length_of_change = length_of_change(model)
         self._ways: list[_Way] = [
             *(_above_known_blocks, _after_shared_cache),
             *(_in_padded_rows, _in_equal_rows, _one_by_one),
@@ -97,7 +99,7 @@ class Scorer:
         if all(row.multiplier == 0 for row in rows):
             steering = None  # the same, by any operator
         with turn_of(self.model), evaluation_mode(self.model):
-            for way in list(self._ways):
+            for way in self._ways_for(batch, rows):
                 if way is _one_by_one or self._was_right(way, batch, rows, steering):
                     scored = way(self.model, batch, rows, steering)
                     found = None if scored is None else list(scored)
@@ -106,6 +108,12 @@ class Scorer:
                 if found is not None:
                     return found
             raise AssertionError("rows can be scored one by one")
+
+    def _ways_for(self, batch: Batch, rows: Sequence[Row]) -> list[_Way]:
+        """Return the ways to try; only those of whole rows of one length if the longest row may change the others."""
+        longest, _ = _extent(batch, rows)
+        changed = longest > self._length_of_change
+        return [way for way in self._ways if way in (_in_equal_rows, _one_by_one) or not changed]
 
     def _was_right(self, way: _Way, batch: Batch, rows: Sequence[Row], steering: Steering | None) -> bool:
         """Return True if the way was seen to be right for rows of about this length, and with about this padding."""

@@ -18,6 +18,7 @@ from tests import tiny
 PROMPTS = [(11, 12, 13, 14, 15), (21, 22, 23, 24, 25, 26, 27, 28, 29), (31, 32)]
 ANSWERS = [(41, 42), (51, 52, 53, 54), (61,)]
 CONTINUATIONS = [Continuation(prompt, answer) for prompt, answer in itertools.product(PROMPTS, ANSWERS)]
+LONGER = [Continuation(prompt, answer) for prompt in PROMPTS for answer in (ANSWERS[0], tuple(range(60, 69)))]
 MULTIPLIERS = (-1.5, 0.0, 1.0)
 ROWS = [Row(number, multiplier) for number in range(len(CONTINUATIONS)) for multiplier in MULTIPLIERS]
 LAYER = 1
@@ -124,6 +125,19 @@ def test_a_way_that_was_seen_without_padding_is_looked_at_again_with_it() -> Non
         for part, answer in zip(parts, found, strict=True):
             expected = alone(model, part, 1.0, TOKENS["generated"][1])
             torch.testing.assert_close(answer.tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_the_longest_row_of_a_pass_changes_no_other(kind: str) -> None:
+    """Their rotary embeddings go by the longest row: the first batch is short, and the next one has a longer row."""
+    expected = [alone(tiny.scaled_rope(kind), part, 1.0, TOKENS["generated"][1]) for part in (*CONTINUATIONS, *LONGER)]
+    scorer = Scorer(tiny.scaled_rope(kind))
+    steering = Steering(scorer.model, vector(), Manner(generated))
+    found = []
+    for parts in (CONTINUATIONS, LONGER):
+        found += scorer.batch(parts).scores([Row(number, 1.0) for number in range(len(parts))], steering)
+    for right, answer in zip(expected, found, strict=True):
+        torch.testing.assert_close(answer.tokens, right, atol=1e-5, rtol=1e-5)
 
 
 def test_passes_are_split_where_logits_would_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
