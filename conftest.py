@@ -24,7 +24,7 @@ transformers.logging.set_verbosity_error()
 collect_ignore = [] if importlib.util.find_spec("gradio") else ["steering_vectors/cli/playground/page.py"]
 
 # The architectures on which all laws are tested by "make test"; the others' are tests of architectures.
-LAWFUL = {"gemma2", "gemma3", "gpt2", "llama", "mamba", "mixtral", "opt", "rwkv"}
+LAWFUL = {"gemma3", "gpt2", "llama", "mamba", "mixtral", "opt", "rwkv"}
 
 
 @pytest.hookimpl(tryfirst=True)

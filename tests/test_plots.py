@@ -34,6 +34,7 @@ MULTIPLIERS = (1.0, -1.0, 0.0)  # in no order
 
 @pytest.fixture(autouse=True)
 def figures() -> Iterator[None]:
+    pyplot.close("all")  # those of other tests in this process
     with mpl.rc_context({"backend": "agg"}):
         yield
         pyplot.close("all")
