@@ -1,6 +1,5 @@
 """The blocks below a steered layer run once, for all multipliers and layers; other threads' passes run them."""
 
-import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from steering_vectors.evaluation.manner import Manner, Steering
 from steering_vectors.evaluation.scoring import Row, Scorer
 from tests import tiny
 from tests.evaluation.test_scoring import CONTINUATIONS, PROMPTS
+from tests.together import run_together
 
 DEPTH = 4
 ROWS = [Row(number, multiplier) for number in range(len(CONTINUATIONS)) for multiplier in (-1.0, 2.0)]
@@ -154,15 +154,7 @@ def test_evaluations_in_threads_take_turns() -> None:
     def scores(number: int) -> list[Any]:
         return [Scorer(model).batch(CONTINUATIONS).scores(ROWS, steerings[number]) for _ in range(3)]
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    run_together(threads)
     for number, expected_scores in enumerate(alone):
         for again in found[number]:
             for one, other in zip(again, expected_scores, strict=True):

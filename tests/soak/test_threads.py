@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from steering_vectors import (
 )
 from tests import tiny
 from tests.test_steering import hooks_of, padded, vector
+from tests.together import run_together
 
 PASSES = int(os.environ.get("SOAK_PASSES", "20000"))
 STEERED, UNSTEERED = 8, 2
@@ -98,16 +98,7 @@ def test_each_thread_s_answers_are_those_of_single_runs() -> None:
             wrong.append(f"thread {number}: {error!r}")
             raise
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(jobs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    run_together([threading.Thread(target=work, args=(number,)) for number in range(len(jobs))])
     assert not wrong, "\n".join(wrong[:20])
     assert active_patches(model) == []
     assert hooks_of(model) == {}
